@@ -1,0 +1,218 @@
+"""The `clipq` command: look at what a job stored, check it, and take it elsewhere.
+
+    clipq inspect URI                     the table of a packed network, from the file alone
+    clipq verify URI                      every hash of a file, a run or a whole storage
+    clipq export URI OUT.safetensors      the decoded tensors for other tools
+
+URIs are local paths or anything that fsspec opens. Exit code 0: all is well; 2: damage, or a mistake in the input (one line on stderr,
+no traceback). Not covered: making compressed networks and evaluating them (`jobs/`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from clipq_ray.errors import ClipqError, ConfigError, StorageError
+from clipq_ray.manifest import committed, read_manifest, verify, verify_clq
+from clipq_ray.storage import MANIFEST, MODEL, Store
+
+if TYPE_CHECKING:
+    from clipq_ray import codec
+
+Uri = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URI")]
+Output = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT.safetensors")]
+
+_COLUMNS = ("name", "shape", "coder", "levels", "non-zeros %", "bytes", "bits/weight")
+_LEFT_COLUMNS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command of `argv` (default: the process's arguments) and return its exit code."""
+    commands = {"inspect": inspect_command, "verify": verify_command, "export": export_command}
+    try:
+        code: int = tyro.extras.subcommand_cli_from_dict(
+            commands, prog="clipq", description="Look at, check and export compressed networks.", args=argv
+        )
+        sys.stdout.flush()
+    except ClipqError as error:
+        print("clipq:", " ".join(str(error).split()), file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader has seen enough. Python flushes once more at exit, which must find an open end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return code
+
+
+def inspect_command(uri: Uri) -> int:
+    """Print the tensors of a packed network with shape, coder, levels, non-zeros and bytes, and the totals; from the file alone.
+
+    Args:
+        uri: a .clq file or a run directory
+    """
+    data, origin = _packed(uri)
+    for line in describe(data, origin):
+        print(line)
+    return 0
+
+
+def verify_command(uri: Uri) -> int:
+    """Check every hash: of one .clq file, of all files of a run, or of all committed runs of a storage. Exit code 2 on damage.
+
+    Args:
+        uri: a .clq file, a run directory or a storage that holds runs
+    """
+    problems: list[str] = []
+    count = 0
+    for name, found in _checks(uri):
+        count += 1
+        problems.extend(found)
+        for line in found or [f"{name}: ok"]:
+            print(line)
+    if count > 1:
+        print(f"{count} runs: {'all ok' if not problems else f'{len(problems)} problems'}")
+    return 2 if problems else 0
+
+
+def export_command(uri: Uri, output: Output) -> int:
+    """Write the decoded tensors of a packed network, named as in its state dict, as a safetensors file.
+
+    Args:
+        uri: a .clq file or a run directory
+        output: path or URI of the file to write; an existing one is replaced
+    """
+    if not output.endswith(".safetensors"):
+        raise ConfigError(f"expected an output that ends in .safetensors, got {output!r}; add the ending")
+    store, name = Store.of_file(output)
+    # The decoder and torch take seconds to import; what only reads hashes does without.
+    from safetensors import torch as safetensors
+
+    from clipq_ray.load import load_state_dict
+
+    # Copies: the format refuses tensors that share memory, as tied weights do.
+    state = {key: tensor.detach().clone().contiguous() for key, tensor in load_state_dict(uri).items()}
+    data: bytes = safetensors.save(state)
+    store.write(name, data)
+    print(f"{output}: {len(state)} tensors, {len(data):,} bytes")
+    return 0
+
+
+def describe(data: bytes, origin: str) -> Iterator[str]:
+    """The lines that `clipq inspect` prints for the bytes of a .clq file; `FormatError` if it is damaged."""
+    from clipq_ray import codec
+
+    packed, entries = codec.decode(data), codec.entries(data)
+    yield from _headline(packed.metadata, origin)
+    yield ""
+    yield from _aligned([_COLUMNS, *(_row(entry, packed.tensors[entry.name]) for entry in entries)])
+    yield ""
+    weights = sum(math.prod(entry.shape) for entry in entries)
+    coded = [entry for entry in entries if isinstance(packed.tensors[entry.name], codec.CodedLayer)]
+    yield from _totals(coded, entries, weights, len(data))
+
+
+def _headline(metadata: dict[str, Any], origin: str) -> Iterator[str]:
+    architecture = metadata.get("architecture") or {}
+    options = ", ".join(f"{key}={value}" for key, value in (architecture.get("kwargs") or {}).items())
+    yield f"{origin}: {architecture.get('name', 'unnamed architecture')}({options})"
+    if "input" in metadata:
+        shape = "x".join(str(size) for size in metadata["input"].get("shape", ()))
+        yield f"input {shape}, {metadata.get('classes', '?')} classes, weights from {metadata.get('source', '?')}"
+    for alias, name in (metadata.get("ties") or {}).items():
+        yield f"tied: {alias} is {name}"
+    if dropped := metadata.get("dropped"):
+        yield f"not stored, never read at inference: {', '.join(dropped)}"
+
+
+def _row(entry: codec.Entry, tensor: Any) -> tuple[str, ...]:
+    from clipq_ray import codec
+
+    elements = math.prod(entry.shape)
+    levels, nonzeros = "", ""
+    if isinstance(tensor, codec.CodedLayer):
+        levels = str(tensor.levels.size)
+        nonzeros = f"{100 * int((tensor.codes != 0).sum()) / max(elements, 1):.1f}"
+    shape = "x".join(str(size) for size in entry.shape) or "scalar"
+    return (
+        entry.name,
+        shape,
+        entry.coder,
+        levels,
+        nonzeros,
+        f"{entry.bytes:,}",
+        f"{8 * entry.bytes / max(elements, 1):.2f}",
+    )
+
+
+def _totals(
+    coded: Sequence[codec.Entry], entries: Sequence[codec.Entry], elements: int, size: int
+) -> Iterator[str]:
+    layers = sum(entry.bytes for entry in coded)
+    rest = sum(entry.bytes for entry in entries) - layers
+    weights = sum(math.prod(entry.shape) for entry in coded)
+    yield f"{len(coded)} layers: {weights:,} weights in {layers:,} bytes, {8 * layers / max(weights, 1):.3f} bits/weight"
+    yield f"{len(entries) - len(coded)} other tensors: {rest:,} bytes; header and index: {size - layers - rest:,} bytes"
+    yield f"file: {4 * elements:,} bytes before, {size:,} bytes now, ratio {4 * elements / size:.2f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows in columns: the first three to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < _LEFT_COLUMNS else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def _packed(uri: str) -> tuple[bytes, str]:
+    """The bytes of the packed network at a file's or a committed run's URI, and where they lie."""
+    if file := _file(uri):
+        return file[0].read(file[1]), uri
+    run = Store(uri)
+    read_manifest(run)
+    return run.read(MODEL), f"{uri.rstrip('/')}/{MODEL}"
+
+
+def _checks(uri: str) -> Iterator[tuple[str, list[str]]]:
+    """What there is to verify at a URI: its name and its problems, one after the other."""
+    if file := _file(uri):
+        yield uri, verify_clq(file[0].read(file[1]), uri)
+        return
+    store = Store(uri)
+    if store.exists(MANIFEST):
+        yield uri, verify(store)
+        return
+    runs = committed(store)
+    if not runs:
+        raise StorageError(
+            f"expected a .clq file, a run directory or a storage with committed runs, got none at {uri}; check the URI"
+        )
+    for run in runs:
+        yield run.store.uri, verify(run.store)
+
+
+def _file(uri: str) -> tuple[Store, str] | None:
+    """Store and name if the URI is that of a file: by its ending, or because it is there."""
+    if uri.endswith(".clq"):
+        return Store.of_file(uri)
+    try:
+        store, name = Store.of_file(uri)
+    except StorageError:
+        Store(uri)
+        return None
+    return (store, name) if store.exists(name) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Named errors.
+
+    ClipqError
+    ├── UserError            something the user can mend: one line, exit code 2
+    │   ├── ConfigError      an option is unknown, out of range or contradicts another
+    │   ├── ModelError       unknown network, wrong weights, NaN in weights
+    │   ├── DataError        missing, empty, unreadable or mislabelled data
+    │   ├── StorageError     a URI cannot be read or written
+    │   └── FormatError      a .clq file, a table or a manifest is damaged
+    └── RunError             the run itself failed, e.g. diverged: exit code 1
+
+A message says what was expected, what came and what to do, in one line. Foreign exceptions are translated once, where they enter
+(`raise ... from error`).
+"""
+
+
+class ClipqError(Exception):
+    """Everything that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(ClipqError):
+    """A mistake in the input; the message is one line and says what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An option is unknown, out of range or contradicts another."""
+
+
+class ModelError(UserError):
+    """A network or its weights cannot be used."""
+
+
+class DataError(UserError):
+    """Data is missing, empty, unreadable or does not fit the network."""
+
+
+class StorageError(UserError):
+    """A URI cannot be read or written."""
+
+
+class FormatError(UserError):
+    """A stored file is damaged or of an unknown version."""
+
+
+class RunError(ClipqError):
+    """The run failed for a reason that is no mistake of the input."""

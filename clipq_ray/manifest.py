@@ -1,0 +1,235 @@
+"""The commit of a run, and what readers see: committed runs only.
+
+A run is a directory; `manifest.json` in it is its commit. `commit` writes every file whole, reads each back, and puts the manifest
+last, with the size and SHA-256 of every file and a SHA-256 of the manifest itself. A directory without a manifest does not exist for
+readers, whatever lies in it. `verify` checks every hash and decodes the packed network; `open_layers` and `open_trials` read the
+tables of all committed runs as one dataset. Not covered: what the manifest says about a run (`pipeline` builds it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from clipq_ray import tables
+from clipq_ray.errors import FormatError, StorageError
+from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, WORK, Store
+
+FORMAT = 1
+_RUN = re.compile(rf"model=([^/]+)/run=([^/]+)/{re.escape(MANIFEST)}")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_SELF = "manifest_sha256"
+_log = logging.getLogger(__name__)
+
+PARTITIONS: pa.Schema = pa.schema(
+    [
+        pa.field(
+            "model", pa.string(), metadata={"unit": "", "description": "the run's model, from its path"}
+        ),
+        pa.field("run", pa.string(), metadata={"unit": "", "description": "the run's id, from its path"}),
+    ]
+)
+"""The columns that come from a run's path and stand behind a table's own."""
+
+
+class CommittedRun(NamedTuple):
+    """A run that has a manifest."""
+
+    model: str
+    run: str
+    store: Store
+
+
+def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    """Write all files, then the manifest; afterwards the run exists and never changes, and its `_work` is gone.
+
+    `manifest` is JSON content; `files` and the hashes are added here. Raises `StorageError` if the run is committed already or cannot be
+    written, `FormatError` if the manifest is no JSON (NaN included); until the end nobody sees anything.
+    """
+    content = _manifest_bytes(files, manifest)
+    for name, data in files.items():
+        _refuse_committed(run)
+        run.write(name, data)
+    for name, data in files.items():
+        if run.read(name) != data:
+            raise StorageError(
+                f"{run.uri}/{name} came back other than it was written; is another job writing the same run? "
+                "run again, or choose another storage"
+            )
+    if not run.create(MANIFEST, content):
+        _refuse_committed(run, certain=True)
+    try:
+        run.child(WORK).remove_tree()
+    except StorageError as error:
+        _log.warning("the run is committed, but its checkpoints could not be removed: %s", error)
+
+
+def read_manifest(run: Store) -> dict[str, Any]:
+    """The manifest of a committed run.
+
+    `StorageError` if there is none, `FormatError` if it is damaged, of another format or does not say which files it holds.
+    """
+    if not run.exists(MANIFEST):
+        raise StorageError(
+            f"expected a committed run at {run.uri}, got no {MANIFEST}; check the URI or let the job finish"
+        )
+    at = f"{run.uri}/{MANIFEST}"
+    try:
+        manifest = json.loads(run.read(MANIFEST))
+    except ValueError as error:
+        raise FormatError(
+            f"expected JSON in {at}, got {error}; restore the file or run the job again"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        came = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise FormatError(
+            f"expected a manifest of format {FORMAT} in {at}, got {came!r}; read it with the version that wrote it"
+        )
+    if _SELF in manifest and manifest[_SELF] != _own_hash(manifest):
+        raise FormatError(
+            f"expected {at} to have the SHA-256 that it states, got another; restore the file or run the job again"
+        )
+    if not _names_files(manifest.get("files")):
+        raise FormatError(
+            f"expected {at} to list its files with bytes and sha256, got something else; restore it or run the job again"
+        )
+    return manifest
+
+
+def verify(run: Store) -> list[str]:
+    """What is wrong with a committed run, one line each, empty if nothing: missing files, sizes, hashes, a packed network that does not decode."""
+    try:
+        manifest = read_manifest(run)
+    except (FormatError, StorageError) as error:
+        return [str(error)]
+    problems = [] if _SELF in manifest else [f"{run.uri}/{MANIFEST}: expected a {_SELF}, got none"]
+    for key, value in (part.split("=", 1) for part in run.uri.split("/")[-2:] if "=" in part):
+        if key in ("model", "run") and manifest.get(key) != value:
+            problems.append(
+                f"{run.uri}/{MANIFEST}: expected {key} {value!r} as in the path, got {manifest.get(key)!r}"
+            )
+    for name, stated in sorted(manifest["files"].items()):
+        problems.extend(_verify_file(run, name, stated))
+    return problems
+
+
+def verify_clq(data: bytes, origin: str) -> list[str]:
+    """What is wrong with a .clq file's bytes: the first damage that its decoder finds, with all its checksums, or nothing."""
+    # The codec brings the entropy coder; what only lists runs does without.
+    from clipq_ray import codec
+
+    try:
+        codec.decode(data)
+    except FormatError as error:
+        return [f"{origin}: {error}"]
+    return []
+
+
+def committed(storage: Store) -> list[CommittedRun]:
+    """All committed runs of a storage, sorted by model and run; one listing."""
+    return _committed_among(storage, storage.names("model="))
+
+
+def open_layers(storage: str | Store) -> ds.Dataset:
+    """The layer tables of all committed runs as one `pyarrow.dataset.Dataset`: the columns of `tables.LAYERS`, then model and run."""
+    return _open(storage, LAYERS, tables.LAYERS)
+
+
+def open_trials(storage: str | Store) -> ds.Dataset:
+    """The search evaluations of all committed runs as one dataset: the columns of `tables.TRIALS`, then model and run."""
+    return _open(storage, TRIALS, tables.TRIALS)
+
+
+def _open(storage: str | Store, name: str, schema: pa.Schema) -> ds.Dataset:
+    """Rows of exactly these files: a run that is committed while a reader works is seen by the next `open`."""
+    store = storage if isinstance(storage, Store) else Store(storage)
+    if store.local is not None and not store.local.is_dir():
+        raise StorageError(f"expected a storage with runs at {store.uri}, got no directory; check the URI")
+    listed = store.names("model=")
+    inside = {f"model={run.model}/run={run.run}/{name}" for run in _committed_among(store, listed)}
+    filesystem, root = store.arrow()
+    # A run whose plan was given has no trials.
+    paths = [f"{root.rstrip('/')}/{path}" for path in listed if path in inside]
+    whole = pa.schema([*schema, *PARTITIONS])
+    if not paths:
+        return ds.dataset(whole.empty_table())
+    return ds.dataset(
+        paths,
+        schema=whole,
+        format="parquet",
+        filesystem=filesystem,
+        partitioning=ds.partitioning(PARTITIONS, flavor="hive"),
+        partition_base_dir=root,
+    )
+
+
+def _committed_among(storage: Store, names: list[str]) -> list[CommittedRun]:
+    found = (_RUN.fullmatch(name) for name in names)
+    pairs = sorted((match[1], match[2]) for match in found if match)
+    return [CommittedRun(model, run, storage.child(f"model={model}", f"run={run}")) for model, run in pairs]
+
+
+def _manifest_bytes(files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> bytes:
+    entries = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in sorted(files.items())
+    }
+    whole = {**manifest, "files": entries}
+    try:
+        whole[_SELF] = _own_hash(whole)
+        text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"expected a manifest of JSON values without NaN, got {error}") from error
+    if whole.get("format") != FORMAT:
+        raise FormatError(f"expected a manifest of format {FORMAT}, got {whole.get('format')!r}")
+    return text.encode()
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest without its own hash, as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in manifest.items() if key != _SELF}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_committed(run: Store, *, certain: bool = False) -> None:
+    if certain or run.exists(MANIFEST):
+        raise StorageError(
+            f"expected no run at {run.uri}, got a committed one, which never changes; use --force for a new run"
+        )
+
+
+def _names_files(files: Any) -> bool:
+    """Whether this is {name: {"bytes": int >= 0, "sha256": 64 hex digits}} with names that stay inside the run."""
+    return isinstance(files, dict) and all(
+        isinstance(stated, dict)
+        and type(stated.get("bytes")) is int
+        and stated["bytes"] >= 0
+        and isinstance(stated.get("sha256"), str)
+        and bool(_HEX.fullmatch(stated["sha256"]))
+        and not any(part in ("", ".", "..") for part in name.split("/"))
+        for name, stated in files.items()
+    )
+
+
+def _verify_file(run: Store, name: str, stated: Mapping[str, Any]) -> list[str]:
+    at = f"{run.uri}/{name}"
+    try:
+        if not run.exists(name):
+            return [f"{at}: expected {stated['bytes']} bytes, got no file"]
+        data = run.read(name)
+    except StorageError as error:
+        return [str(error)]
+    if len(data) != stated["bytes"]:
+        return [f"{at}: expected {stated['bytes']} bytes, got {len(data)}"]
+    came = hashlib.sha256(data).hexdigest()
+    if came != stated["sha256"]:
+        return [f"{at}: expected SHA-256 {stated['sha256']}, got {came}"]
+    return verify_clq(data, at) if name == MODEL else []

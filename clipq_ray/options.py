@@ -1,0 +1,116 @@
+"""The command line of a configuration: every field of `Config` is one option, and `--config FILE` holds the same ones as YAML.
+
+argparse, since its errors can be one line with exit code 2; the generators that were tried (tyro, pydantic-settings) print boxes or
+tracebacks for a value out of range. Precedence: command line, then file, then default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from clipq_ray.config import Config, make, unknown
+from clipq_ray.errors import ClipqError, ConfigError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are a `ConfigError`: one line, with the nearest option's name."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise ConfigError(f"{message}; see --help")
+
+
+def parser(description: str) -> OneLineParser:
+    """The parser for `Config`; options keep the fields' order, help shows unit and default."""
+    result = OneLineParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--config", metavar="FILE", help="YAML file that holds the same options, e.g. target_ratio: 20")
+    for name, field in Config.model_fields.items():
+        _add(result, name, field)
+    return result
+
+
+def _add(result: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    option = "--" + name.replace("_", "-")
+    default = field.get_default(call_default_factory=True)
+    shown = "" if default in (None, (), {}) else f" (default: {default})"
+    text = (field.description or "") + shown
+    if field.annotation is bool:
+        result.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        return
+    kinds = set(typing.get_args(field.annotation)) or {field.annotation}
+    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else None
+    metavar = "|".join(choices) if choices else _metavar(kinds)
+    result.add_argument(option, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def _metavar(kinds: set[Any]) -> str:
+    for kind, word in ((int, "N"), (float, "X"), (str, "TEXT")):
+        if kind in kinds:
+            return word
+    return "LIST"
+
+
+def parse(arguments: Sequence[str], description: str) -> Config:
+    """The configuration of a command line; `ConfigError` for anything wrong in it or in its file."""
+    known, rest = parser(description).parse_known_args(list(arguments))
+    if rest:
+        raise ConfigError(unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
+    given = vars(known)
+    path = given.pop("config")
+    options = {**(read_yaml(path) if path else {}), **{name: _value(name, text) for name, text in given.items()}}
+    return make(**options)
+
+
+def _value(name: str, text: Any) -> Any:
+    """Lists and JSON objects from their text; the rest is converted by the configuration itself."""
+    annotation = str(Config.model_fields[name].annotation)
+    if isinstance(text, str) and "tuple" in annotation:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if isinstance(text, str) and annotation.startswith("dict"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: expected JSON such as '{{\"transform_input\": true}}', got {text!r}"
+            ) from error
+    return text
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file; unknown keys are refused by `make`."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: expected a readable YAML file, got {path!r} ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: expected YAML in {path!r}, got {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: expected options as 'name: value' lines in {path!r}, got {type(content).__name__}")
+    return {str(key).replace("-", "_"): tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+
+
+def run(program: str, main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Call `main` with the command line's arguments; a named error is one line and its exit code."""
+    try:
+        code = main(sys.argv[1:]) or 0
+    except ClipqError as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr, flush=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,263 @@
+"""One directory at any URI, with objects that appear whole or not at all; and the names inside a run directory.
+
+`Store` is the one place that touches storage: a local path or `file://` (a temporary file in the same directory, fsync, rename),
+`s3://` (one put per object, through s3fs with whatever credentials, profile, region and endpoint the environment names), `memory://`
+and every other protocol of an installed fsspec package. Listings are never cached, so what one process wrote, the next one sees. A
+store pickles as its URI alone and opens its own connections in every process, forked ones included.
+
+Every failure is a `StorageError` of one line with the URI, what failed and what to do. Names that begin with `.clipq-` belong to
+unfinished writes and are never listed. Not covered: locks (`create` is the only primitive; what commits a run stands in `manifest`),
+objects over 5 GB on S3, and streaming: objects are read and written as bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clipq_ray.backends import INTERNAL, S3, Backend, Connection, Directory, Objects, chain, codes
+from clipq_ray.errors import ClipqError, ConfigError, StorageError
+
+MODEL = "model.clq"
+LAYERS = "layers.parquet"
+TRIALS = "trials.parquet"
+PREDICTIONS = "predictions.parquet"
+REPORT = "report.html"
+MANIFEST = "manifest.json"
+WORK = "_work"
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Store:
+    """One directory of objects at a URI; nothing is touched before the first call."""
+
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        """`uri`: a local path (made absolute), `file://`, `s3://bucket/prefix`, `memory://name` or another fsspec protocol."""
+        protocol, path = _parse(os.fspath(uri))
+        self.uri = path if protocol == "file" else f"{protocol}://{path}"
+        self.local: Path | None = Path(path) if protocol == "file" else None
+        self._backend: Backend = (
+            Directory(Path(path)) if protocol == "file" else Objects(_connection(protocol), path)
+        )
+
+    @classmethod
+    def of_file(cls, uri: str | os.PathLike[str]) -> tuple[Store, str]:
+        """The store that holds the object at `uri`, and the object's name in it."""
+        text = cls(uri).uri
+        parent, _, name = text.rpartition("/")
+        if not name or parent.endswith(":/"):
+            raise StorageError(f"expected the URI of a file, got {text}")
+        return cls(parent or "/"), name
+
+    def child(self, *parts: str) -> Store:
+        """The store of a directory inside this one."""
+        names = [_checked(self.uri, part) for part in parts]
+        store = Store.__new__(Store)
+        store.uri = "/".join([self.uri.rstrip("/"), *names])
+        store.local = self.local.joinpath(*names) if self.local is not None else None
+        store._backend = self._backend.child(*names)
+        return store
+
+    def read(self, name: str) -> bytes:
+        """The whole content of an object; `StorageError` if there is none."""
+        with _translated(self._at(name), "read"):
+            return self._backend.read(name)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a whole object in place of whatever is there; readers see the old or the new content, never a part."""
+        with _translated(self._at(name), "write"):
+            self._backend.write(name, bytes(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put a whole object only if none is there, and say whether it was put.
+
+        Of any number of callers at once, one gets True. After a lost connection the answer may be False although the object is this
+        caller's: who must know reads it back. Stores without conditional puts (some S3 imitations) only check before they write.
+        """
+        with _translated(self._at(name), "write"):
+            return self._backend.create(name, bytes(data))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object (not a directory) of this name."""
+        with _translated(self._at(name), "look for"):
+            return self._backend.size(name) is not None
+
+    def size(self, name: str) -> int:
+        """The object's size in bytes; `StorageError` if there is none."""
+        with _translated(self._at(name), "look for"):
+            size = self._backend.size(name)
+            if size is None:
+                raise FileNotFoundError(errno.ENOENT, "there is no such object")
+            return size
+
+    def names(self, prefix: str = "") -> list[str]:
+        """All objects whose relative name begins with `prefix`, at any depth, sorted; empty if the directory is not there."""
+        if prefix.strip("/"):
+            _checked(self.uri, prefix.rstrip("/"))
+        with _translated(self.uri, "list"):
+            found = self._backend.names(prefix)
+        return sorted(name for name in found if not name.rpartition("/")[2].startswith(INTERNAL))
+
+    def remove(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        with _translated(self._at(name), "remove"):
+            self._backend.remove(name)
+
+    def remove_tree(self) -> None:
+        """Remove everything in this directory, leftovers of unfinished writes included; a bucket itself stays."""
+        with _translated(self.uri, "remove"):
+            self._backend.remove_tree()
+
+    def check_writable(self) -> None:
+        """Write, read back and remove a small object of a unique name; `StorageError` if any of it fails."""
+        name, data = f"{INTERNAL}probe-{uuid.uuid4().hex}", os.urandom(64)
+        with _translated(self.uri, "write to"):
+            self._backend.write(name, data)
+        try:
+            with _translated(self.uri, "read back from"):
+                came = self._backend.read(name)
+        finally:
+            with _translated(self.uri, "remove a file from"):
+                self._backend.remove(name)
+        if came != data:
+            raise StorageError(
+                f"cannot use {self.uri}: {len(data)} bytes were written and {len(came)} other bytes came back; "
+                "choose another storage or check its checksum settings"
+            )
+
+    def arrow(self) -> tuple[Any, str]:
+        """A `pyarrow.fs.FileSystem` with the same credentials and endpoint, and this directory's path in it."""
+        with _translated(self.uri, "open"):
+            return self._backend.arrow()
+
+    def _at(self, name: str) -> str:
+        return f"{self.uri.rstrip('/')}/{_checked(self.uri, name)}"
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return (Store, (self.uri,))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and other.uri == self.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+
+def run_store(storage: Store, model: str, run: str) -> Store:
+    """The directory of one run, `model={model}/run={run}`; `ConfigError` if a name would not survive as a partition key."""
+    return storage.child(f"model={_label('model name', model)}", f"run={_label('run id', run)}")
+
+
+def stage_store(storage: Store, stage: str, key: str) -> Store:
+    """The directory of a stage's outputs, `_stages/{stage}-{key}`."""
+    return storage.child("_stages", f"{_label('stage', stage)}-{_label('stage key', key)}")
+
+
+def _parse(uri: str) -> tuple[str, str]:
+    """Protocol and path, local paths absolute, nothing trailing."""
+    if not uri.strip() or "::" in uri or "\0" in uri:
+        raise StorageError(
+            f"expected a storage URI (a path, s3://bucket/prefix, memory://name), got {uri!r}; chained URIs are not taken"
+        )
+    protocol, separator, path = uri.partition("://")
+    if not separator:
+        return "file", os.path.abspath(os.path.expanduser(uri))
+    if protocol in ("file", "local"):
+        return "file", os.path.abspath(path)
+    path = path.strip("/")
+    if not path:
+        raise StorageError(
+            f"expected {protocol}://NAME or {protocol}://NAME/PREFIX, got {uri!r}; add the bucket's name"
+        )
+    return protocol, path
+
+
+def _checked(uri: str, name: str) -> str:
+    """A relative name that stays inside its store."""
+    if name and "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/")):
+        return name
+    raise StorageError(
+        f"expected a relative name inside {uri}, got {name!r}; use parts other than '..' without empty ones"
+    )
+
+
+def _label(what: str, text: str) -> str:
+    """A name that every reader of hive partitions takes as it is (no '=', '%', '/', ':' or spaces)."""
+    if _LABEL.fullmatch(text):
+        return text
+    raise ConfigError(
+        f"expected a {what} of letters, digits, '.', '_' and '-' that begins with a letter or digit, got {text!r}; choose another name"
+    )
+
+
+def _connection(protocol: str) -> Connection:
+    try:
+        return Connection(protocol)
+    except ImportError as error:
+        extra = "clipq_ray[s3]" if protocol in S3 else "the package that it names"
+        raise StorageError(f"cannot open {protocol}:// URIs: {_line(error)}; install {extra}") from error
+    except ValueError as error:
+        raise StorageError(
+            f"expected a path, file://, s3://, memory:// or another protocol that fsspec knows, got {protocol}://; check the URI"
+        ) from error
+
+
+@contextlib.contextmanager
+def _translated(uri: str, action: str) -> Iterator[None]:
+    """Whatever storage raises becomes one `StorageError` line; every fsspec package has exceptions of its own, so all are caught."""
+    try:
+        yield
+    except ClipqError:
+        raise
+    except Exception as error:
+        raise StorageError(f"cannot {action} {uri}: {_line(error)}; {_advice(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+_ADVICE = (
+    (("NoSuchBucket",), "create the bucket first or correct its name"),
+    (
+        ("NoCredentialsError", "PartialCredentialsError", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "TokenRetrievalError"),
+        "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role)",
+    ),
+    (("ProfileNotFound",), "correct AWS_PROFILE or unset it"),
+    (("AccessDenied", "403"), "allow these credentials to get, put, delete and list objects there"),
+    (("PermissionError",), "give yourself permission there or choose another storage"),
+    (
+        ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientConnectorError", "ConnectionError", "ConnectionRefusedError"),
+        "check AWS_ENDPOINT_URL and the network",
+    ),
+    (("NoRegionError", "PermanentRedirect", "AuthorizationHeaderMalformed", "301"), "set AWS_DEFAULT_REGION to the bucket's region"),
+    (("FileNotFoundError",), "check the URI"),
+    (("NotADirectoryError", "FileExistsError"), "choose a path whose parents are directories"),
+    (("IsADirectoryError",), "name a file, not a directory"),
+)  # fmt: skip
+_ADVICE_BY_NUMBER = {
+    errno.ENOSPC: "free space there or choose another storage",
+    errno.EDQUOT: "free space in your quota or choose another storage",
+    errno.EROFS: "choose a storage that is not read-only",
+}
+
+
+def _advice(error: BaseException) -> str:
+    for one in chain(error):
+        if isinstance(one, OSError) and one.errno in _ADVICE_BY_NUMBER:
+            return _ADVICE_BY_NUMBER[one.errno]
+    found = codes(error)
+    return next(
+        (advice for names, advice in _ADVICE if found & set(names)), "check the URI and the storage behind it"
+    )

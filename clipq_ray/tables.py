@@ -1,0 +1,162 @@
+"""The schemas of a run's tables, and Parquet in and out.
+
+`LAYERS` has one row per compressed layer, `TRIALS` one per evaluation of the search, `PREDICTIONS` one per test image. Every column
+carries its description and unit in the field's metadata, which Parquet keeps; TABLES.md beside this file lists them for readers, and
+a test holds the two equal. The partition keys `model` and `run` stand in the path of a run, not in its files. Not covered: where the
+files lie (`storage`) and reading many runs at once (`manifest.open_layers`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipq_ray.errors import FormatError
+
+
+def _column(name: str, kind: Any, unit: str, description: str, *, null: bool = False) -> Any:
+    return pa.field(name, kind, nullable=null, metadata={"unit": unit, "description": description})
+
+
+_WEIGHT_NAME = "name of the layer's weight in the network's state dict"
+_RATE = "pruning rate: the fraction of the weights of each sign that is clipped to zero"
+_BITS = "bit width b: at most 2^b levels, zero included"
+
+LAYERS: pa.Schema = pa.schema(
+    [
+        _column("index", pa.int32(), "", "position of the layer in the network, from 0"),
+        _column("layer", pa.string(), "", _WEIGHT_NAME),
+        _column("kind", pa.string(), "", "conv, linear, attention or matmul"),
+        _column("shape", pa.list_(pa.int64()), "", "shape of the weight"),
+        _column("weights", pa.int64(), "weights", "number of weights"),
+        _column("p", pa.float64(), "fraction", _RATE),
+        _column("bits", pa.int32(), "bits", _BITS),
+        _column("share_negative", pa.int32(), "intervals", "intervals on the negative side"),
+        _column("share_positive", pa.int32(), "intervals", "intervals on the positive side"),
+        _column("clip_negative", pa.float64(), "weight units", "magnitude up to which negative weights are zero"),
+        _column("clip_positive", pa.float64(), "weight units", "magnitude up to which positive weights are zero"),
+        _column("levels", pa.int32(), "levels", "distinct values in the packed layer, zero included"),
+        _column("level_values", pa.list_(pa.float32()), "weight units", "those values, ascending"),
+        _column("nonzeros", pa.int64(), "weights", "weights that are not zero"),
+        _column("nonzero_percent", pa.float64(), "%", "non-zeros among the weights"),
+        _column("bytes_before", pa.int64(), "bytes", "4 bytes x weights"),
+        _column("bytes", pa.int64(), "bytes", "what the layer takes in model.clq: codes, model and levels, without the header"),
+        _column("bits_per_weight", pa.float64(), "bits/weight", "8 x bytes / weights"),
+        _column("entropy_bits_per_weight", pa.float64(), "bits/weight", "entropy of the codes without context, levels not counted"),
+        _column("ratio", pa.float64(), "", "bytes_before / bytes"),
+        _column("quantization_error_percent", pa.float64(), "%", "100 x |w - q| / |w| (Euclidean norms) after fine-tuning"),
+        _column(
+            "search_error_percent", pa.float64(), "%",
+            "top-1 error on the search's images with only this layer compressed, untrained; null if not searched", null=True,
+        ),
+        _column(
+            "search_reference_error_percent", pa.float64(), "%",
+            "top-1 error of the uncompressed network on the same images; null if not searched", null=True,
+        ),
+        _column("coder", pa.string(), "", "entropy model of the layer in model.clq"),
+    ]
+)  # fmt: skip
+"""One row per compressed layer, in the order of the network."""
+
+TRIALS: pa.Schema = pa.schema(
+    [
+        _column("layer", pa.string(), "", _WEIGHT_NAME),
+        _column("step", pa.int32(), "", "number of the evaluation within the layer, from 0"),
+        _column(
+            "origin", pa.string(), "", "start (fixed first points) or bayes (suggested by the optimiser)"
+        ),
+        _column("p", pa.float64(), "fraction", _RATE),
+        _column("bits", pa.int32(), "bits", _BITS),
+        _column("images", pa.int32(), "images", "training images that were evaluated"),
+        _column("error_percent", pa.float64(), "%", "top-1 error with only this layer compressed, untrained"),
+        _column("loss", pa.float64(), "nats", "mean cross-entropy of the same evaluation"),
+        _column("bytes", pa.int64(), "bytes", "what the encoder writes for the layer"),
+        _column(
+            "saved_fraction", pa.float64(), "fraction", "bits saved on this layer over the bits of all layers"
+        ),
+        _column(
+            "tradeoff",
+            pa.float64(),
+            "",
+            "lambda, with which the objective weighs saved_fraction against error",
+        ),
+        _column("objective", pa.float64(), "", "error - lambda x saved_fraction; the search minimises it"),
+        _column("chosen", pa.bool_(), "", "whether the plan took this point"),
+        _column("seconds", pa.float64(), "s", "wall time of the evaluation"),
+        _column("node", pa.string(), "", "host that evaluated it"),
+    ]
+)
+"""One row per evaluation of the search."""
+
+PREDICTIONS: pa.Schema = pa.schema(
+    [
+        _column("index", pa.int64(), "", "position of the image in the test set, from 0"),
+        _column("label", pa.int32(), "", "true class"),
+        _column("original", pa.int32(), "", "class predicted by the given network"),
+        _column(
+            "control",
+            pa.int32(),
+            "",
+            "class predicted by the dense control; null if there is none",
+            null=True,
+        ),
+        _column("compressed", pa.int32(), "", "class predicted by the decoded file"),
+    ]
+)
+"""One row per test image."""
+
+SCHEMAS: dict[str, pa.Schema] = {"layers": LAYERS, "trials": TRIALS, "predictions": PREDICTIONS}
+
+
+def to_bytes(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """Rows as a Parquet file (zstd), the same bytes for the same rows and library.
+
+    Every row has every column of the schema and no other; only columns said to be so may be None. Anything else is a `FormatError`,
+    because pyarrow would drop or fill it in silence.
+    """
+    names = set(schema.names)
+    required = [field.name for field in schema if not field.nullable]
+    for number, row in enumerate(rows):
+        if set(row) != names:
+            raise FormatError(
+                f"row {number}: expected the columns of the schema, {_difference(names, set(row))}"
+            )
+        if empty := [name for name in required if row[name] is None]:
+            raise FormatError(f"row {number}: expected a value in {', '.join(empty)}, got none")
+    try:
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise FormatError(f"expected values that fit the schema, got {_line(error)}") from error
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def from_bytes(data: bytes, schema: pa.Schema | None = None) -> pa.Table:
+    """The mirror of `to_bytes`; `FormatError` if the bytes are no Parquet file or have not the columns of `schema`, where it is given."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise FormatError(
+            f"expected a Parquet file, got {len(data)} bytes that cannot be read: {_line(error)}"
+        ) from error
+    if schema is not None and not table.schema.equals(schema):
+        have, want = set(table.schema.names), set(schema.names)
+        what = _difference(want, have) if have != want else "got other types or another order"
+        raise FormatError(
+            f"expected the columns of the schema, {what}; was the table written by another version?"
+        )
+    return table
+
+
+def _difference(expected: set[str], came: set[str]) -> str:
+    parts = [("missing", expected - came), ("unknown", came - expected)]
+    return "got " + " and ".join(f"{word} {', '.join(sorted(names))}" for word, names in parts if names)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,119 @@
+"""Make the report of a committed run again, from its manifest and tables.
+
+    python jobs/report.py RUN_URI [--output FILE]
+
+`RUN_URI` is a run directory (`.../model=NAME/run=ID`, local or any fsspec URI). The page is written to `FILE`, by default
+`./report-NAME-ID.html`, and never into a committed run: what is committed stays as it is. The tables are checked against the hashes of
+the manifest first. Not covered: measuring anything anew (`jobs/evaluate.py` does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clipq_ray import tables
+from clipq_ray.errors import ClipqError, ConfigError, FormatError, StorageError
+from clipq_ray.manifest import read_manifest
+from clipq_ray.report import render
+from clipq_ray.storage import LAYERS, MANIFEST, PREDICTIONS, TRIALS, Store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, make the page, say where it lies. Returns the exit code: 2 for a mistake in the input."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "run_uri", metavar="RUN_URI", help="a committed run directory, local or any fsspec URI"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="local file (default: ./report-{model}-{run}.html)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        print(make(given.run_uri, given.output))
+    except ClipqError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def make(run_uri: str, output: Path | None = None) -> Path:
+    """Write the report of the run at `run_uri` and return the file's path."""
+    run = Store(run_uri)
+    manifest = read_manifest(run)
+    page = render(
+        manifest, _table(run, manifest, LAYERS), _trials(run, manifest), _predictions(run, manifest)
+    )
+    path = output or Path(f"report-{_plain(manifest['model'])}-{_plain(manifest['run'])}.html")
+    _write(path, page)
+    return path
+
+
+def _table(run: Store, manifest: dict[str, Any], name: str) -> pa.Table:
+    """A table of the run; `FormatError` if it is not the one that was committed."""
+    data = run.read(name)
+    expected = (manifest.get("files") or {}).get(name, {}).get("sha256")
+    found = hashlib.sha256(data).hexdigest()
+    if expected != found:
+        raise FormatError(
+            f"expected {name} of {run.uri} with SHA-256 {expected}, got {found}: run `clipq verify {run.uri}`"
+        )
+    return tables.from_bytes(data)
+
+
+def _trials(run: Store, manifest: dict[str, Any]) -> pa.Table:
+    """The search's table; without rows if the run has none."""
+    return (
+        _table(run, manifest, TRIALS) if TRIALS in manifest.get("files", {}) else tables.TRIALS.empty_table()
+    )
+
+
+def _predictions(run: Store, manifest: dict[str, Any]) -> pa.Table | None:
+    return _table(run, manifest, PREDICTIONS) if PREDICTIONS in manifest.get("files", {}) else None
+
+
+def _plain(name: str) -> str:
+    """A name that is safe in a file name."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _write(path: Path, page: str) -> None:
+    """Write a local file whole, unless it lies in a committed run."""
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST).exists():
+            raise ConfigError(
+                f"expected --output outside of a committed run, got {path}: choose another folder"
+            )
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(page)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"expected an --output that can be written, got {path} ({error.strerror})"
+        ) from error
+
+
+def _umask() -> int:
+    """The process's file mode mask (mkstemp makes files private, a report is a plain file)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+if __name__ == "__main__":
+    sys.exit(main())

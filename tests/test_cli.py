@@ -1,0 +1,242 @@
+"""The clipq command: tables from the file alone, every damage found, one line per mistake."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load as load_safetensors
+
+from clipq_ray import codec
+from clipq_ray import manifest as manifests
+from clipq_ray.cli import main
+from clipq_ray.load import load_state_dict
+from clipq_ray.storage import MANIFEST, MODEL, REPORT, Store, run_store
+
+pytest_plugins = ["s3_server"]
+
+SOURCE = "ab" * 32
+
+
+def packed() -> codec.Packed:
+    """LeNet-300-100 of made-up weights, four levels per layer, one in four weights not zero."""
+    random = np.random.default_rng(0)
+    tensors: dict[str, Any] = {}
+    for number, (outputs, inputs) in enumerate([(300, 784), (100, 300), (10, 100)], start=1):
+        codes = random.choice(np.array([-1, 0, 1, 2], np.int16), (outputs, inputs), p=[0.1, 0.75, 0.1, 0.05])
+        levels = np.array([-0.5, 0.0, 0.25, 0.75], np.float32)
+        tensors[f"fc{number}.weight"] = codec.CodedLayer.from_quantized(codes, levels, 1)
+        tensors[f"fc{number}.bias"] = np.linspace(-1, 1, outputs, dtype=np.float32)
+    metadata = {
+        "architecture": {"name": "lenet_300_100", "kwargs": {"num_classes": 10}},
+        "classes": 10,
+        "input": {"shape": [1, 28, 28], "resize": None, "mean": [0.13], "std": [0.31]},
+        "source": SOURCE,
+        "ties": {},
+        "dropped": [],
+        "counters": [],
+    }
+    return codec.Packed(metadata, tensors)
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    return codec.encode(packed())
+
+
+@pytest.fixture
+def file(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "m.clq"
+    path.write_bytes(data)
+    return path
+
+
+def commit(storage: str, run: str, data: bytes) -> Store:
+    store = run_store(Store(storage), "lenet", run)
+    manifests.commit(store, {MODEL: data, REPORT: b"<html>"}, {"format": 1, "model": "lenet", "run": run})
+    return store
+
+
+def damage(store: Store, name: str) -> None:
+    data = store.read(name)
+    middle = len(data) // 2
+    store.write(name, data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+
+
+def test_inspect_prints_a_row_per_tensor_and_totals_that_add_up(
+    file: Path, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "lenet_300_100(num_classes=10)" in text
+    assert SOURCE in text
+    entries = {entry.name: entry for entry in codec.entries(data)}
+    for name, tensor in packed().tensors.items():
+        (row,) = re.findall(rf"^{re.escape(name)} .*$", text, re.M)
+        cells = row.split()
+        elements = tensor.codes.size if isinstance(tensor, codec.CodedLayer) else tensor.size
+        assert cells[2] == entries[name].coder
+        assert cells[-2:] == [f"{entries[name].bytes:,}", f"{8 * entries[name].bytes / elements:.2f}"]
+        if isinstance(tensor, codec.CodedLayer):
+            assert cells[1] == "x".join(map(str, tensor.codes.shape))
+            assert cells[3:5] == ["4", f"{100 * np.count_nonzero(tensor.codes) / elements:.1f}"]
+    assert (
+        f"file: {4 * 266_610:,} bytes before, {len(data):,} bytes now, ratio {4 * 266_610 / len(data):.2f}"
+        in text
+    )
+    parts = re.search(
+        r"weights in ([\d,]+) bytes.*\n3 other tensors: ([\d,]+) bytes; header and index: ([\d,]+) bytes",
+        text,
+    )
+    assert parts is not None
+    assert sum(int(part.replace(",", "")) for part in parts.groups()) == len(data)
+
+
+def test_inspect_reads_a_committed_run_and_a_file_on_any_storage(
+    storage_uri: str, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = commit(storage_uri, "r-1", data)
+    assert main(["inspect", run.uri]) == 0
+    from_run = capsys.readouterr().out
+    assert main(["inspect", f"{run.uri}/{MODEL}"]) == 0
+    assert capsys.readouterr().out == from_run
+
+
+def test_inspect_of_a_run_that_is_not_committed_says_so(
+    tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_store(Store(tmp_path), "lenet", "r-1")
+    run.write(MODEL, data)
+    assert main(["inspect", run.uri]) == 2
+    assert "expected a committed run" in capsys.readouterr().err
+
+
+def test_verify_finds_nothing_wrong_with_what_is_sound(
+    storage_uri: str, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = commit(storage_uri, "r-1", data), commit(storage_uri, "r-2", data)
+    assert main(["verify", f"{one.uri}/{MODEL}"]) == 0
+    assert main(["verify", one.uri]) == 0
+    assert capsys.readouterr().out == f"{one.uri}/{MODEL}: ok\n{one.uri}: ok\n"
+    assert main(["verify", storage_uri]) == 0
+    assert capsys.readouterr().out == f"{one.uri}: ok\n{two.uri}: ok\n2 runs: all ok\n"
+
+
+def test_verify_of_a_storage_prints_one_line_per_problem_and_exits_with_2(
+    storage_uri: str, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [commit(storage_uri, f"r-{one}", data) for one in range(4)]
+    damage(runs[0], MODEL)
+    runs[0].remove(REPORT)
+    runs[1].write(MANIFEST, b"{")
+    damage(runs[3], REPORT)
+    assert main(["verify", storage_uri]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith(f"{runs[0].uri}/{MODEL}: expected SHA-256")
+    assert lines[1].endswith("got no file")
+    assert f"{runs[1].uri}/{MANIFEST}" in lines[2]
+    assert lines[3] == f"{runs[2].uri}: ok"
+    assert lines[4].startswith(f"{runs[3].uri}/{REPORT}")
+    assert lines[5] == "4 runs: 4 problems"
+
+
+def test_verify_decodes_the_network_even_where_the_manifest_states_the_damaged_bytes(
+    tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = commit(str(tmp_path), "r-1", data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(["verify", run.uri]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{run.uri}/{MODEL}: ")
+
+
+def test_verify_finds_truncations_and_flipped_bytes_of_a_file(
+    file: Path, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in range(0, len(data), len(data) // 23):
+        for bad in (data[:place], data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :]):
+            file.write_bytes(bad)
+            assert main(["verify", str(file)]) == 2
+            (line,) = capsys.readouterr().out.splitlines()
+            assert line.startswith(f"{file}: ")
+
+
+def test_export_writes_the_decoded_state_dict(
+    storage_uri: str, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = commit(storage_uri, "r-1", data)
+    output = f"{storage_uri}/out.safetensors"
+    assert main(["export", run.uri, output]) == 0
+    assert output in capsys.readouterr().out
+    state = load_safetensors(Store(storage_uri).read("out.safetensors"))
+    expected = load_state_dict(run.uri)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    levels = torch.tensor([-0.5, 0.0, 0.25, 0.75])
+    assert torch.equal(state["fc1.weight"].unique(), levels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["inspect", "{tmp}/none.clq"], "cannot read {tmp}/none.clq"),
+        (["inspect", "{tmp}"], "expected a committed run at {tmp}"),
+        (["inspect", "nosuch://x/y.clq"], "check the URI"),
+        (["inspect", "{tmp}/bad.clq"], ""),
+        (["verify", "{tmp}"], "expected a .clq file, a run directory or a storage"),
+        (["verify", "{tmp}/none.clq"], "cannot read {tmp}/none.clq"),
+        (["verify", "{tmp}/nowhere"], "{tmp}/nowhere"),
+        (["export", "{tmp}/m.clq", "{tmp}/out.pt"], "ends in .safetensors"),
+        (["export", "{tmp}/bad.clq", "{tmp}/out.safetensors"], ""),
+        (["export", "{tmp}/none.clq", "{tmp}/out.safetensors"], "none.clq"),
+        (
+            ["export", "{tmp}/m.clq", "{tmp}/m.clq/out.safetensors"],
+            "choose a path whose parents are directories",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+    file: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = file.parent
+    (folder / "bad.clq").write_bytes(b"no network")
+    before = sorted(path.name for path in folder.iterdir())
+    assert main([argument.format(tmp=folder) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("clipq: ")
+    assert err.count("\n") == 1
+    assert says.format(tmp=folder) in err
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "clipq_ray.cli", *arguments]
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path: Path, data: bytes) -> None:
+    for one in range(3):
+        commit(str(tmp_path), f"r-{one}", data)
+    process = subprocess.Popen(
+        command("verify", str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+def test_help_names_the_commands_and_an_unknown_one_exits_with_2() -> None:
+    root = Path(__file__).parents[1]
+    shown = subprocess.run(command("--help"), capture_output=True, text=True, check=True, cwd=root).stdout
+    assert all(word in shown for word in ("inspect", "verify", "export"))
+    unknown = subprocess.run(command("explode"), capture_output=True, text=True, check=False, cwd=root)
+    assert unknown.returncode == 2
+    assert "Traceback" not in unknown.stderr

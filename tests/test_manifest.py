@@ -1,0 +1,316 @@
+"""The commit: what readers see, what verify finds, and the queries of TABLES.md as they stand there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import fsspec
+import pyarrow as pa
+import pytest
+
+from clipq_ray import manifest as manifests
+from clipq_ray import tables
+from clipq_ray.errors import FormatError, StorageError
+from clipq_ray.storage import LAYERS, MANIFEST, PREDICTIONS, REPORT, TRIALS, Store, run_store, stage_store
+
+pytest_plugins = ["s3_server"]
+
+
+def layer(index: int, size: int, weights: int) -> dict[str, Any]:
+    return {
+        "index": index, "layer": f"conv{index}.weight", "kind": "conv", "shape": [weights], "weights": weights, "p": 0.5, "bits": 2,
+        "share_negative": 2, "share_positive": 1, "clip_negative": 0.1, "clip_positive": 0.2, "levels": 3, "level_values": [-1.0, 0.0, 1.0],
+        "nonzeros": 5, "nonzero_percent": 50.0, "bytes_before": 4 * weights, "bytes": size, "bits_per_weight": 8 * size / weights,
+        "entropy_bits_per_weight": 1.5, "ratio": 4 * weights / size, "quantization_error_percent": 30.0,
+        "search_error_percent": None, "search_reference_error_percent": None, "coder": "static",
+    }  # fmt: skip
+
+
+def trial(name: str, chosen: bool) -> dict[str, Any]:
+    return {
+        "layer": name, "step": int(chosen), "origin": "start", "p": 0.5, "bits": 2, "images": 10, "error_percent": 5.0, "loss": 0.1,
+        "bytes": 10, "saved_fraction": 0.1, "tradeoff": 1.0, "objective": 4.9, "chosen": chosen, "seconds": 0.1, "node": "n",
+    }  # fmt: skip
+
+
+def run_files(first_bytes: int = 100, *, trials: bool = True) -> dict[str, bytes]:
+    """The files of a small run of two layers of 400 weights (no packed network: `test_cli` has one)."""
+    files = {
+        LAYERS: tables.to_bytes([layer(0, first_bytes, 400), layer(1, 50, 400)], tables.LAYERS),
+        REPORT: b"<html></html>",
+    }
+    if trials:
+        rows = [trial("conv0.weight", False), trial("conv0.weight", True)]
+        files[TRIALS] = tables.to_bytes(rows, tables.TRIALS)
+    return files
+
+
+def content(model: str, run: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "model": model,
+        "run": run,
+        "metrics": {"ratio": 15.5},
+        "notes": ["größer"],
+        **changes,
+    }
+
+
+def commit(storage: Store, model: str, run: str, files: dict[str, bytes] | None = None) -> Store:
+    store = run_store(storage, model, run)
+    manifests.commit(store, files or run_files(), content(model, run))
+    return store
+
+
+@pytest.fixture
+def storage(storage_uri: str) -> Store:
+    return Store(storage_uri)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    return commit(Store(tmp_path), "lenet5", "r-1")
+
+
+def test_a_committed_run_says_what_it_was_given_and_the_hash_of_every_file(storage: Store) -> None:
+    run = commit(storage, "lenet5", "r-1")
+    manifest = manifests.read_manifest(run)
+    assert {key: manifest[key] for key in content("lenet5", "r-1")} == content("lenet5", "r-1")
+    for name, data in run_files().items():
+        assert run.read(name) == data
+        assert manifest["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifests.verify(run) == []
+
+
+def test_the_manifest_is_written_last_so_a_job_that_dies_before_leaves_no_run(
+    storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = Store.write
+
+    def dying(self: Store, name: str, data: bytes) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, data)
+
+    monkeypatch.setattr(Store, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        commit(storage, "lenet5", "r-1")
+    monkeypatch.undo()
+    assert manifests.committed(storage) == []
+    assert len(written) == 2
+    with pytest.raises(StorageError, match="expected a committed run"):
+        manifests.read_manifest(run_store(storage, "lenet5", "r-1"))
+
+
+def test_a_committed_run_never_changes(storage: Store) -> None:
+    run = commit(storage, "lenet5", "r-1")
+    before = {name: run.read(name) for name in run.names()}
+    with pytest.raises(StorageError, match="never changes"):
+        manifests.commit(run, run_files(7), content("lenet5", "r-1"))
+    assert {name: run.read(name) for name in run.names()} == before
+
+
+def test_of_two_jobs_that_commit_the_same_run_one_is_told(
+    storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_store(storage, "lenet5", "r-1")
+    create = Store.create
+
+    def beaten(self: Store, name: str, data: bytes) -> bool:
+        create(self, name, b"{}")
+        return create(self, name, data)
+
+    monkeypatch.setattr(Store, "create", beaten)
+    with pytest.raises(StorageError, match="never changes"):
+        manifests.commit(run, run_files(), content("lenet5", "r-1"))
+    assert run.read(MANIFEST) == b"{}"
+
+
+def test_files_that_come_back_other_than_written_are_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_store(Store(tmp_path), "lenet5", "r-1")
+    monkeypatch.setattr(Store, "read", lambda self, name: b"garbled")
+    with pytest.raises(StorageError, match="came back other than it was written"):
+        manifests.commit(run, run_files(), content("lenet5", "r-1"))
+    assert not run.exists(MANIFEST)
+
+
+def test_checkpoints_go_at_commit(storage: Store) -> None:
+    run = run_store(storage, "lenet5", "r-1")
+    run.write("_work/checkpoint/0", b"1")
+    commit(storage, "lenet5", "r-1")
+    assert [name for name in run.names() if name.startswith("_work")] == []
+
+
+@pytest.mark.parametrize("bad", [{"metrics": float("nan")}, {"metrics": {1, 2}}, {"format": 2}])
+def test_a_manifest_that_is_no_json_or_of_another_format_is_refused_before_anything_is_written(
+    tmp_path: Path, bad: dict[str, Any]
+) -> None:
+    run = run_store(Store(tmp_path), "lenet5", "r-1")
+    with pytest.raises(FormatError):
+        manifests.commit(run, run_files(), content("lenet5", "r-1", **bad))
+    assert run.names() == []
+
+
+def test_every_truncation_and_every_changed_character_of_a_manifest_is_a_named_error(run: Store) -> None:
+    data = run.read(MANIFEST)
+    for length in range(0, len(data), 7):
+        run.write(MANIFEST, data[:length])
+        with pytest.raises(FormatError, match=re.escape(run.uri)):
+            manifests.read_manifest(run)
+    for place in range(len(data)):
+        if data[place : place + 1].isspace():
+            continue
+        run.write(MANIFEST, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert manifests.verify(run) != [], f"byte {place}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "3", "{}", '{"format": 2}', '{"format": 1}', '{"format": 1, "files": []}',
+        '{"format": 1, "files": {"x": {"bytes": -1, "sha256": "' + "0" * 64 + '"}}}',
+        '{"format": 1, "files": {"x": {"bytes": true, "sha256": "' + "0" * 64 + '"}}}',
+        '{"format": 1, "files": {"x": {"bytes": 1, "sha256": "00"}}}',
+        '{"format": 1, "files": {"../x": {"bytes": 1, "sha256": "' + "0" * 64 + '"}}}',
+    ],
+)  # fmt: skip
+def test_json_that_is_no_manifest_is_a_named_error(run: Store, text: str) -> None:
+    run.write(MANIFEST, text.encode())
+    with pytest.raises(FormatError, match=re.escape(run.uri)):
+        manifests.read_manifest(run)
+
+
+def test_verify_names_every_damaged_file_in_one_line_each(storage: Store) -> None:
+    run = commit(storage, "lenet5", "r-1")
+    data = run.read(LAYERS)
+    run.write(LAYERS, data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    run.write(REPORT, b"longer than before")
+    run.remove(TRIALS)
+    problems = manifests.verify(run)
+    assert len(problems) == 3
+    assert problems[0].startswith(f"{run.uri}/{LAYERS}: expected SHA-256")
+    assert problems[1] == f"{run.uri}/{REPORT}: expected 13 bytes, got 18"
+    assert problems[2].endswith("got no file")
+
+
+def test_verify_notices_a_run_that_lies_under_another_name(tmp_path: Path) -> None:
+    run = commit(Store(tmp_path), "lenet5", "r-1")
+    moved = tmp_path / "model=other"
+    (tmp_path / "model=lenet5").rename(moved)
+    problems = manifests.verify(Store(moved / "run=r-1"))
+    assert problems == [f"{moved}/run=r-1/{MANIFEST}: expected model 'other' as in the path, got 'lenet5'"]
+    assert not run.exists(MANIFEST)
+
+
+def many_runs(storage: Store) -> None:
+    """Two committed runs, one of them without a search, and everything that is not one."""
+    commit(storage, "lenet5", "r-1", run_files(150))
+    commit(storage, "2024", "r-2", run_files(50, trials=False))
+    for name, data in run_files(9999).items():
+        run_store(storage, "lenet5", "r-unfinished").write(name, data)
+    stage_store(storage, "search", "ab").write(LAYERS, run_files(9999)[LAYERS])
+    storage.write("fleet=all/manifest.json", b"{}")
+
+
+EXPECTED = [("2024", "r-2", 100, 1.0), ("lenet5", "r-1", 200, 2.0)]
+
+
+def test_only_committed_runs_are_listed_sorted(storage: Store) -> None:
+    assert manifests.committed(storage) == []
+    many_runs(storage)
+    found = manifests.committed(storage)
+    assert [(one.model, one.run) for one in found] == [("2024", "r-2"), ("lenet5", "r-1")]
+    assert found[1].store == run_store(storage, "lenet5", "r-1")
+
+
+def test_datasets_hold_the_rows_of_committed_runs_with_their_keys_as_text(storage: Store) -> None:
+    many_runs(storage)
+    layers = manifests.open_layers(storage.uri).to_table()
+    assert layers.schema.names == [*tables.LAYERS.names, "model", "run"]
+    assert layers.schema.field("model").type == pa.string()
+    assert set(zip(layers["model"].to_pylist(), layers["run"].to_pylist(), strict=True)) == {
+        ("2024", "r-2"),
+        ("lenet5", "r-1"),
+    }
+    trials = manifests.open_trials(storage).to_table()
+    assert trials["run"].to_pylist() == ["r-1", "r-1"]
+
+
+def test_a_storage_without_runs_gives_no_rows_but_all_columns(tmp_path: Path) -> None:
+    layers = manifests.open_layers(str(tmp_path)).to_table()
+    assert layers.num_rows == 0
+    assert layers.schema.names == [*tables.LAYERS.names, "model", "run"]
+
+
+def test_a_storage_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no-such-place"):
+        manifests.open_layers(str(tmp_path / "no-such-place"))
+
+
+def blocks(language: str) -> list[str]:
+    text = Path(tables.__file__).with_name("TABLES.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def rounded(rows: Any) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in rows]
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_documented_python_queries_give_the_committed_runs(
+    storage: Store, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many_runs(storage)
+    # The local storage is ./runs as in the document; elsewhere its URI takes the place of "runs".
+    monkeypatch.chdir(tmp_path)
+    code = (
+        blocks("python")[number]
+        if storage.local
+        else blocks("python")[number].replace('"runs"', repr(storage.uri))
+    )
+    names: dict[str, Any] = {}
+    exec(code, names)
+    if "plan" in names:
+        assert names["plan"] == [{"run": "r-1", "layer": "conv0.weight", "p": 0.5, "bits": 2}]
+    else:
+        assert rounded(names["result"]) == EXPECTED
+
+
+def test_the_documented_sql_query_gives_the_committed_runs(
+    storage: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many_runs(storage)
+    monkeypatch.chdir(tmp_path)
+    (query,) = blocks("sql")
+    with duckdb.connect() as connection:
+        if storage.local is None:
+            connection.register_filesystem(fsspec.filesystem("s3", skip_instance_cache=True))
+            query = query.replace("'runs/", f"'{storage.uri}/")
+        assert rounded(connection.execute(query).fetchall()) == EXPECTED
+
+
+def test_a_run_without_its_own_hash_is_read_but_not_called_sound(run: Store) -> None:
+    manifest = json.loads(run.read(MANIFEST))
+    del manifest["manifest_sha256"]
+    run.write(MANIFEST, json.dumps(manifest).encode())
+    assert manifests.read_manifest(run)["model"] == "lenet5"
+    assert manifests.verify(run) == [f"{run.uri}/{MANIFEST}: expected a manifest_sha256, got none"]
+
+
+def test_the_names_of_a_run_are_those_of_the_design() -> None:
+    assert (LAYERS, TRIALS, PREDICTIONS, REPORT, MANIFEST) == (
+        "layers.parquet",
+        "trials.parquet",
+        "predictions.parquet",
+        "report.html",
+        "manifest.json",
+    )

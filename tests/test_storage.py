@@ -1,0 +1,441 @@
+"""Storage: the same promises on a local directory, on S3 and in memory."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipq_ray import backends
+from clipq_ray.errors import ConfigError, StorageError
+from clipq_ray.storage import Store, run_store, stage_store
+
+pytest_plugins = ["s3_server"]
+
+
+@pytest.fixture(params=["local", "s3", "memory"])
+def store(request: pytest.FixtureRequest) -> Store:
+    if request.param == "local":
+        return Store(request.getfixturevalue("tmp_path") / "a" / "b")
+    if request.param == "s3":
+        return Store(f"{request.getfixturevalue('s3_uri')}/a/b")
+    return Store(f"memory://{uuid.uuid4().hex}/a/b")
+
+
+class S3Answer(Exception):
+    """An answer with an error code, as botocore raises it."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.response = {"Error": {"Code": code}}
+
+
+def one_line(error: pytest.ExceptionInfo[StorageError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_what_is_written_is_read_back_and_a_second_write_replaces_it(store: Store) -> None:
+    store.write("x/one.bin", b"first")
+    store.write("x/one.bin", b"second, longer")
+    assert store.read("x/one.bin") == b"second, longer"
+    assert store.size("x/one.bin") == 14
+    store.write("empty", b"")
+    assert store.read("empty") == b""
+    assert store.size("empty") == 0
+
+
+def test_names_are_relative_sorted_recursive_and_begin_with_the_prefix(store: Store) -> None:
+    assert store.names() == []
+    for name in ("model=b/run=2/m.json", "model=a/run=1/m.json", "model=a/x", "mode", "z[1].txt"):
+        store.write(name, b"1")
+    assert store.names() == ["mode", "model=a/run=1/m.json", "model=a/x", "model=b/run=2/m.json", "z[1].txt"]
+    assert store.names("model=") == ["model=a/run=1/m.json", "model=a/x", "model=b/run=2/m.json"]
+    assert store.names("model=a/") == ["model=a/run=1/m.json", "model=a/x"]
+    assert store.names("model=a/r") == ["model=a/run=1/m.json"]
+    assert store.names("none/") == []
+    assert store.child("model=a").names() == ["run=1/m.json", "x"]
+
+
+def test_a_directory_is_no_object(store: Store) -> None:
+    store.write("folder/file", b"1")
+    assert store.exists("folder/file")
+    assert not store.exists("folder")
+    assert not store.exists("other")
+    with pytest.raises(StorageError, match="folder"):
+        store.size("folder")
+
+
+def test_listings_show_at_once_what_another_store_did(store: Store) -> None:
+    other = Store(store.uri)
+    for step in range(3):
+        other.write(f"step-{step}", b"1")
+        assert store.names() == [f"step-{one}" for one in range(step + 1)]
+        assert store.exists(f"step-{step}")
+    other.remove("step-1")
+    assert store.names() == ["step-0", "step-2"]
+    assert not store.exists("step-1")
+
+
+def test_create_puts_an_object_only_where_none_is(store: Store) -> None:
+    assert store.create("lock", b"first")
+    assert not store.create("lock", b"second")
+    assert store.read("lock") == b"first"
+    assert store.names() == ["lock"]
+
+
+def test_of_many_creators_at_once_exactly_one_wins_and_its_content_stands(storage_uri: str) -> None:
+    store = Store(storage_uri)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda one: Store(storage_uri).create("lock", str(one).encode()), range(8)))
+    assert sum(won) == 1
+    assert store.read("lock") == str(won.index(True)).encode()
+
+
+def test_create_works_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    store = Store(tmp_path)
+    assert store.create("lock", b"first")
+    assert not store.create("lock", b"second")
+    assert store.read("lock") == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_removing_takes_what_is_there_and_minds_nothing_that_is_not(store: Store) -> None:
+    store.write("keep", b"1")
+    store.write("work/a/b", b"1")
+    store.write("work/c", b"1")
+    store.remove("nothing")
+    store.child("work").remove_tree()
+    store.child("work").remove_tree()
+    assert store.names() == ["keep"]
+    store.remove("keep")
+    assert store.names() == []
+
+
+def test_removing_everything_in_a_bucket_keeps_the_bucket(s3_uri: str) -> None:
+    store = Store(s3_uri)
+    store.write("a/b", b"1")
+    store.remove_tree()
+    assert store.names() == []
+    store.write("c", b"1")
+    assert store.names() == ["c"]
+
+
+def test_check_writable_leaves_nothing_behind(store: Store) -> None:
+    store.check_writable()
+    assert store.names() == []
+    if store.local is not None:
+        assert list(store.local.iterdir()) == []
+
+
+def test_names_that_leave_the_store_are_refused(store: Store) -> None:
+    for name in ("", "..", "a/../../b", "/etc/passwd", "a//b", "a/", "./a", "a\0b"):
+        with pytest.raises(StorageError, match="relative name"):
+            store.write(name, b"1")
+    with pytest.raises(StorageError, match="relative name"):
+        store.child("..")
+    with pytest.raises(StorageError, match="relative name"):
+        store.names("../")
+
+
+def test_reading_what_is_not_there_names_the_uri(store: Store) -> None:
+    with pytest.raises(StorageError) as error:
+        store.read("missing.bin")
+    assert f"cannot read {store.uri}/missing.bin" in one_line(error)
+    assert isinstance(error.value.__cause__, FileNotFoundError)
+
+
+def test_a_store_pickles_as_its_uri_and_equals_its_copy(store: Store) -> None:
+    store.write("x", b"before")
+    data = pickle.dumps(store.child("sub"))
+    assert len(data) < 250
+    copy = pickle.loads(data)
+    assert copy == store.child("sub")
+    assert hash(copy) == hash(store.child("sub"))
+    copy.write("y", b"1")
+    assert store.names() == ["sub/y", "x"]
+
+
+def _read_in_child(store: Store, answers: multiprocessing.Queue[bytes]) -> None:
+    answers.put(store.read("x"))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_uses_the_store_that_it_inherits(storage_uri: str) -> None:
+    store = Store(storage_uri)
+    store.write("x", b"hello")
+    context = multiprocessing.get_context("fork")
+    answers: multiprocessing.Queue[bytes] = context.Queue()
+    child = context.Process(target=_read_in_child, args=(store, answers))
+    child.start()
+    try:
+        assert answers.get(timeout=60) == b"hello"
+    finally:
+        child.join(10)
+        if child.is_alive():
+            child.kill()
+    assert store.read("x") == b"hello"
+
+
+def test_arrow_reads_and_writes_the_same_objects(store: Store) -> None:
+    filesystem, path = store.arrow()
+    store.write("t/a.txt", b"hello")
+    with filesystem.open_input_stream(f"{path}/t/a.txt") as stream:
+        assert stream.read() == b"hello"
+    table = pa.table({"x": [1, 2]})
+    pq.write_table(table, f"{path}/t/b.parquet", filesystem=filesystem)
+    assert store.names() == ["t/a.txt", "t/b.parquet"]
+    assert pq.read_table(f"{path}/t/b.parquet", filesystem=filesystem, partitioning=None).equals(table)
+
+
+def test_local_uris_are_absolute_whatever_way_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = str(tmp_path / "runs")
+    for uri in ("runs", "./runs/", f"file://{expected}", f"{expected}/", "~/runs", Path("runs")):
+        assert Store(uri).uri == expected
+    assert Store("s3://bucket/a/").uri == "s3://bucket/a"
+    assert Store("s3://bucket/a").child("b", "c").uri == "s3://bucket/a/b/c"
+    assert Store("s3://bucket").local is None
+    assert Store("runs").local == tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    "uri", ["", " ", "s3://", "memory:///", "nosuch://bucket/x", "simplecache::s3://bucket/x"]
+)
+def test_a_uri_that_names_no_storage_is_refused_at_once(uri: str) -> None:
+    with pytest.raises(StorageError) as error:
+        Store(uri)
+    assert one_line(error).startswith("expected ")
+
+
+def test_of_file_splits_a_uri_into_store_and_name(tmp_path: Path) -> None:
+    assert Store.of_file(tmp_path / "m.clq") == (Store(tmp_path), "m.clq")
+    assert Store.of_file("s3://bucket/a/m.clq") == (Store("s3://bucket/a"), "m.clq")
+    assert Store.of_file("/m.clq") == (Store("/"), "m.clq")
+    with pytest.raises(StorageError, match="URI of a file"):
+        Store.of_file("s3://bucket")
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_leftovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.write("x", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError) as error:
+        store.write("x", b"new")
+    assert (
+        one_line(error)
+        == f"cannot write {tmp_path}/x: No space left on device; free space there or choose another storage"
+    )
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_leftovers_of_a_killed_writer_are_never_listed_and_go_with_the_tree(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    store.write("x", b"1")
+    (tmp_path / "s" / f"{backends.INTERNAL}0123.part").write_bytes(b"half")
+    assert store.names() == ["x"]
+    store.remove_tree()
+    assert not (tmp_path / "s").exists()
+
+
+def test_readers_see_a_whole_object_while_it_is_rewritten(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    contents = [bytes([one]) * 200_000 for one in range(4)]
+    store.write("x", contents[0])
+    stop = threading.Event()
+
+    def rewrite() -> None:
+        step = 0
+        while not stop.is_set():
+            store.write("x", contents[step % 4])
+            step += 1
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        for _ in range(200):
+            assert store.read("x") in contents
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_path_below_a_file_is_refused_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError) as error:
+        Store(tmp_path / "file" / "runs").check_writable()
+    assert "choose a path whose parents are directories" in one_line(error)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission_is_refused_with_advice(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="give yourself permission"):
+        Store(tmp_path / "runs").check_writable()
+
+
+def test_a_bucket_that_is_not_there_is_named_with_what_to_do(s3_uri: str) -> None:
+    store = Store("s3://no-such-bucket-of-ours/runs")
+    calls = (store.check_writable, store.names, lambda: store.read("x"), lambda: store.create("x", b"1"))
+    for call in calls:
+        with pytest.raises(StorageError) as error:
+            call()
+        text = one_line(error)
+        assert "s3://no-such-bucket-of-ours/runs" in text
+        assert "create the bucket first" in text
+
+
+def test_missing_credentials_are_named_with_what_to_do(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StorageError) as error:
+        Store(s3_uri).check_writable()
+    assert "check the credentials (AWS_ACCESS_KEY_ID" in one_line(error)
+
+
+def test_an_endpoint_that_does_not_answer_is_named_with_what_to_do(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Port 9 (discard) is below the range that the system hands out, so nothing else listens there.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError) as error:
+        Store(s3_uri).check_writable()
+    assert "check AWS_ENDPOINT_URL and the network" in one_line(error)
+
+
+def test_refused_permission_on_s3_says_which_rights_are_needed() -> None:
+    class Denying:
+        def cat_file(self, _: str) -> bytes:
+            raise PermissionError("Access Denied") from S3Answer("AccessDenied")
+
+    store = Store("s3://bucket/x")
+    store._backend.connection._made = (os.getpid(), Denying())
+    with pytest.raises(StorageError, match="allow these credentials to get, put, delete and list"):
+        store.read("y")
+
+
+@pytest.mark.parametrize(
+    ("code", "there", "won"),
+    [("412", True, False), ("PreconditionFailed", True, False), ("NotImplemented", False, True), ("501", True, False),
+     ("ConditionalRequestConflict", True, False)],
+)  # fmt: skip
+def test_create_understands_what_other_s3_stores_answer(code: str, there: bool, won: bool) -> None:
+    class Other:
+        def __init__(self) -> None:
+            self.written: list[str] = []
+
+        def pipe_file(self, path: str, data: bytes, mode: str, **_: object) -> None:
+            if mode == "create":
+                raise OSError(22, "refused") from S3Answer(code)
+            self.written.append(path)
+
+        def info(self, path: str) -> dict[str, object]:
+            if not there:
+                raise FileNotFoundError(path)
+            return {"type": "file", "size": 1}
+
+    store = Store("s3://bucket/x")
+    other = Other()
+    store._backend.connection._made = (os.getpid(), other)
+    assert store.create("y", b"1") is won
+    assert other.written == (["bucket/x/y"] if won else [])
+
+
+def test_create_tries_again_when_s3_asks_for_it() -> None:
+    class Busy:
+        def __init__(self) -> None:
+            self.puts = 0
+
+        def pipe_file(self, *_: object, **__: object) -> None:
+            self.puts += 1
+            if self.puts == 1:
+                raise OSError(16, "conflict") from S3Answer("ConditionalRequestConflict")
+
+        def info(self, path: str) -> dict[str, object]:
+            raise FileNotFoundError(path)
+
+    store = Store("s3://bucket/x")
+    busy = Busy()
+    store._backend.connection._made = (os.getpid(), busy)
+    assert store.create("y", b"1")
+    assert busy.puts == 2
+
+
+def test_a_large_object_goes_to_s3_in_one_put(s3_uri: str) -> None:
+    store = Store(s3_uri)
+    # s3fs by itself would cut this into parts of 50 MiB.
+    data = bytes(101 * 2**20)
+    store.write("large", data)
+    bucket = s3_uri.removeprefix("s3://")
+    etag = boto3.client("s3").head_object(Bucket=bucket, Key="large")["ETag"]
+    assert "-" not in etag
+    assert store.size("large") == len(data)
+
+
+def test_other_endpoints_get_the_checksum_settings_that_they_take(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION")
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_supported")
+    Store(s3_uri).names()
+    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_required"
+    assert os.environ["AWS_RESPONSE_CHECKSUM_VALIDATION"] == "when_supported"
+
+
+def test_without_s3fs_an_s3_uri_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['s3fs'] = None\n"
+        "from clipq_ray.storage import Store, StorageError\n"
+        "try: Store('s3://bucket/x')\n"
+        "except StorageError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout.strip().endswith("install clipq_ray[s3]")
+
+
+def test_the_run_directory_has_one_owner_of_its_names() -> None:
+    storage = Store("s3://bucket/x")
+    assert (
+        run_store(storage, "resnet20", "r-0123456789ab").uri
+        == "s3://bucket/x/model=resnet20/run=r-0123456789ab"
+    )
+    assert stage_store(storage, "search", "ab12").uri == "s3://bucket/x/_stages/search-ab12"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a=b", "a b", "..", "a%20b", "é", "-x", "pkg.mod:net"])
+def test_a_model_name_that_is_no_partition_key_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected a model name of letters"):
+        run_store(Store("runs"), name, "r-1")
