@@ -10,17 +10,16 @@ no traceback). Not covered: making compressed networks and evaluating them (`job
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from clipq_ray.errors import ClipqError, ConfigError, StorageError
-from clipq_ray.manifest import committed, read_manifest, verify, verify_clq
+from clipq_ray.manifest import checked, committed, read_manifest, verify, verify_clq
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
@@ -35,9 +34,13 @@ _LEFT_COLUMNS = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of `argv` (default: the process's arguments) and return its exit code."""
-    commands = {"inspect": inspect_command, "verify": verify_command, "export": export_command}
+    commands: dict[str, Callable[..., int]] = {
+        "inspect": inspect_command,
+        "verify": verify_command,
+        "export": export_command,
+    }
     try:
-        code: int = tyro.extras.subcommand_cli_from_dict(
+        code = tyro.extras.subcommand_cli_from_dict(
             commands, prog="clipq", description="Look at, check and export compressed networks.", args=argv
         )
         sys.stdout.flush()
@@ -115,7 +118,7 @@ def describe(data: bytes, origin: str) -> Iterator[str]:
     yield ""
     yield from _aligned([_COLUMNS, *(_row(entry, packed.tensors[entry.name]) for entry in entries)])
     yield ""
-    weights = sum(math.prod(entry.shape) for entry in entries)
+    weights = sum(entry.elements for entry in entries)
     coded = [entry for entry in entries if isinstance(packed.tensors[entry.name], codec.CodedLayer)]
     yield from _totals(coded, entries, weights, len(data))
 
@@ -136,11 +139,10 @@ def _headline(metadata: dict[str, Any], origin: str) -> Iterator[str]:
 def _row(entry: codec.Entry, tensor: Any) -> tuple[str, ...]:
     from clipq_ray import codec
 
-    elements = math.prod(entry.shape)
     levels, nonzeros = "", ""
     if isinstance(tensor, codec.CodedLayer):
         levels = str(tensor.levels.size)
-        nonzeros = f"{100 * int((tensor.codes != 0).sum()) / max(elements, 1):.1f}"
+        nonzeros = f"{100 * int((tensor.codes != 0).sum()) / max(entry.elements, 1):.1f}"
     shape = "x".join(str(size) for size in entry.shape) or "scalar"
     return (
         entry.name,
@@ -149,7 +151,7 @@ def _row(entry: codec.Entry, tensor: Any) -> tuple[str, ...]:
         levels,
         nonzeros,
         f"{entry.bytes:,}",
-        f"{8 * entry.bytes / max(elements, 1):.2f}",
+        f"{8 * entry.bytes / max(entry.elements, 1):.2f}",
     )
 
 
@@ -158,7 +160,7 @@ def _totals(
 ) -> Iterator[str]:
     layers = sum(entry.bytes for entry in coded)
     rest = sum(entry.bytes for entry in entries) - layers
-    weights = sum(math.prod(entry.shape) for entry in coded)
+    weights = sum(entry.elements for entry in coded)
     yield f"{len(coded)} layers: {weights:,} weights in {layers:,} bytes, {8 * layers / max(weights, 1):.3f} bits/weight"
     yield f"{len(entries) - len(coded)} other tensors: {rest:,} bytes; header and index: {size - layers - rest:,} bytes"
     yield f"file: {4 * elements:,} bytes before, {size:,} bytes now, ratio {4 * elements / size:.2f}"
@@ -180,8 +182,9 @@ def _packed(uri: str) -> tuple[bytes, str]:
     if file := _file(uri):
         return file[0].read(file[1]), uri
     run = Store(uri)
-    read_manifest(run)
-    return run.read(MODEL), f"{uri.rstrip('/')}/{MODEL}"
+    stated = read_manifest(run)["files"].get(MODEL, {})
+    origin = f"{uri.rstrip('/')}/{MODEL}"
+    return checked(run.read(MODEL), stated, origin), origin
 
 
 def _checks(uri: str) -> Iterator[tuple[str, list[str]]]:

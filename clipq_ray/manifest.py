@@ -11,32 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.dataset as ds
-
-from clipq_ray import tables
 from clipq_ray.errors import FormatError, StorageError
 from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, WORK, Store
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 FORMAT = 1
 _RUN = re.compile(rf"model=([^/]+)/run=([^/]+)/{re.escape(MANIFEST)}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SELF = "manifest_sha256"
 _log = logging.getLogger(__name__)
-
-PARTITIONS: pa.Schema = pa.schema(
-    [
-        pa.field(
-            "model", pa.string(), metadata={"unit": "", "description": "the run's model, from its path"}
-        ),
-        pa.field("run", pa.string(), metadata={"unit": "", "description": "the run's id, from its path"}),
-    ]
-)
-"""The columns that come from a run's path and stand behind a table's own."""
 
 
 class CommittedRun(NamedTuple):
@@ -63,8 +53,9 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
                 f"{run.uri}/{name} came back other than it was written; is another job writing the same run? "
                 "run again, or choose another storage"
             )
-    if not run.create(MANIFEST, content):
-        _refuse_committed(run, certain=True)
+    # An answer that got lost on the way looks like a manifest of somebody else's.
+    if not run.create(MANIFEST, content) and run.read(MANIFEST) != content:
+        _refuse_committed(run)
     try:
         run.child(WORK).remove_tree()
     except StorageError as error:
@@ -120,6 +111,21 @@ def verify(run: Store) -> list[str]:
     return problems
 
 
+def checked(data: bytes, stated: Mapping[str, Any], origin: str) -> bytes:
+    """`data`, if it has the size and SHA-256 that the manifest states for it; else a `FormatError` that names `origin`."""
+    if not {"bytes", "sha256"} <= stated.keys():
+        raise FormatError(f"{origin}: expected the manifest to list it, got no entry; run the job again")
+    if len(data) != stated["bytes"]:
+        raise FormatError(
+            f"{origin}: expected {stated['bytes']} bytes, got {len(data)}; fetch it again or run the job again"
+        )
+    if (came := hashlib.sha256(data).hexdigest()) != stated["sha256"]:
+        raise FormatError(
+            f"{origin}: expected SHA-256 {stated['sha256']}, got {came}; fetch it again or run the job again"
+        )
+    return data
+
+
 def verify_clq(data: bytes, origin: str) -> list[str]:
     """What is wrong with a .clq file's bytes: the first damage that its decoder finds, with all its checksums, or nothing."""
     # The codec brings the entropy coder; what only lists runs does without.
@@ -137,18 +143,24 @@ def committed(storage: Store) -> list[CommittedRun]:
     return _committed_among(storage, storage.names("model="))
 
 
-def open_layers(storage: str | Store) -> ds.Dataset:
+def open_layers(storage: str | os.PathLike[str] | Store) -> ds.Dataset:
     """The layer tables of all committed runs as one `pyarrow.dataset.Dataset`: the columns of `tables.LAYERS`, then model and run."""
-    return _open(storage, LAYERS, tables.LAYERS)
+    return _open(storage, LAYERS, "layers")
 
 
-def open_trials(storage: str | Store) -> ds.Dataset:
+def open_trials(storage: str | os.PathLike[str] | Store) -> ds.Dataset:
     """The search evaluations of all committed runs as one dataset: the columns of `tables.TRIALS`, then model and run."""
-    return _open(storage, TRIALS, tables.TRIALS)
+    return _open(storage, TRIALS, "trials")
 
 
-def _open(storage: str | Store, name: str, schema: pa.Schema) -> ds.Dataset:
+def _open(storage: str | os.PathLike[str] | Store, name: str, table: str) -> ds.Dataset:
     """Rows of exactly these files: a run that is committed while a reader works is seen by the next `open`."""
+    # Loading a network reads a manifest too, and does without pyarrow.
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    from clipq_ray import tables
+
     store = storage if isinstance(storage, Store) else Store(storage)
     if store.local is not None and not store.local.is_dir():
         raise StorageError(f"expected a storage with runs at {store.uri}, got no directory; check the URI")
@@ -157,7 +169,7 @@ def _open(storage: str | Store, name: str, schema: pa.Schema) -> ds.Dataset:
     filesystem, root = store.arrow()
     # A run whose plan was given has no trials.
     paths = [f"{root.rstrip('/')}/{path}" for path in listed if path in inside]
-    whole = pa.schema([*schema, *PARTITIONS])
+    whole = pa.schema([*tables.SCHEMAS[table], *tables.PARTITIONS])
     if not paths:
         return ds.dataset(whole.empty_table())
     return ds.dataset(
@@ -165,7 +177,7 @@ def _open(storage: str | Store, name: str, schema: pa.Schema) -> ds.Dataset:
         schema=whole,
         format="parquet",
         filesystem=filesystem,
-        partitioning=ds.partitioning(PARTITIONS, flavor="hive"),
+        partitioning=ds.partitioning(tables.PARTITIONS, flavor="hive"),
         partition_base_dir=root,
     )
 
@@ -199,8 +211,8 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _refuse_committed(run: Store, *, certain: bool = False) -> None:
-    if certain or run.exists(MANIFEST):
+def _refuse_committed(run: Store) -> None:
+    if run.exists(MANIFEST):
         raise StorageError(
             f"expected no run at {run.uri}, got a committed one, which never changes; use --force for a new run"
         )
@@ -219,17 +231,21 @@ def _names_files(files: Any) -> bool:
     )
 
 
+def checked(data: bytes, stated: Mapping[str, Any], at: str) -> bytes:
+    """`data` if it has the stated SHA-256; `FormatError` otherwise."""
+    if hashlib.sha256(data).hexdigest() != stated.get("sha256"):
+        raise FormatError(
+            f"expected {at} to have the SHA-256 of its manifest, got other bytes; fetch or make it again"
+        )
+    return data
+
+
 def _verify_file(run: Store, name: str, stated: Mapping[str, Any]) -> list[str]:
     at = f"{run.uri}/{name}"
     try:
         if not run.exists(name):
             return [f"{at}: expected {stated['bytes']} bytes, got no file"]
-        data = run.read(name)
-    except StorageError as error:
+        data = checked(run.read(name), stated, at)
+    except (StorageError, FormatError) as error:
         return [str(error)]
-    if len(data) != stated["bytes"]:
-        return [f"{at}: expected {stated['bytes']} bytes, got {len(data)}"]
-    came = hashlib.sha256(data).hexdigest()
-    if came != stated["sha256"]:
-        return [f"{at}: expected SHA-256 {stated['sha256']}, got {came}"]
     return verify_clq(data, at) if name == MODEL else []

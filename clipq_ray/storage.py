@@ -86,12 +86,12 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether there is an object (not a directory) of this name."""
-        with _translated(self._at(name), "look for"):
+        with _translated(self._at(name), "look up"):
             return self._backend.size(name) is not None
 
     def size(self, name: str) -> int:
         """The object's size in bytes; `StorageError` if there is none."""
-        with _translated(self._at(name), "look for"):
+        with _translated(self._at(name), "look up"):
             size = self._backend.size(name)
             if size is None:
                 raise FileNotFoundError(errno.ENOENT, "there is no such object")

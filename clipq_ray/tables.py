@@ -112,6 +112,17 @@ PREDICTIONS: pa.Schema = pa.schema(
 SCHEMAS: dict[str, pa.Schema] = {"layers": LAYERS, "trials": TRIALS, "predictions": PREDICTIONS}
 
 
+PARTITIONS: pa.Schema = pa.schema(
+    [
+        pa.field(
+            "model", pa.string(), metadata={"unit": "", "description": "the run's model, from its path"}
+        ),
+        pa.field("run", pa.string(), metadata={"unit": "", "description": "the run's id, from its path"}),
+    ]
+)
+"""The columns that come from a run's path and stand behind a table's own."""
+
+
 def to_bytes(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
     """Rows as a Parquet file (zstd), the same bytes for the same rows and library.
 

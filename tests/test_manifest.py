@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,19 @@ def test_of_two_jobs_that_commit_the_same_run_one_is_told(
     assert run.read(MANIFEST) == b"{}"
 
 
+def test_a_commit_whose_answer_got_lost_is_still_a_commit(
+    storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Store.create
+
+    def answer_lost(self: Store, name: str, data: bytes) -> bool:
+        create(self, name, data)
+        return create(self, name, data)
+
+    monkeypatch.setattr(Store, "create", answer_lost)
+    assert manifests.verify(commit(storage, "lenet5", "r-1")) == []
+
+
 def test_files_that_come_back_other_than_written_are_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,8 +213,24 @@ def test_verify_names_every_damaged_file_in_one_line_each(storage: Store) -> Non
     problems = manifests.verify(run)
     assert len(problems) == 3
     assert problems[0].startswith(f"{run.uri}/{LAYERS}: expected SHA-256")
-    assert problems[1] == f"{run.uri}/{REPORT}: expected 13 bytes, got 18"
+    assert (
+        problems[1] == f"{run.uri}/{REPORT}: expected 13 bytes, got 18; fetch it again or run the job again"
+    )
     assert problems[2].endswith("got no file")
+
+
+def test_data_that_is_not_what_the_manifest_states_is_refused_by_name() -> None:
+    data = b"content"
+    stated = {"bytes": 7, "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifests.checked(data, stated, "uri") is data
+    for other, entry in ((b"contenu", stated), (b"", stated), (data, {})):
+        with pytest.raises(FormatError, match=r"^uri: expected "):
+            manifests.checked(other, entry, "uri")
+
+
+def test_reading_a_manifest_does_without_pyarrow() -> None:
+    code = "import sys; sys.modules['pyarrow'] = None; import clipq_ray.manifest"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_verify_notices_a_run_that_lies_under_another_name(tmp_path: Path) -> None:

@@ -205,6 +205,14 @@ def test_arrow_reads_and_writes_the_same_objects(store: Store) -> None:
     assert pq.read_table(f"{path}/t/b.parquet", filesystem=filesystem, partitioning=None).equals(table)
 
 
+def test_arrow_file_systems_travel_to_other_processes(storage_uri: str) -> None:
+    store = Store(storage_uri)
+    store.write("a.txt", b"hello")
+    filesystem, path = pickle.loads(pickle.dumps(store.arrow()))
+    with filesystem.open_input_stream(f"{path}/a.txt") as stream:
+        assert stream.read() == b"hello"
+
+
 def test_local_uris_are_absolute_whatever_way_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,25 +21,29 @@ weights > 0 and the weights < 0; zeros (also -0.0) belong to none. On a side eve
    float32(float64(sum) / float64(count) * 2^-t), then moved, if it lies outside its interval, to the interval's nearest float32.
 
 What this means for a level: it differs from the true mean by at most half a unit in the last place of float32 (and a float64 error
-far below it) plus 2^-(t+1), which is at most max N 2^-61. That second part shows only where an interval holds weights that are many
-orders of magnitude smaller than the layer's largest: below about max 2^-20 for a million weights. There the last step keeps the
-level inside its interval, so levels always ascend strictly with the code and a level itself falls into the interval that it stands for.
+far below it) plus 2^-(t+1), which is at most max N 2^-61. That second part matters only for levels many orders of magnitude below
+the layer's largest weight: with a million weights it passes the first part below max 2^-17, and a relative 1e-6 below max 2^-21.
+There the last step keeps the level inside its interval, so levels always ascend strictly with the code, none of a non-empty interval
+is 0, and a level falls into the interval that it stands for.
 
 What it means for users of it: the result is a function of the multiset of weights and, per element, of its own weight. It does not
 depend on the order of elements, on strides, threads or device; scaling by a power of two scales it (while nothing is denormal);
 negating the weights with the mirrored share mirrors it.
 
 It is *not* idempotent in general: the second time, max is the outermost level, so the edges move and two levels can fall into one
-interval, and p > 0 clips again. It is where p = 0 and each interval of the second partition holds at most one distinct value: always
-for the share (1, 1), and for any weights whose distinct magnitudes lie further apart on each side than max / s.
+interval, and p > 0 clips again. It is, bit for bit, where the second pass has p = 0, each of its intervals holds at most one distinct
+value, and no weight but 0 has a magnitude below max 2^(bit_length(N) - 38), whose last bits the sums would round away. So it is for
+the share (1, 1), and for weights whose distinct magnitudes lie further apart on each side than max / s, in that range.
 
 float64 is refused, since narrowing it silently would break "levels are the means of the weights". Empty tensors and 0-d tensors are
-allowed. Not covered: flushing denormals to zero (`torch.set_flush_denormal`), tensors without storage (meta, fake), sparse tensors.
+allowed. Not covered: flushing denormals to zero (`torch.set_flush_denormal`), tensors without storage (meta, fake), sparse tensors,
+devices without float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +54,15 @@ from torch import Tensor
 from clipq_ray.errors import ConfigError, ModelError
 from clipq_ray.plan import BITS_MIN, Share, Theta
 
+_Row = npt.NDArray[np.float32]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SUM_BITS = 62  # int64 without its sign, and one bit that stays free
 # Measured on 2 cores of an AMD EPYC: temporaries of a chunk stay in the second-level cache.
 _CHUNK = 1 << 16
 # Up to here counting comparisons (0.1 ns per weight and boundary) is faster than a binary search (5 to 20 ns per weight).
 _FEW_BOUNDARIES = 31
-_SAMPLE = 1 << 14
+# Selection by sampling pays from here on (measured), with one weight in 16, at most so many.
+_SAMPLED_FROM, _SAMPLE = 1 << 16, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ def _in_memory_order(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         raise ModelError(
             f"expected weights of float32, float16 or bfloat16, got {weight.dtype}; convert them with .float()"
         )
-    order = sorted(range(weight.dim()), key=lambda dim: -weight.stride(dim))
+    strides = weight.stride()
+    order = sorted(range(weight.dim()), key=lambda dim: -strides[dim])
     inverse = tuple(order.index(dim) for dim in range(weight.dim()))
     return weight.detach().permute(order).contiguous(), inverse
 
@@ -147,6 +154,11 @@ def _in_memory_order(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _flat(dense: Tensor) -> Tensor:
     """float32 (n,)."""
     return dense.view(-1).float()
+
+
+def _on_cpu(flat: Tensor) -> bool:
+    """NumPy is the faster half on a CPU (selection, comparisons); elsewhere plain torch gives the same bits."""
+    return flat.device.type == "cpu"
 
 
 def _sides(flat: Tensor, p: float) -> tuple[_Side, _Side]:
@@ -161,7 +173,7 @@ def _sides(flat: Tensor, p: float) -> tuple[_Side, _Side]:
     # Ascending order has the negatives first, their smallest magnitude last; the positives end the row.
     clip_below = -_ranked(flat, below - k_below) if k_below else 0.0
     clip_above = _ranked(flat, flat.numel() - above + k_above - 1) if k_above else 0.0
-    return _Side(clip_below, max(-smallest, 0.0)), _Side(clip_above, max(largest, 0.0))
+    return _Side(clip_below, max(0.0, -smallest)), _Side(clip_above, max(0.0, largest))
 
 
 def _refuse(flat: Tensor) -> None:
@@ -174,7 +186,7 @@ def _refuse(flat: Tensor) -> None:
 
 def _count(flat: Tensor, sign: int) -> int:
     """How many weights have the sign."""
-    if flat.device.type == "cpu":
+    if _on_cpu(flat):
         array = flat.numpy()
         return int(np.count_nonzero(array < 0 if sign < 0 else array > 0))
     return int(torch.count_nonzero(flat < 0 if sign < 0 else flat > 0))
@@ -182,22 +194,24 @@ def _count(flat: Tensor, sign: int) -> int:
 
 def _ranked(flat: Tensor, rank: int) -> float:
     """The element at `rank` (from 0) of the ascending order."""
-    if flat.device.type != "cpu":
+    if not _on_cpu(flat):
         return float(flat.kthvalue(rank + 1).values)
     array = flat.numpy()
-    inside, rank = _bracketed(array, rank) if array.size > 4 * _SAMPLE else (array, rank)
+    inside, rank = _bracketed(array, rank) if array.size >= _SAMPLED_FROM else (array, rank)
     return float(np.partition(inside, rank)[rank])
 
 
-def _bracketed(array: npt.NDArray[np.float32], rank: int) -> tuple[npt.NDArray[np.float32], int]:
+def _bracketed(array: _Row, rank: int) -> tuple[_Row, int]:
     """Fewer candidates for the element at `rank`, and its rank among them; exact, a bad guess only costs time.
 
     Floyd and Rivest's selection with one sample: the candidates lie between two order statistics of the sample.
     """
-    sample = np.sort(array[:: array.size // _SAMPLE])
-    guess, margin = rank * sample.size // array.size, 4 * math.isqrt(sample.size)
-    low = sample[max(guess - margin, 0)] if guess > margin else -np.inf
-    high = sample[guess + margin] if guess + margin < sample.size else np.inf
+    sample = array[:: max(array.size // _SAMPLE, 16)]
+    guess, margin = rank * sample.size // array.size, 3 * math.isqrt(sample.size)
+    first, last = max(guess - margin, 0), min(guess + margin, sample.size - 1)
+    sample = np.partition(sample, [first, last])
+    low = sample[first] if first else -np.inf
+    high = sample[last] if last < sample.size - 1 else np.inf
     inside = array[(array >= low) & (array <= high)]
     rank_inside = rank - int(np.count_nonzero(array < low))
     return (inside, rank_inside) if 0 <= rank_inside < inside.size else (array, rank)
@@ -222,7 +236,7 @@ def _fitting(share: Share, theta: Theta) -> Share:
     return share
 
 
-def _edges(side: _Side, intervals: int) -> npt.NDArray[np.float32]:
+def _edges(side: _Side, intervals: int) -> _Row:
     """Step 3: edge_0..edge_s, float32 (s + 1,); for s = 0 the largest magnitude alone, so that all of the side is clipped."""
     if intervals == 0:
         return np.array([side.largest], np.float32)
@@ -231,20 +245,20 @@ def _edges(side: _Side, intervals: int) -> npt.NDArray[np.float32]:
     return edges.astype(np.float32)
 
 
-def _boundaries(
-    negative: npt.NDArray[np.float32], positive: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _boundaries(negative: _Row, positive: _Row) -> _Row:
     """All inner boundaries on the signed axis, float32 ascending: code + share.negative = how many of them are < w.
 
     An interval is closed away from zero, which on the negative side is its left end: w < -edge is w <= the next float below.
     """
-    return np.concatenate([np.nextafter(-negative[:-1], np.float32(-np.inf))[::-1], positive[:-1]])
+    with np.errstate(over="ignore"):  # below the largest float32 comes -inf
+        beyond = np.nextafter(-negative[:-1], np.float32(-np.inf))
+    return np.concatenate([beyond[::-1], positive[:-1]])
 
 
 def _assign(
     flat: Tensor,
-    negative: npt.NDArray[np.float32],
-    positive: npt.NDArray[np.float32],
+    negative: _Row,
+    positive: _Row,
     exponent: int,
     codes: Tensor,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -252,19 +266,24 @@ def _assign(
     boundaries = torch.from_numpy(_boundaries(negative, positive)).to(flat.device)
     sums = torch.zeros(len(boundaries) + 1, dtype=torch.int64, device=flat.device)
     counts = torch.zeros_like(sums)
-    step = _CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)
     one = torch.ones((), dtype=torch.int64, device=flat.device)
-    for part, code in zip(flat.split(step), codes.split(step), strict=True):
-        index = _bucket(part, boundaries)
-        sums.scatter_add_(0, index, part.double().mul_(2.0**exponent).round_().long())
+    for part in _chunks(flat):
+        index = _bucket(flat[part], boundaries)
+        sums.scatter_add_(0, index, flat[part].double().mul_(2.0**exponent).round_().long())
         counts.scatter_add_(0, index, one.expand_as(index))
-        torch.sub(index, len(negative) - 1, out=code)
+        torch.sub(index, len(negative) - 1, out=codes[part])
     return sums.cpu().numpy(), counts.cpu().numpy()
+
+
+def _chunks(flat: Tensor) -> Iterator[slice]:
+    """The parts in which a tensor (n,) is worked through: small on a CPU, for its caches; the whole elsewhere."""
+    step = _CHUNK if _on_cpu(flat) else max(flat.numel(), 1)
+    return (slice(start, start + step) for start in range(0, flat.numel(), step))
 
 
 def _bucket(part: Tensor, boundaries: Tensor) -> Tensor:
     """For each weight the number of boundaries below it, int64 (n,)."""
-    if part.device.type != "cpu" or len(boundaries) > _FEW_BOUNDARIES:
+    if not _on_cpu(part) or len(boundaries) > _FEW_BOUNDARIES:
         return torch.bucketize(part, boundaries)
     array = part.numpy()
     below = np.zeros(array.shape, np.uint8)
@@ -277,35 +296,28 @@ def _levels(
     sums: npt.NDArray[np.int64],
     counts: npt.NDArray[np.int64],
     exponent: int,
-    negative: npt.NDArray[np.float32],
-    positive: npt.NDArray[np.float32],
-) -> npt.NDArray[np.float32]:
+    negative: _Row,
+    positive: _Row,
+) -> _Row:
     """Step 4: float32 (share.negative + 1 + share.positive,)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    zero = len(negative) - 1
+    walls = np.concatenate([-negative[::-1], positive])
+    lowest, highest = walls[:-1].copy(), walls[1:].copy()
+    # 0/0 in an empty interval; no float above a wall at the largest one.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         means = (sums.astype(np.float64) / counts * 2.0**-exponent).astype(np.float32)
-    nearest, farthest = (
-        np.concatenate([-sign_negative[::-1], np.zeros(1, np.float32), sign_positive])
-        for sign_negative, sign_positive in (
-            (_above(negative[:-1]), _above(positive[:-1])),
-            (negative[1:], positive[1:]),
-        )
-    )
-    inside = np.clip(means, np.minimum(nearest, farthest), np.maximum(nearest, farthest))
-    inside[counts == 0] = np.nan
-    inside[len(negative) - 1] = 0.0
-    return inside
-
-
-def _above(edges: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        return np.nextafter(edges, np.float32(np.inf))
+        lowest[zero + 1 :] = np.nextafter(positive[:-1], np.float32(np.inf))
+    highest[:zero] = _boundaries(negative, positive)[:zero]
+    levels: _Row = np.minimum(np.maximum(means, lowest), highest)
+    levels[counts == 0] = np.nan
+    levels[zero] = 0.0
+    return levels
 
 
 def _look_up(codes: Tensor, levels: Tensor, negative: int) -> Tensor:
     """levels[codes + negative], in the shape of codes."""
     flat = codes.view(-1)
     values = torch.empty(flat.shape, dtype=levels.dtype, device=levels.device)
-    step = _CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)
-    for code, value in zip(flat.split(step), values.split(step), strict=True):
-        torch.index_select(levels, 0, code.int() + negative, out=value)
+    for part in _chunks(flat):
+        torch.index_select(levels, 0, flat[part].int() + negative, out=values[part])
     return values.view(codes.shape)

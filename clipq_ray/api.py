@@ -1,0 +1,66 @@
+"""From Python what the job does from the command line: on a named network, or on a caller's own module and loaders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from clipq_ray.cluster.engine import Engine, LocalEngine
+from clipq_ray.config import make
+from clipq_ray.data import from_loaders
+from clipq_ray.errors import ConfigError
+from clipq_ray.pipeline import Result
+from clipq_ray.pipeline import compress as run_pipeline
+from clipq_ray.progress import Reporter
+from clipq_ray.work import Source
+
+
+def compress(
+    model: nn.Module | None = None,
+    train_loader: DataLoader[Any] | None = None,
+    validation_loader: DataLoader[Any] | None = None,
+    test_loader: DataLoader[Any] | None = None,
+    *,
+    quiet: bool = False,
+    **options: Any,
+) -> Result:
+    """Compress a network and commit the run to `storage`.
+
+    `model`: a trained module; without it `options` name the network (`model_name=` or the default), as on the command line.
+    `train_loader`, `validation_loader`, `test_loader`: loaders over map-style datasets that give (image float32 (c, h, w), label int);
+    their datasets and collate functions are used, their order is not. Without a validation loader, images are held out of training.
+    `options`: the fields of `clipq_ray.config.Config`, e.g. `target_ratio=15, epochs=10, storage="runs", engine="local"`.
+
+    Returns the run's URI and manifest. Errors: those of `clipq_ray.errors`.
+    """
+    if (model is None) != (train_loader is None):
+        raise ConfigError("expected a module together with a train_loader, got one of them; give both or neither")
+    name = options.pop("model_name", None) or (type(model).__name__.lower() if model is not None else None)
+    config = make(**({"model": name} if name else {}), **options)
+    own_data = None
+    if train_loader is not None:
+        own_data = from_loaders(
+            train_loader,
+            validation_loader,
+            test_loader,
+            seed=config.seed,
+            validation_images=config.validation_images,
+        )
+    source = Source(config, model, own_data)
+    with make_engine(config.engine) as engine:
+        return run_pipeline(source, engine, Reporter(quiet=quiet))
+
+
+def make_engine(name: str) -> Engine:
+    """The engine of that name; `ConfigError` where Ray is not installed."""
+    if name == "local":
+        return LocalEngine()
+    try:
+        from clipq_ray.cluster.on_ray import RayEngine
+    except ImportError as error:
+        raise ConfigError(
+            f"--engine ray: expected Ray, got {error}; install clipq_ray[cluster] or use --engine local"
+        ) from error
+    return RayEngine()

@@ -1,0 +1,1 @@
+"""Where work runs: the engine interface, its in-process twin, and Ray. The one package that imports ray."""

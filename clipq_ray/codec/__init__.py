@@ -1,0 +1,21 @@
+"""The .clq file: bytes first, files second. `SPEC.md` beside this module is the format; the code follows it.
+
+`encode` and `decode` are mirrors, as are `CodedLayer.from_quantized` and `CodedLayer.values`. Not covered: adaptive models.
+"""
+
+from clipq_ray.codec.container import Entry, Packed, decode, encode, entries, metadata
+from clipq_ray.codec.layers import CodedLayer, coded, layer_bytes
+from clipq_ray.codec.plain import stored
+
+__all__ = [
+    "CodedLayer",
+    "Entry",
+    "Packed",
+    "coded",
+    "decode",
+    "encode",
+    "entries",
+    "layer_bytes",
+    "metadata",
+    "stored",
+]

@@ -1,0 +1,178 @@
+"""One CLIP-Q layer as bytes: level table, frequencies, and the codes by a static entropy model on constriction's ANS coder.
+
+The frequencies are integers that sum to 2^14 and travel in the file, so the probabilities that reach the coder are exact in binary and
+decoding does not depend on rounding. Coder "q" in SPEC.md. Not covered: contexts; every code of a layer has the same model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import constriction
+import numpy as np
+import numpy.typing as npt
+
+from clipq_ray.errors import FormatError
+from clipq_ray.plan import Share
+from clipq_ray.quantizer import Quantized
+
+TOTAL_BITS = 14
+TOTAL = 1 << TOTAL_BITS
+_MOST_PER_BYTE = 1 << 19
+"""A symbol costs at least log2(2^14 / (2^14 - 1)) = 0.000088 bits, so no byte of a blob can hold more codes than this."""
+
+
+@dataclass(frozen=True, eq=False)
+class CodedLayer:
+    """Codes and levels of one layer.
+
+    `codes`: int16, the weight's shape; 0 is clipped, others count away from zero. `levels`: float32 (negative + 1 + positive,),
+    ascending by code, `levels[negative]` = 0; every other level is used by some code.
+    """
+
+    codes: npt.NDArray[np.int16]
+    levels: npt.NDArray[np.float32]
+    negative: int
+
+    @classmethod
+    def from_quantized(
+        cls, codes: npt.NDArray[np.int16], levels: npt.NDArray[np.float32], negative: int
+    ) -> CodedLayer:
+        """Levels that no code uses (empty intervals) are dropped and the others renumbered."""
+        counts = np.bincount(codes.reshape(-1).astype(np.int64) + negative, minlength=len(levels))
+        used = counts > 0
+        used[negative] = True
+        renumbered = np.cumsum(used) - 1
+        below = int(renumbered[negative])
+        table = (renumbered - below).astype(np.int16)
+        return cls(table[codes.astype(np.int64) + negative], levels[used], below)
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """The weights: float32, the codes' shape."""
+        return self.levels[self.codes.astype(np.int64) + self.negative]
+
+
+def coded(quantized: Quantized, share: Share) -> CodedLayer:
+    """The codec's view of what the quantizer made with `share`."""
+    codes, levels = quantized.codes.cpu().contiguous().numpy(), quantized.levels.cpu().numpy()
+    return CodedLayer.from_quantized(codes, levels, share.negative)
+
+
+def layer_bytes(layer: CodedLayer) -> int:
+    """The bytes that `encode` writes into the payload for this layer, checksum included."""
+    return len(write(layer)) + 4
+
+
+def frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Integer frequencies that sum to 2^14, at least 1 where a count is; (symbols,) of int64."""
+    n = int(counts.sum())
+    result = np.where(counts > 0, np.maximum(1, (counts * TOTAL + n // 2) // max(n, 1)), 0)
+    order = np.argsort(-result, kind="stable")
+    excess = int(result.sum()) - TOTAL
+    at = 0
+    while excess:  # the largest give or take; more than one round only where very many symbols are rare
+        index = order[at % len(order)]
+        change = -1 if excess > 0 else 1
+        if result[index] + change >= 1 and counts[index] > 0:
+            result[index] += change
+            excess += change
+        at += 1
+    return result
+
+
+def _model(table: npt.NDArray[np.int64]) -> constriction.stream.model.Categorical:
+    # k / 2^14 is exact in binary and so is its fixed point form; `perfect` finds exactly k * 2^10 of 2^24 (tested against an independent decoder)
+    return constriction.stream.model.Categorical(table.astype(np.float64) / TOTAL, perfect=True)
+
+
+def write(layer: CodedLayer) -> bytes:
+    """The blob of `layer`, without checksum."""
+    symbols = layer.codes.reshape(-1).astype(np.int32) + layer.negative
+    positive = len(layer.levels) - 1 - layer.negative
+    levels = np.delete(layer.levels, layer.negative).astype("<f4").tobytes()
+    counts = np.bincount(symbols, minlength=len(layer.levels)).astype(np.int64)
+    head = bytes((layer.negative, positive)) + levels
+    if not len(symbols):
+        return head
+    table = frequencies(counts)
+    head += b"".join(_varint(int(value)) for value in table[:-1])
+    present = np.flatnonzero(table)
+    if len(present) == 1:
+        return head
+    renumbered = np.zeros(len(table), dtype=np.int32)
+    renumbered[present] = np.arange(len(present), dtype=np.int32)
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(renumbered[symbols], _model(table[present]))
+    return head + coder.get_compressed().astype("<u4").tobytes()
+
+
+def read(blob: bytes, shape: tuple[int, ...]) -> CodedLayer:
+    """The mirror of `write`; `FormatError` where the blob cannot be one."""
+    n = int(np.prod(shape, dtype=np.int64))
+    if len(blob) < 2 or n > _MOST_PER_BYTE * len(blob) * 8 and not _constant(blob):
+        raise FormatError("a layer holds more codes than its bytes can carry")
+    negative, positive = blob[0], blob[1]
+    at = 2 + 4 * (negative + positive)
+    if len(blob) < at:
+        raise FormatError("a level table is cut off")
+    levels = np.insert(np.frombuffer(blob[2:at], "<f4"), negative, 0.0).astype(np.float32)
+    if n == 0:
+        return CodedLayer(np.zeros(shape, np.int16), levels, negative)
+    table, at = _read_table(blob, at, negative + positive + 1)
+    present = np.flatnonzero(table)
+    if len(present) == 1:
+        symbols = np.full(n, present[0], dtype=np.int64)
+    else:
+        symbols = present[_read_symbols(blob[at:], table[present], n)]
+    return CodedLayer((symbols - negative).astype(np.int16).reshape(shape), levels, negative)
+
+
+def _constant(blob: bytes) -> bool:
+    """Whether all codes are equal, which needs no bits per code."""
+    negative, positive = blob[0], blob[1]
+    at = 2 + 4 * (negative + positive)
+    table, _ = _read_table(blob, at, negative + positive + 1)
+    return bool((table > 0).sum() == 1)
+
+
+def _read_table(blob: bytes, at: int, symbols: int) -> tuple[npt.NDArray[np.int64], int]:
+    table = np.zeros(symbols, dtype=np.int64)
+    for index in range(symbols - 1):
+        table[index], at = _read_varint(blob, at)
+    table[-1] = TOTAL - table[:-1].sum()
+    if table[-1] < 0 or int(table.sum()) != TOTAL:
+        raise FormatError("a frequency table does not sum to its total")
+    return table, at
+
+
+def _read_symbols(blob: bytes, table: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int32]:
+    if len(blob) % 4 or not blob:
+        raise FormatError("coded weights are no whole number of words")
+    try:
+        coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
+        symbols = coder.decode(_model(table), n)
+    except (ValueError, AssertionError) as error:
+        raise FormatError(f"coded weights cannot be decoded ({error})") from error
+    if not coder.is_empty():
+        raise FormatError("coded weights leave words over")
+    result: npt.NDArray[np.int32] = symbols
+    return result
+
+
+def _varint(value: int) -> bytes:
+    result = bytearray()
+    while value > 127:
+        result.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*result, value])
+
+
+def _read_varint(blob: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(blob) and shift <= 14:
+        byte = blob[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+    raise FormatError("a frequency is cut off")

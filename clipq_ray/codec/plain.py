@@ -1,0 +1,47 @@
+"""Tensors that are not quantized by CLIP-Q: biases, batch norm, buffers, as plain little-endian numbers.
+
+Floating point is stored as float16 where every element keeps a relative error of at most 2^-10 (zeros stay zero), else as float32; the
+stated precision of the format. Other types are stored as they are. Not covered: folding batch norm.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from clipq_ray.errors import FormatError
+
+RELATIVE_ERROR = 2.0**-10
+_TYPES = {"f2": "<f2", "f4": "<f4", "f8": "<f8", "i1": "i1", "i2": "<i2", "i4": "<i4", "i8": "<i8", "u1": "u1", "b1": "?"}
+
+
+def write(array: npt.NDArray[np.generic]) -> tuple[str, bytes]:
+    """The coder's name (a NumPy type) and the bytes, row-major."""
+    kind = array.dtype.str[1:]
+    if kind == "f4":
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(half.astype(np.float64) - array) <= RELATIVE_ERROR * np.abs(array.astype(np.float64))
+        if bool(close.all()):
+            array, kind = half, "f2"
+    if kind not in _TYPES:
+        raise FormatError(f"expected one of the types {', '.join(_TYPES)}, got {array.dtype}; convert the tensor")
+    return kind, np.ascontiguousarray(array).astype(_TYPES[kind]).tobytes()
+
+
+def read(kind: str, blob: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    """The mirror of `write`; float16 comes back as float32."""
+    if kind not in _TYPES:
+        raise FormatError(f"the coder {kind!r} is unknown; this file needs a newer version")
+    dtype = np.dtype(_TYPES[kind])
+    if len(blob) != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        raise FormatError("a tensor's bytes do not fit its shape")
+    array = np.frombuffer(blob, dtype).reshape(shape)
+    return array.astype(np.float32) if kind == "f2" else array.astype(dtype.newbyteorder("="))
+
+
+def stored(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """What comes back when `array` is written and read."""
+    kind, blob = write(array)
+    return read(kind, blob, array.shape)

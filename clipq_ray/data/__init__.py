@@ -1,0 +1,13 @@
+"""Images and labels by name or URI, as batches that are a function of the generator given.
+
+`open_data` and `from_loaders` make a `Data`; its `Split`s give batches; `batches` prepares them in a background thread. Not covered:
+which images go to which step or rank (the training loop decides), and moving batches to a device.
+"""
+
+from clipq_ray.data.loaders import from_loaders
+from clipq_ray.data.opening import open_data
+from clipq_ray.data.prefetch import batches
+from clipq_ray.data.preprocessing import Preprocessing
+from clipq_ray.data.split import Data, Split
+
+__all__ = ["Data", "Preprocessing", "Split", "batches", "from_loaders", "open_data"]

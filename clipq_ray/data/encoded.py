@@ -1,0 +1,129 @@
+"""Images that are decoded batch by batch, from files or from Parquet row groups.
+
+`ImageRows` is what a source has to offer (`parquet.ParquetRows`, `folders.ImageFiles`); `EncodedSplit` turns rows of it into batches,
+`decoded` turns all of it into a split in memory. An unreadable image that is met in a batch is counted, logged and replaced by the
+next readable one of its split, with that one's label: batches keep their size, and so do the steps of an epoch on every rank. Not
+covered: finding bad images of large sets in advance; that would read everything.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipq_ray.data.augment import crop_and_flip, draws
+from clipq_ray.data.decoding import BadImages, Decoded, Numbers, decode_many
+from clipq_ray.data.preprocessing import Preprocessing
+from clipq_ray.data.split import Labels, Split, subset_hash
+from clipq_ray.data.tensors import TensorSplit
+from clipq_ray.errors import DataError
+
+Rows = NDArray[np.int64]
+_DECODE_AT_ONCE = 2048
+
+
+class ImageRows(Protocol):
+    """A source of encoded images. `groups`: int64 (n,), which group each row is read with; None: rows are read one by one."""
+
+    labels: Labels
+    fingerprint: str
+    groups: Rows | None
+
+    def name(self, row: int) -> str:
+        """What to call the image in a message."""
+        ...
+
+    def read(self, rows: Rows) -> list[bytes | None]:
+        """The encoded images at `rows`; None where there are no bytes."""
+        ...
+
+    def order(self, rows: Rows, generator: torch.Generator) -> Tensor:
+        """A shuffled order int64 (m,) of `rows` (m,) that is cheap to read."""
+        ...
+
+
+class EncodedSplit(Split):
+    """Rows of a source, decoded when they are asked for."""
+
+    def __init__(self, source: ImageRows, rows: Rows, preprocessing: Preprocessing, bad: BadImages) -> None:
+        """The images `rows` int64 (n,) of `source`; unreadable ones are counted in `bad`."""
+        self.source = source
+        self.preprocessing = preprocessing
+        self.bad = bad
+        self.rows = rows
+        self.labels = source.labels[rows]
+        self.fingerprint = subset_hash(source.fingerprint, rows)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """As `Split.order`; where rows are read in groups, shuffled groups first, then rows inside windows of groups."""
+        return self.source.order(self.rows, generator)
+
+    def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """As `Split.batch`; random resized crops and flips, or crops with padding where images already have the input's size."""
+        chosen = indices.numpy().astype(np.int64, copy=True)
+        large = self.preprocessing.resize is not None
+        numbers = draws(len(chosen), augment) if large and augment is not None else None
+        images = decode_many(self.source.read(self.rows[chosen]), self.preprocessing, numbers)
+        pixels = np.empty((len(chosen), *self.preprocessing.input_shape), dtype=np.uint8)
+        for position, image in enumerate(images):
+            if isinstance(image, str):
+                at = None if numbers is None else numbers[position : position + 1]
+                chosen[position], image = self._instead(int(chosen[position]), image, at)
+            pixels[position] = image
+        if augment is not None and not large:
+            height, flip = self.preprocessing.input_shape[1], self.preprocessing.input_shape[0] == 3
+            pixels = crop_and_flip(pixels, height // 8, flip, augment)
+        return self.preprocessing.apply(torch.from_numpy(pixels)), torch.from_numpy(self.labels[chosen])
+
+    def _instead(self, index: int, reason: str, numbers: Numbers | None) -> tuple[int, NDArray[np.uint8]]:
+        """The next index whose image can be read, and its pixels; every bad one on the way is counted."""
+        for step in range(1, len(self)):
+            self.bad.add(self.source.name(int(self.rows[(index + step - 1) % len(self)])), reason)
+            candidate = (index + step) % len(self)
+            image: Decoded = decode_many(
+                self.source.read(self.rows[candidate : candidate + 1]), self.preprocessing, numbers
+            )[0]
+            if not isinstance(image, str):
+                return candidate, image
+            reason = image
+        raise DataError(f"expected at least one readable image, found none among {len(self)}: {reason}")
+
+    def subset(self, indices: Tensor) -> EncodedSplit:
+        """As `Split.subset`; source and cache are shared."""
+        chosen = indices.numpy().astype(np.int64, copy=True)
+        part = EncodedSplit.__new__(EncodedSplit)
+        part.__dict__.update(self.__dict__)
+        part.labels = self.labels[chosen]
+        part.rows = self.rows[chosen]
+        part.fingerprint = subset_hash(self.fingerprint, chosen)
+        return part
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """The images of the whole data set that could not be read so far, in this process."""
+        return self.bad.names
+
+
+def decoded(source: ImageRows, rows: Rows, preprocessing: Preprocessing, bad: BadImages) -> TensorSplit:
+    """The images `rows` of `source`, which have the input's size, as a split in memory; unreadable ones are left out."""
+    pixels = np.empty((len(rows), *preprocessing.input_shape), dtype=np.uint8)
+    good = np.ones(len(rows), dtype=bool)
+    left_out: list[str] = []
+    for start in range(0, len(rows), _DECODE_AT_ONCE):
+        part = rows[start : start + _DECODE_AT_ONCE]
+        for position, image in enumerate(decode_many(source.read(part), preprocessing, None), start):
+            if isinstance(image, str):
+                good[position] = False
+                left_out.append(source.name(int(rows[position])))
+                bad.add(left_out[-1], image)
+            else:
+                pixels[position] = image
+    if left_out:
+        pixels = pixels[good]
+    if not len(pixels):
+        raise DataError(f"expected readable images, found none among {len(rows)}: {left_out[0]}")
+    return TensorSplit(pixels, source.labels[rows[good]], preprocessing, unreadable=tuple(left_out))

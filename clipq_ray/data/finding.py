@@ -1,0 +1,154 @@
+"""What lies at a URI: which kind of data, and which files are training, validation and test images.
+
+Kinds, in the order in which they are looked for: a name (`builtin`), Parquet files, idx files, image folders. Files are told apart by
+names: `train*`, `validation*` or `val*`, `test*`, of the file or of a folder above it. Not covered: reading images (`parquet`,
+`folders`, `idx`) and making splits (`opening`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clipq_ray.data import builtin, idx
+from clipq_ray.data.builtin import Images
+from clipq_ray.data.folders import ENDINGS, ImageFiles, class_of
+from clipq_ray.data.listing import Listing, few
+from clipq_ray.data.parquet import ParquetRows
+from clipq_ray.errors import DataError
+
+Source = Images | ParquetRows | ImageFiles
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+_SPLIT = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Found:
+    """`sources`: by "train", "validation", "test", where there; `class_names`: empty if unknown."""
+
+    sources: dict[str, Source]
+    class_names: tuple[str, ...]
+    description: str
+    notes: tuple[str, ...] = ()
+
+
+def find(uri: str, data_root: str, cache_bytes: int, classes: Sequence[str] | None = None) -> Found:
+    """What lies at `uri`; files of no split count as "any".
+
+    `classes`: the names that folders of images must have (validation data), else sorted names decide. `cache_bytes`: for row groups.
+    """
+    name, _, folder = uri.partition(":")
+    if name in builtin.NAMES and not folder.startswith("//"):
+        return _named(name, folder or data_root)
+    if "/" not in uri and ":" not in uri and not Path(uri).exists():
+        near = difflib.get_close_matches(uri, builtin.NAMES) or builtin.NAMES
+        raise DataError(
+            f"expected a data set's name or a URI, got {uri!r}, which is neither a name nor a directory here; did you mean {' or '.join(near)}?"
+        )
+    listing = Listing.of(uri)
+    for kind in (_parquet, _idx, _folders):
+        if found := kind(listing, cache_bytes, classes):
+            return found
+    raise DataError(
+        f"expected Parquet files (train*.parquet), idx files or images (train/<class>/*.jpg) in {listing.store.uri}, "
+        f"found {few(list(listing.sizes))}; check the URI"
+    )
+
+
+def _named(name: str, root: str) -> Found:
+    if name == "digits":
+        names = tuple(str(digit) for digit in range(10))
+        return Found({**builtin.digits()}, names, "digits (scikit-learn, 1,797 images enlarged to 28x28)")
+    if name in ("mnist", "fashion_mnist") and Path(root).is_dir():
+        found = _idx(Listing.of(root), 0, None)  # a folder with the idx files themselves
+        if found and {"train", "test"} <= set(found.sources):
+            return Found(found.sources, found.class_names, name)
+    images, classes = builtin.torchvision_set(name, root)
+    return Found({**images}, classes, name)
+
+
+def _split_of(name: str) -> str:
+    """From the file's name, else from the nearest folder that says so; "any" if none does."""
+    for part in reversed(name.lower().split("/")):
+        if match := _SPLIT.match(part):
+            return _SPLITS[match.group(1)]
+    return "any"
+
+
+def _parquet(listing: Listing, cache_bytes: int, _: Sequence[str] | None) -> Found | None:
+    groups: dict[str, list[str]] = {}
+    for name in listing.sizes:
+        if name.endswith(".parquet"):
+            groups.setdefault(_split_of(name), []).append(name)
+    if not groups:
+        return None
+    notes: list[str] = []
+    # Training reads in shuffled windows and has most to gain from the cache; the others are read in order.
+    shares = {"train": 2, "any": 2}
+    sources: dict[str, Source] = {}
+    names: tuple[str, ...] = ()
+    for split, files in sorted(groups.items()):
+        rows = ParquetRows(listing, files, cache_bytes * shares.get(split, 1) // 4)
+        if split != "train" and (rows.labels == -1).all():
+            notes.append(f"the {split} files have no labels (all -1) and are not used")
+            continue
+        sources[split] = rows
+        names = names or rows.class_names
+    return Found(sources, names, f"Parquet at {listing.store.uri}", tuple(notes))
+
+
+def _idx(listing: Listing, _: int, __: Sequence[str] | None) -> Found | None:
+    sources: dict[str, Source] = {}
+    by_base = {name.rpartition("/")[2].removesuffix(".gz"): name for name in listing.sizes}
+    for split, (images, labels) in idx.NAMES.items():
+        if images not in by_base:
+            continue
+        if labels not in by_base:
+            raise DataError(
+                f"expected {labels} beside {listing.at(by_base[images])}, found none; fetch it too"
+            )
+        pixels = idx.parse(listing.read(by_base[images]), 3, listing.at(by_base[images]))
+        numbers = idx.parse(listing.read(by_base[labels]), 1, listing.at(by_base[labels])).astype(np.int64)
+        if len(pixels) != len(numbers):
+            raise DataError(
+                f"expected a label for each of {len(pixels)} images, got {len(numbers)} in {listing.at(by_base[labels])}"
+            )
+        sources[split] = Images(pixels[:, None], numbers)
+    return Found(sources, (), f"idx files at {listing.store.uri}") if sources else None
+
+
+def _folders(listing: Listing, _: int, classes: Sequence[str] | None) -> Found | None:
+    groups: dict[tuple[str, str], list[str]] = {}
+    images = [name for name in listing.sizes if name.lower().endswith(ENDINGS)]
+    for name in images:
+        top = name.partition("/")[0]
+        split = _SPLITS.get(top.lower()) if "/" in name else None
+        groups.setdefault((split, top) if split else ("any", ""), []).append(name)
+    if not images:
+        return None
+    if len(groups) > 1:
+        groups.pop(("any", ""), None)  # pictures that lie about beside train/ and test/
+    sources: dict[str, Source] = {}
+    first = next((key for key in groups if key[0] in ("train", "any")), next(iter(groups)))
+    known = list(classes or sorted({class_of(name, first[1]) for name in groups[first]} - {""}))
+    for (split, folder), names in groups.items():
+        loose = [name for name in names if not class_of(name, folder)]
+        if loose:
+            raise DataError(
+                f"expected images in a folder per class ({folder or listing.store.uri}/<class>/*.jpg), "
+                f"found {len(loose)} in none, as {listing.at(loose[0])}; sort them into class folders"
+            )
+        sources[split] = ImageFiles(listing, names, folder, known)
+    return Found(sources, tuple(known), f"image folders at {listing.store.uri}")

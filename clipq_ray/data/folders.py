@@ -1,0 +1,72 @@
+"""Folders of images, one folder per class: train/<class>/*.jpg.
+
+Files are read one by one when a batch needs them, locally or from any URI. The fingerprint hashes all names and sizes and the content
+of at most 64 files, evenly spaced over the sorted names. Not covered: labels in a separate file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipq_ray.data.listing import Listing, few
+from clipq_ray.data.split import Labels, content_hash
+from clipq_ray.errors import DataError
+
+Rows = NDArray[np.int64]
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SAMPLE_FILES = 64
+_AT_ONCE = 8
+
+
+class ImageFiles:
+    """Image files in a directory, as an `encoded.ImageRows`; the label is the position of the file's folder in `classes`."""
+
+    groups: Rows | None = None
+
+    def __init__(self, listing: Listing, names: Sequence[str], folder: str, classes: Sequence[str]) -> None:
+        """`names`: files `folder/<class>/...` of the listing (`folder` may be empty); `DataError` for a class not in `classes`."""
+        self.listing = listing
+        self.names = sorted(names)
+        number = {name: position for position, name in enumerate(classes)}
+        of = [class_of(name, folder) for name in self.names]
+        unknown = sorted(set(of) - set(number))
+        if unknown:
+            raise DataError(
+                f"expected the classes of the training images ({len(classes)}: {few(list(classes))}), "
+                f"got {few(unknown)} in {listing.at(folder)}; rename or remove these folders"
+            )
+        self.labels: Labels = np.array([number[name] for name in of], dtype=np.int64)
+        spaced = np.unique(np.linspace(0, len(self.names) - 1, SAMPLE_FILES).astype(int))
+        inside = "\n".join(f"{name.removeprefix(folder)}\t{listing.sizes[name]}" for name in self.names)
+        self.fingerprint = content_hash("files", inside, *[data or b"" for data in self.read(spaced)])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, row: int) -> str:
+        """The file's URI."""
+        return self.listing.at(self.names[row])
+
+    def read(self, rows: Rows) -> list[bytes | None]:
+        """The files' bytes, some read at once where they are not on this machine."""
+        names = [self.names[row] for row in rows]
+        if self.listing.store.local is not None or len(names) < 2:
+            return [self.listing.read(name) for name in names]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(self.listing.read, names))
+
+    def order(self, rows: Rows, generator: torch.Generator) -> Tensor:
+        """A plain permutation."""
+        return torch.randperm(len(rows), generator=generator)
+
+
+def class_of(name: str, folder: str) -> str:
+    """The first folder below `folder`; "" for a file that lies in none."""
+    inside = name.removeprefix(f"{folder}/") if folder else name
+    return inside.partition("/")[0] if "/" in inside else ""

@@ -1,0 +1,76 @@
+"""The files of a data set at any URI: names, sizes, bytes.
+
+One listing per data set, taken when it is opened; files added later are not seen. Names with a part that begins with "." are passed
+over. Not covered: writing (`storage`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pyarrow import fs
+
+from clipq_ray.errors import ClipqError, DataError
+from clipq_ray.storage import Store
+
+
+@dataclass(frozen=True)
+class Listing:
+    """`sizes`: bytes per name, relative to the directory `store`, sorted by name."""
+
+    store: Store
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, uri: str) -> Listing:
+        """The directory at `uri`, or one file with the directory it lies in; `DataError` if nothing is there."""
+        if uri.rstrip("/").endswith(".parquet"):
+            store, name = Store.of_file(uri)
+            if store.exists(name):
+                return cls(store, {name: store.size(name)})
+        store = Store(uri)
+        with reading(store.uri):
+            system, base = store.arrow()
+            found = system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        root = base.rstrip("/") + "/"
+        sizes = {info.path.removeprefix(root): info.size for info in found if info.type == fs.FileType.File}
+        visible = {name: sizes[name] for name in sorted(sizes) if not f"/{name}".count("/.")}
+        if not visible:
+            raise DataError(
+                f"expected a directory of data at {store.uri}, found no files there; check the URI or the name"
+            )
+        return cls(store, visible)
+
+    def read(self, name: str) -> bytes:
+        """The whole file."""
+        return self.store.read(name)
+
+    def open(self, name: str) -> Any:
+        """A `pyarrow.NativeFile` for random access."""
+        system, base = self.store.arrow()
+        return system.open_input_file(f"{base.rstrip('/')}/{name}")
+
+    def at(self, name: str) -> str:
+        """The URI of a file, for messages."""
+        return f"{self.store.uri.rstrip('/')}/{name}"
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever storage or Arrow raise becomes one `DataError` line that names `what`."""
+    try:
+        yield
+    except ClipqError:
+        raise
+    except Exception as error:  # fsspec packages and Arrow have exceptions of their own
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"cannot read {what}: {line}; check that it is whole and may be read") from error
+
+
+def few(names: list[str] | tuple[str, ...], most: int = 4) -> str:
+    """The first names and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

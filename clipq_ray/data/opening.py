@@ -1,0 +1,214 @@
+"""`open_data`: from a name or URI to training, validation and test images ready for one network.
+
+Which images are the test set: files named `test*` if there, else `validation*`/`val*`. Validation images are the user's
+(`validation_uri`, or validation files beside test files), else a stratified sample held out of the training images. Every such choice
+is a note. Not covered: augmentation beyond the usual crop and flip; more than one label per image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipq_ray.data.builtin import Images
+from clipq_ray.data.decoding import BadImages, image_size
+from clipq_ray.data.encoded import EncodedSplit, decoded
+from clipq_ray.data.finding import Found, Source, find
+from clipq_ray.data.preprocessing import Preprocessing, default_normalisation
+from clipq_ray.data.sampling import hold_out, stratified
+from clipq_ray.data.split import Data, Split
+from clipq_ray.data.tensors import TensorSplit
+from clipq_ray.errors import ConfigError, DataError
+
+LIMIT_SEED = 0
+DEFAULT_MEMORY_LIMIT_BYTES = 2 * 10**9
+Resize = int | None | Literal["auto"]
+Chosen = dict[str, tuple[Source, NDArray[np.int64]]]
+
+
+def open_data(
+    uri: str,
+    *,
+    input_shape: tuple[int, int, int],
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    resize: Resize = "auto",
+    validation_images: int | None = None,
+    validation_uri: str | None = None,
+    seed: int = 0,
+    memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
+    bad_image_limit: int = 0,
+    limit_images: int | None = None,
+    data_root: str = "data",
+) -> Data:
+    """Open a data set for a network of `input_shape` (channels, height, width).
+
+    `uri`: "digits"; "mnist", "fashion_mnist", "cifar10", "cifar100" with files under `data_root`, or NAME:FOLDER; or the URI of a
+    directory of Parquet files, idx files or image folders. `resize`: pixels of the shorter side before the centre crop; None: images
+    have the input's size; "auto": None if the first training image has it, else height x 256 / 224. `validation_images`: how many to
+    hold out, by default 10 % of the training images and at most 5,000; not with `validation_uri`. `memory_limit_bytes`: encoded images
+    of the input's size are decoded into memory if they fit, else half of it caches row groups. `bad_image_limit`: how many unreadable
+    images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all, the same for
+    every seed; row groups are then taken as few as possible. Raises `DataError` and `ConfigError`.
+    """
+    if memory_limit_bytes < 1 or bad_image_limit < 0:
+        raise ConfigError(
+            f"expected a memory limit above 0 and a bad-image limit of at least 0, got {memory_limit_bytes} and {bad_image_limit}"
+        )
+    if validation_uri is not None and validation_images is not None:
+        raise ConfigError(
+            "expected a number of validation images or a validation URI, got both; leave out one"
+        )
+    found = find(uri, data_root, memory_limit_bytes // 2)
+    train, validation, test, notes = _assigned(found, uri)
+    if validation_uri is not None:
+        validation, more = _validation(
+            validation_uri, data_root, memory_limit_bytes // 8, found, validation is not None
+        )
+        notes += more
+    sources = {"train": train, "validation": validation, "test": test}
+    present = {split: source for split, source in sources.items() if source is not None}
+    names = _class_names(found.class_names, present)
+    preprocessing = _preprocessing(train, input_shape, mean, std, resize)
+    chosen, more = _chosen(present, limit_images, validation_images, seed)
+    bad = BadImages(bad_image_limit)
+    splits = _splits(chosen, preprocessing, memory_limit_bytes, bad)
+    if "test" in splits and splits["validation"].fingerprint == splits["test"].fingerprint:
+        raise DataError(
+            "expected validation images other than the test images, got the same; the test set decides nothing, give others"
+        )
+    return Data(
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits.get("test"),
+        classes=len(names),
+        class_names=names,
+        preprocessing=preprocessing,
+        validation_held_out=validation is None,
+        description=found.description,
+        notes=(*found.notes, *notes, *more, *_bad_notes(bad)),
+    )
+
+
+def _assigned(found: Found, uri: str) -> tuple[Source, Source | None, Source | None, list[str]]:
+    """Training, validation and test images among what was found, and notes."""
+    given = found.sources
+    if "train" not in given:
+        raise DataError(
+            f"expected training images (train*.parquet or train/<class>/*) at {uri}, found only "
+            f"{' and '.join(sorted(given)) or 'files without labels'}; rename the files or check the URI"
+        )
+    if "test" in given:
+        return given["train"], given.get("validation"), given["test"], []
+    if "validation" in given:
+        note = "no test* data: the validation data is the test set, and validation images are held out of the training images"
+        return given["train"], None, given["validation"], [note]
+    return given["train"], None, None, ["no test data: results are reported on validation images only"]
+
+
+def _validation(
+    uri: str, data_root: str, cache_bytes: int, found: Found, replaces: bool
+) -> tuple[Source, list[str]]:
+    """The user's own validation images: of the splits at `uri` the first of validation, test, train, any."""
+    other = find(uri, data_root, cache_bytes, found.class_names or None)
+    if other.class_names and found.class_names and other.class_names != found.class_names:
+        raise DataError(
+            f"expected validation data with the classes of the training data, got other names or another order at {uri}; give matching data"
+        )
+    split = next((one for one in ("validation", "test", "train", "any") if one in other.sources), None)
+    if split is None:
+        raise DataError(f"expected labelled validation images at {uri}, found none; check the URI")
+    notes = [f"validation images: {'all' if split == 'any' else split} images at {uri}"]
+    if replaces:
+        notes.append("the data's own validation files are not used")
+    return other.sources[split], notes
+
+
+def _class_names(names: tuple[str, ...], sources: dict[str, Source]) -> tuple[str, ...]:
+    """One name per class; numbers where the data has none. `DataError` for labels that no class has."""
+    highest = 0
+    for split, source in sources.items():
+        lowest, most = int(source.labels.min()), int(source.labels.max())
+        if lowest < 0 or (names and most >= len(names)):
+            raise DataError(
+                f"expected {split} labels in 0..{len(names) - 1 if names else 'classes - 1'}, got {lowest}..{most}; correct the labels"
+            )
+        highest = max(highest, most)
+    return names or tuple(str(number) for number in range(highest + 1))
+
+
+def _preprocessing(
+    train: Source,
+    shape: tuple[int, int, int],
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    resize: Resize,
+) -> Preprocessing:
+    if (mean is None) != (std is None):
+        raise ConfigError("expected mean and std together, got one of them; give both or none")
+    usual = default_normalisation(shape[0])
+    pixels = resize if resize != "auto" else _automatic(train, shape)
+    return Preprocessing(shape, pixels, usual[0] if mean is None else mean, usual[1] if std is None else std)
+
+
+def _automatic(train: Source, shape: tuple[int, int, int]) -> int | None:
+    """None if images have the input's size, else the usual proportion of resize to crop."""
+    return None if _first_size(train) == shape[1:] else round(max(shape[1:]) * 256 / 224)
+
+
+def _first_size(source: Source) -> tuple[int, ...] | None:
+    """(height, width) of the first readable image."""
+    if isinstance(source, Images):
+        return source.pixels.shape[2:]
+    for row in range(min(len(source), 100)):
+        if size := image_size(source.read(np.array([row]))[0]):
+            return size
+    raise DataError(f"expected images, found none that can be read among the first 100, as {source.name(0)}")
+
+
+def _chosen(
+    sources: dict[str, Source], limit_images: int | None, validation_images: int | None, seed: int
+) -> tuple[Chosen, list[str]]:
+    """Which rows of which source each split has; where there is no validation data, some training rows become it."""
+    chosen = {split: (source, np.arange(len(source.labels))) for split, source in sources.items()}
+    train, rows = chosen["train"]
+    groups = None if isinstance(train, Images) else train.groups
+    notes: list[str] = []
+    if limit_images is not None and limit_images < len(rows):
+        if limit_images < 2:
+            raise ConfigError(f"expected a limit of at least 2 training images, got {limit_images}")
+        notes.append(f"trial: {limit_images} of {len(rows)} training images")
+        rows = stratified(train.labels, limit_images, LIMIT_SEED, "limit", groups)
+    if "validation" not in chosen:
+        rest, held = hold_out(
+            train.labels[rows], validation_images, seed, None if groups is None else groups[rows]
+        )
+        notes.append(f"validation: {len(held)} of {len(rows)} training images, stratified")
+        chosen["validation"] = train, rows[held]
+        rows = rows[rest]
+    chosen["train"] = train, rows
+    return chosen, notes
+
+
+def _splits(
+    chosen: Chosen, preprocessing: Preprocessing, memory_limit_bytes: int, bad: BadImages
+) -> dict[str, Split]:
+    needed = sum(len(rows) for _, rows in chosen.values()) * int(np.prod(preprocessing.input_shape))
+    in_memory = preprocessing.resize is None and needed <= memory_limit_bytes
+    splits: dict[str, Split] = {}
+    for split, (source, rows) in chosen.items():
+        if isinstance(source, Images):
+            everything = TensorSplit(source.pixels, source.labels, preprocessing, padding=source.padding)
+            splits[split] = everything.subset(torch.from_numpy(rows))
+        elif in_memory:
+            splits[split] = decoded(source, rows, preprocessing, bad)
+        else:
+            splits[split] = EncodedSplit(source, rows, preprocessing, bad)
+    return splits
+
+
+def _bad_notes(bad: BadImages) -> list[str]:
+    return [f"{len(bad.names)} unreadable images left out: {', '.join(bad.names)}"] if bad.names else []

@@ -1,0 +1,99 @@
+"""Which images: fixed stratified samples, and shuffled orders that read a few row groups at a time.
+
+Images of large sets lie in groups (Parquet row groups) that are read whole. A sample therefore takes as few groups as give every class
+its share, and an epoch's order shuffles groups, then images inside windows of groups that fit a budget. Not covered: weighted sampling.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipq_ray.errors import ConfigError
+from clipq_ray.seeds import generator as seeded
+
+MOST_VALIDATION_IMAGES = 5000
+Indices = NDArray[np.int64]
+
+
+def quotas(labels: Indices, count: int) -> Indices:
+    """How many of `count` images each class 0..max gets, in proportion to its size; the largest remainders get the rest."""
+    sizes = np.bincount(labels)
+    exact = count * sizes  # in units of 1/n, so that no rounding decides
+    share = exact // len(labels)
+    by_remainder = np.argsort(-(exact % len(labels)), kind="stable")
+    share[by_remainder[: count - int(share.sum())]] += 1
+    return np.minimum(share, sizes)
+
+
+def stratified(labels: Indices, count: int, seed: int, place: str, groups: Indices | None = None) -> Indices:
+    """Sorted indices int64 (count,) of a sample with every class in proportion.
+
+    It depends on labels, groups, count, seed and place only. With `groups` int64 (n,), all images come from the first groups of a
+    shuffled list that can give every class its share: where images lie in no order of class, that is few of them.
+    """
+    if not 1 <= count <= len(labels):
+        raise ConfigError(f"expected a sample of 1 to {len(labels)} images, got {count}")
+    share = quotas(labels, count)
+    draw = seeded(seed, "sample", place)
+    eligible = np.arange(len(labels)) if groups is None else _first_groups(labels, share, groups, draw)
+    shuffled = eligible[torch.randperm(len(eligible), generator=draw).numpy()]
+    # Position of each image among those of its own class, in shuffled order: taken while below the class's share.
+    by_class = np.argsort(labels[shuffled], kind="stable")
+    ordered = labels[shuffled][by_class]
+    position = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    return np.sort(shuffled[by_class[position < share[ordered]]])
+
+
+def hold_out(
+    labels: Indices, count: int | None, seed: int, groups: Indices | None = None
+) -> tuple[Indices, Indices]:
+    """Sorted indices of the training images that stay and of a stratified sample of `count` that become validation images.
+
+    `count` None: 10 %, at most 5,000. The sample is a function of labels, groups, count and seed.
+    """
+    if count is None:
+        count = max(1, min(len(labels) // 10, MOST_VALIDATION_IMAGES))
+    if not 1 <= count < len(labels):
+        raise ConfigError(
+            f"expected 1 to {len(labels) - 1} validation images out of {len(labels)} training images, got {count}"
+        )
+    held = stratified(labels, count, seed, "validation", groups)
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def _first_groups(labels: Indices, share: Indices, groups: Indices, draw: torch.Generator) -> Indices:
+    """The images of the shortest prefix of shuffled groups in which every class has at least its share."""
+    names, group = np.unique(groups, return_inverse=True)
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[torch.randperm(len(names), generator=draw).numpy()] = np.arange(len(names))
+    when = rank[group]
+    by_class = np.lexsort((when, labels))
+    first = np.searchsorted(labels[by_class], np.arange(len(share)))
+    wanted = share > 0
+    last = when[by_class[(first + share - 1)[wanted]]].max()
+    return np.flatnonzero(when <= last)
+
+
+def windowed_order(
+    groups: Indices, group_bytes: Indices, window_bytes: int, generator: torch.Generator
+) -> Tensor:
+    """A shuffled order int64 (n,) of images whose groups are `groups` int64 (n,).
+
+    Groups are shuffled and cut into windows of at most `window_bytes` (at least one group each); images are shuffled inside a window.
+    One window gives a plain permutation of all images.
+    """
+    names, group = np.unique(groups, return_inverse=True)
+    turn = torch.randperm(len(names), generator=generator).numpy()
+    window = np.empty(len(names), dtype=np.int64)
+    used, current = 0, 0
+    for one in turn:
+        size = int(group_bytes[names[one]])
+        if used and used + size > window_bytes:
+            used, current = 0, current + 1
+        used += size
+        window[one] = current
+    shuffled = torch.randperm(len(groups), generator=generator).numpy()
+    return torch.from_numpy(shuffled[np.argsort(window[group[shuffled]], kind="stable")])

@@ -1,0 +1,93 @@
+"""What every kind of data offers: labels, an order, batches, subsets.
+
+Kinds: `tensors.TensorSplit` (decoded, in memory), `encoded.EncodedSplit` (image files or Parquet, decoded batch by batch) and
+`loaders.LoaderSplit` (a user's own dataset). Randomness comes only from the generators given. Not covered: batches that travel to
+a device, and sampling with weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipq_ray.data.preprocessing import Preprocessing
+
+Labels = NDArray[np.int64]
+
+
+class Split(ABC):
+    """Images with labels.
+
+    `labels`: int64 (n,). `fingerprint`: SHA-256 in hex of what decides the content, the same in every process and on every
+    machine; each kind says what it hashes.
+    """
+
+    labels: Labels
+    fingerprint: str
+
+    # Batches may be prepared in a background thread; False where that would touch the global random state.
+    threaded: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """A shuffled order of one epoch: int64 (n,), each index once."""
+        return torch.randperm(len(self), generator=generator)
+
+    @abstractmethod
+    def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Images float32 (B, C, H, W), normalised and contiguous, and labels int64 (B,), for `indices` int64 (B,).
+
+        `augment`: the source of all randomness of the augmentation; None prepares images as for evaluation.
+        """
+
+    @abstractmethod
+    def subset(self, indices: Tensor) -> Split:
+        """The images at `indices` int64 (m,) in that order, without copying any."""
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Names of the images that could not be read so far (see `decoding.BadImages`)."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that is known about one data set. `notes`: one line each for what was decided on the way."""
+
+    train: Split
+    validation: Split
+    test: Split | None
+    classes: int
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    validation_held_out: bool
+    description: str
+    notes: tuple[str, ...]
+
+
+def content_hash(*parts: bytes | NDArray[np.generic] | str) -> str:
+    """SHA-256 in hex over the parts, each with its length, arrays also with type and shape."""
+    total = hashlib.sha256()
+    for part in parts:
+        data: bytes | memoryview
+        if isinstance(part, np.ndarray):
+            total.update(f"{part.dtype.newbyteorder('<').str}{part.shape}".encode())
+            data = np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("<")).reshape(-1).data.cast("B")
+        else:
+            data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()
+
+
+def subset_hash(fingerprint: str, indices: NDArray[np.int64]) -> str:
+    """The fingerprint of a subset of what `fingerprint` stands for."""
+    return content_hash("subset", fingerprint, indices)

@@ -1,0 +1,310 @@
+"""The training loop: SGD on one or many ranks, with or without the operator in the loop.
+
+The same function trains a network first (no plan, random start), fine-tunes it with CLIP-Q (a plan) and makes the dense control (no
+plan, the given weights). It knows rank and world size through `torch.distributed`, not who started it. Every random choice is a
+function of (seed, stage, epoch, step, rank), and a checkpoint after every epoch holds all else, so a run that was killed goes on as if
+it had not been. Not covered: mixed precision, and optimizers other than SGD.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipq_ray import seeds
+from clipq_ray.data import Split, batches
+from clipq_ray.errors import RunError
+from clipq_ray.evaluate import evaluate, logits
+from clipq_ray.operator import Operator
+from clipq_ray.plan import Plan
+from clipq_ray.storage import Store
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """SGD with Nesterov momentum, linear warm-up and one cosine to zero; `batch_size` is over all ranks."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_epochs: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of a training's curve; `validation_top1_percent` is None without validation images."""
+
+    epoch: int
+    loss: float
+    validation_top1_percent: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process stands: its rank, how many there are, its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+class Checkpoints:
+    """Checkpoints of one training in a store: one whole object per epoch, the last two kept."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def save(self, epoch: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write the state after `epoch` (counted from 1); the same epoch again writes the same name."""
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        self._store.write(_checkpoint_name(epoch), save_tensors(plain, metadata={"state": json.dumps(state)}))
+        for name in self._store.names("epoch-")[:-2]:
+            self._store.remove(name)
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last epoch's tensors and state, or None."""
+        names = self._store.names("epoch-")
+        if not names:
+            return None
+        data = self._store.read(names[-1])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return load_tensors(data), json.loads(header["__metadata__"]["state"])
+
+
+def _checkpoint_name(epoch: int) -> str:
+    return f"epoch-{epoch:05d}.safetensors"
+
+
+class Trainer:
+    """One training of `model`, in place; after `run` the parameters hold full-precision weights.
+
+    `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.time()` before which the last epoch
+    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Split,
+        validation: Split | None,
+        *,
+        plan: Plan | None,
+        schedule: Schedule,
+        seed: int,
+        stage: str,
+        rank: Rank,
+        checkpoints: Checkpoints,
+        evaluation_batch_size: int,
+        deadline: float | None = None,
+    ) -> None:
+        self.model, self.train_split, self.validation = model.to(rank.device), train, validation
+        self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
+        self.checkpoints, self.deadline = checkpoints, deadline
+        self.evaluation_batch_size = evaluation_batch_size
+        self.epochs = schedule.epochs
+        self.curve: list[Epoch] = []
+        self.notes: list[str] = []
+        self.progressed = 0.0  # the part of the schedule that is done, 0..1
+        self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
+        found = checkpoints.latest()
+        if found:
+            self._load_model(found[0])
+        self.operator = Operator(model, plan) if plan else None
+        self.optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=schedule.learning_rate,
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            nesterov=schedule.momentum > 0,
+        )
+        if found:
+            self._load_progress(*found)
+        # buffers follow rank 0; parameters were equal from the start and stay so
+        self.wrapped = DistributedDataParallel(model) if rank.world > 1 else model
+        self.micro_batch = self._fitting_micro_batch()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------------
+    def _load_model(self, tensors: dict[str, Tensor]) -> None:
+        state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model/")}
+        self.model.load_state_dict(state, strict=True)
+
+    def _load_progress(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.curve = [Epoch(**row) for row in state["curve"]]
+        self.notes, self.epochs, self.progressed = state["notes"], state["epochs"], state["progressed"]
+        for name, parameter in self.model.named_parameters():
+            if f"momentum/{name}" in tensors:
+                buffer = tensors[f"momentum/{name}"].to(parameter.device)
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+    def _save(self) -> None:
+        if self.rank.rank:
+            return
+        with self.operator.reading_full_precision() if self.operator else nullcontext():
+            tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+            for name, parameter in self.model.named_parameters():
+                buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if buffer is not None:
+                    tensors[f"momentum/{name}"] = buffer
+            state = {
+                "curve": [asdict(row) for row in self.curve],
+                "notes": self.notes,
+                "epochs": self.epochs,
+                "progressed": self.progressed,
+            }
+            self.checkpoints.save(len(self.curve), tensors, state)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------------
+    def run(self, progress: Progress, report: Callable[[dict[str, Any]], None]) -> None:
+        """Train from the last checkpoint to the end; `report` is called on every rank after every epoch."""
+        while len(self.curve) < self.epochs:
+            started = time.monotonic()
+            epoch = len(self.curve)
+            loss = self._epoch(epoch, progress)
+            self.progressed += (1.0 - self.progressed) / (self.epochs - epoch)
+            top1 = self._validate()
+            row = Epoch(epoch + 1, loss, top1, time.monotonic() - started)
+            self.curve.append(row)
+            self._fit_deadline(row.seconds)
+            self._save()
+            report(asdict(row))
+        if self.operator:
+            self.operator.detach()
+            self.operator = None
+
+    def _index_batches(self, epoch: int) -> list[Tensor]:
+        """This rank's rows of every global batch; the last, smaller one is left out unless it is the only one."""
+        order = self.train_split.order(seeds.generator(self.seed, self.stage, "order", epoch))
+        size = min(self.schedule.batch_size, len(order))
+        whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        return [batch[self.rank.rank :: self.rank.world] for batch in whole]
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        place = (self.stage, "augment", epoch)
+        return batches(
+            self.train_split,
+            self._index_batches(epoch),
+            lambda step: seeds.generator(self.seed, *place, step, self.rank.rank),
+        )
+
+    def _epoch(self, epoch: int, progress: Progress) -> float:
+        self.wrapped.train()
+        steps = max(1, len(self.train_split) // min(self.schedule.batch_size, len(self.train_split)))
+        total = torch.zeros((), dtype=torch.float64)
+        for step, (images, labels) in enumerate(self._batches(epoch)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate(epoch, step / steps)
+            torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
+            total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
+            progress(epoch * steps + step + 1, self.epochs * steps, f"epoch {epoch + 1} of {self.epochs}")
+        mean = total / steps
+        if self.rank.world > 1:
+            dist.all_reduce(mean)
+            mean /= self.rank.world
+        if not math.isfinite(mean):
+            raise RunError(
+                f"{self.stage} diverged in epoch {epoch + 1} (loss {mean.item()}); lower --learning-rate "
+                f"(now {self.schedule.learning_rate}) or raise --warmup-epochs"
+            )
+        return mean.item()
+
+    def _rate(self, epoch: int, within: float) -> float:
+        done = self.progressed + (1.0 - self.progressed) / (self.epochs - epoch) * within
+        rate = self.schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+        warm = self.schedule.warmup_epochs
+        return rate * min(1.0, (epoch + within + 0.01) / warm) if warm > 0 else rate
+
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        """One step over this rank's images, in micro-batches where memory asks for it; the mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(images, labels, self.micro_batch)
+        with self.operator.full_precision() if self.operator else nullcontext():
+            self.optimizer.step()
+        return loss
+
+    def _backward(self, images: Tensor, labels: Tensor, micro: int) -> float:
+        total, n = 0.0, len(images)
+        for start in range(0, n, micro):
+            part = slice(start, start + micro)
+            last = start + micro >= n
+            silent = self.rank.world > 1 and not last
+            with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[operator,union-attr]
+                share = len(labels[part]) / n
+                loss = self.loss(logits(self.wrapped(images[part])), labels[part]) * share
+                loss.backward()
+            total += loss.item()
+        return total
+
+    def _fitting_micro_batch(self) -> int:
+        """The largest micro-batch that fits all ranks' memory, found by one step without effect before training."""
+        indices = self._index_batches(0)[0]
+        images, labels = self.train_split.batch(indices, seeds.generator(self.seed, self.stage, "probe"))
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.model.train()
+        micro = len(indices)
+        while True:
+            try:
+                part = slice(0, micro)
+                output = logits(self.model(images[part].to(self.rank.device)))
+                self.loss(output, labels[part].to(self.rank.device)).backward()
+                break
+            except torch.OutOfMemoryError:
+                if micro == 1:
+                    raise RunError("one image does not fit the device's memory; use a larger device") from None
+                micro = math.ceil(micro / 2)
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        if self.rank.world > 1:
+            least = torch.tensor(micro, device=self.rank.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            micro = int(least)
+        if micro < len(indices):
+            note = (
+                f"{self.stage}: {len(indices)} images per worker do not fit the device's memory; gradients are "
+                f"accumulated over micro-batches of {micro} (batch norm sees {micro} images at a time)"
+            )
+            log.warning(note)
+            self.notes.append(note)
+        return micro
+
+    def _validate(self) -> float | None:
+        """Top-1 of the quantized network on validation images [%], by rank 0."""
+        if self.validation is None or self.rank.rank:
+            return None
+        result = evaluate(
+            self.model, self.validation, batch_size=self.evaluation_batch_size, device=self.rank.device
+        )
+        return 100.0 * result.top1
+
+    def _fit_deadline(self, epoch_seconds: float) -> None:
+        if self.deadline is None:
+            return
+        fit = max(0, math.floor((self.deadline - time.time()) / epoch_seconds))
+        planned = torch.tensor(min(self.epochs, len(self.curve) + fit), device=self.rank.device)
+        if self.rank.world > 1:
+            dist.broadcast(planned, src=0)
+        if int(planned) < self.epochs:
+            note = f"{self.stage}: shortened from {self.schedule.epochs} to {int(planned)} epochs by --deadline-hours"
+            log.warning(note)
+            self.notes = [*(n for n in self.notes if "by --deadline-hours" not in n), note]
+            self.epochs = int(planned)

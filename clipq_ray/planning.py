@@ -1,0 +1,77 @@
+"""Before hours of work: what a run would do, how long it would take and what it would write, from short measurements.
+
+Steps of training and evaluation are timed on this machine with the real network and data; a cluster's other machines may differ.
+Not covered: the time that Ray takes to start (about twenty seconds a stage).
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from clipq_ray import network
+from clipq_ray.evaluate import logits
+from clipq_ray.operator import Operator, make_plan
+from clipq_ray.pipeline import wants_control
+from clipq_ray.plan import Theta
+from clipq_ray.work import Source, prepare_process
+
+_RAY_SECONDS = 20.0  # start of a worker group, seen
+
+
+def dry_run(source: Source) -> str:
+    """The plan of a run in words; nothing is written."""
+    config = source.config
+    prepare_process(config.threads_per_worker)
+    data = source.data()
+    model, device = source.network().to(source.device()), source.device()
+    sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0].to(device)
+    found = network.inventory(model, sample, config.keep)
+    forward, step = _seconds(source, model, [layer.name for layer in found.layers])
+    images, held = len(data.train), len(data.validation)
+    evaluations = config.search_evaluations * len(found.layers)
+    parallel = config.search_parallel or 1
+    fresh = source.weights_origin() == "train"
+    trainings = [("baseline", config.baseline_epochs)] * fresh + [("fine-tuning", config.epochs)]
+    trainings += [("dense control", config.epochs)] * wants_control(source)
+    search_seconds = evaluations * min(config.search_images, images) * forward / parallel
+    lines = [
+        f"network     {config.model}: {found.parameters:,} parameters, {len(found.layers)} layers to compress",
+        f"data        {data.description}: {images:,} training, {held:,} validation images",
+        f"search      {evaluations:,} evaluations of {min(config.search_images, images):,} images: about {_clock(search_seconds)}",
+    ]
+    total = search_seconds
+    for name, epochs in trainings:
+        seconds = epochs * (images * step / config.workers + held * forward) + _RAY_SECONDS
+        lines.append(f"{name:<11} {epochs} epochs on {config.workers} workers: about {_clock(seconds)}")
+        total += seconds
+    lines.append(f"time        about {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads")
+    disk = found.bytes_before * (2 + 6 * len(trainings))
+    lines.append(f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)")
+    return "\n".join([*lines, *(f"note        {note}" for note in (*data.notes, *found.notes)), "nothing was done"])
+
+
+def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float, float]:
+    """Seconds per image of evaluation and of a training step with the operator, best of two."""
+    config, data = source.config, source.data()
+    size = min(max(1, config.batch_size // config.workers), len(data.train))
+    images, labels = (part.to(source.device()) for part in data.train.batch(torch.arange(size), None))
+    forward, step = [], []
+    operator = Operator(model, make_plan(model, dict.fromkeys(layers, Theta(0.5, 3))))
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model.eval()(images)
+        forward.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        nn.functional.cross_entropy(logits(model.train()(images)), labels % logits(model(images[:2])).shape[1]).backward()
+        with operator.full_precision():
+            model.zero_grad()
+        step.append(time.perf_counter() - started)
+    return min(forward) / size, min(step) / size
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"

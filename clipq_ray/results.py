@@ -1,0 +1,195 @@
+"""What a run says about itself: the manifest's content, the rows of the tables, the report.
+
+Sizes are those of the file, accuracies those of the decoded file. Not covered: writing (`manifest`), the schemas (`tables`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipq_ray import codec, report, search, tables
+from clipq_ray.evaluate import Evaluation
+from clipq_ray.network import Inventory
+from clipq_ray.packing import PackedNetwork
+from clipq_ray.plan import Plan
+from clipq_ray.storage import LAYERS, MODEL, PREDICTIONS, REPORT, TRIALS
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Evaluations by split ("validation", "test"); the decoded file's under `compressed`."""
+
+    original: dict[str, Evaluation | None]
+    control: dict[str, Evaluation | None]
+    compressed: dict[str, Evaluation | None]
+    labels: dict[str, npt.NDArray[np.int64]]
+
+
+def _score(found: Evaluation | None) -> dict[str, float] | None:
+    if found is None:
+        return None
+    low, high = found.interval()
+    return {
+        "top1_percent": 100 * found.top1,
+        "top1_low_percent": 100 * low,
+        "top1_high_percent": 100 * high,
+        "top5_percent": 100 * found.top5,
+        "loss": found.loss,
+    }
+
+
+def _metrics(scores: Scores) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for split in ("validation", "test"):
+        compressed = scores.compressed[split]
+        result[split] = None if compressed is None else {
+            "n": compressed.n,
+            "original": _score(scores.original[split]),
+            "control": _score(scores.control[split]),
+            "compressed": _score(compressed),
+        }  # fmt: skip
+    reference = "control" if scores.control["validation"] else "original"
+    counted = result["test"] or result["validation"]
+    drop = counted[reference]["top1_percent"] - counted["compressed"]["top1_percent"]
+    against_original = counted["original"]["top1_percent"] - counted["compressed"]["top1_percent"]
+    return {**result, "reference": reference, "drop_points": drop, "drop_from_original_points": against_original}
+
+
+def document(
+    *, name: str, run_id: str, run: Mapping[str, Any], identity: Mapping[str, Any], inventory: Inventory,
+    choice: search.Choice, packed: PackedNetwork, scores: Scores, curves: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest without its list of files."""
+    size = len(packed.file)
+    return {
+        "format": 1,
+        "run": run_id,
+        "model": name,
+        **run,
+        "architecture": identity["architecture"],
+        "source_sha256": identity["weights"],
+        "tradeoff": choice.tradeoff,
+        "metrics": {
+            "parameters": inventory.parameters,
+            "bytes_before": inventory.bytes_before,
+            "bytes_after": size,
+            "ratio": inventory.bytes_before / size,
+            "batch_norm": packed.batch_norm,
+            **_metrics(scores),
+        },
+        "curves": dict(curves),
+    }
+
+
+def files(
+    document: dict[str, Any], packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: search.Choice,
+    trials: Mapping[str, Sequence[search.Trial]], scores: Scores,
+    reference_error: float,
+) -> dict[str, bytes]:  # fmt: skip
+    """Every file of the run by name; the report only where `[report]` is installed, else a note says so."""
+    layers = tables.to_bytes(_layer_rows(packed, inventory, plan, choice, reference_error), tables.LAYERS)
+    trial_rows = tables.to_bytes(_trial_rows(trials, choice), tables.TRIALS)
+    result = {MODEL: packed.file, LAYERS: layers, TRIALS: trial_rows}
+    if scores.compressed["test"] is not None:
+        result[PREDICTIONS] = tables.to_bytes(_prediction_rows(scores), tables.PREDICTIONS)
+    missing = report.missing()
+    if missing:
+        document["notes"] = [*document["notes"], f"no report.html: {', '.join(missing)} missing; install clipq_ray[report]"]
+        return result
+    predictions = tables.from_bytes(result[PREDICTIONS]) if PREDICTIONS in result else None
+    page = report.render(document, tables.from_bytes(layers), tables.from_bytes(trial_rows), predictions)
+    return {**result, REPORT: page.encode()}
+
+
+def _entropy_bits(codes: npt.NDArray[np.int16]) -> float:
+    counts = np.unique(codes, return_counts=True)[1]
+    p = counts / max(counts.sum(), 1)
+    return float(-(p * np.log2(p)).sum()) + 0.0
+
+
+def _layer_rows(
+    packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: search.Choice, reference_error: float
+) -> list[dict[str, Any]]:
+    entries = {entry.name: entry for entry in codec.entries(packed.file)}
+    decoded = codec.decode(packed.file, [layer.name for layer in inventory.layers]).tensors
+    rows = []
+    for index, (layer, planned) in enumerate(zip(inventory.layers, plan.layers, strict=True)):
+        coded = decoded[layer.name]
+        assert isinstance(coded, codec.CodedLayer)
+        entry, quantized, trial = entries[layer.name], packed.quantized[layer.name], choice.trials[layer.name]
+        nonzeros = int(np.count_nonzero(coded.codes))
+        error, norm = packed.full_norms[layer.name]
+        rows.append(
+            {
+                "index": index,
+                "layer": layer.name,
+                "kind": layer.kind,
+                "shape": list(layer.shape),
+                "weights": layer.weights,
+                "p": planned.theta.p,
+                "bits": planned.theta.b,
+                "share_negative": planned.share.negative,
+                "share_positive": planned.share.positive,
+                "clip_negative": quantized.clips[0],
+                "clip_positive": quantized.clips[1],
+                "levels": len(coded.levels),
+                "level_values": [float(value) for value in coded.levels],
+                "nonzeros": nonzeros,
+                "nonzero_percent": 100 * nonzeros / layer.weights,
+                "bytes_before": 4 * layer.weights,
+                "bytes": entry.bytes,
+                "bits_per_weight": 8 * entry.bytes / layer.weights,
+                "entropy_bits_per_weight": _entropy_bits(coded.codes),
+                "ratio": 4 * layer.weights / entry.bytes,
+                "quantization_error_percent": 100 * error / norm if norm else 0.0,
+                "search_error_percent": 100 * trial.error,
+                "search_reference_error_percent": 100 * reference_error,
+                "coder": entry.coder,
+            }
+        )
+    return rows
+
+
+def _trial_rows(trials: Mapping[str, Sequence[search.Trial]], choice: search.Choice) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": trial.layer,
+            "step": trial.step,
+            "origin": trial.origin,
+            "p": trial.p,
+            "bits": trial.b,
+            "images": trial.images,
+            "error_percent": 100 * trial.error,
+            "loss": trial.loss,
+            "bytes": trial.bytes,
+            "saved_fraction": trial.saved,
+            "tradeoff": trial.tradeoff,
+            "objective": trial.objective(trial.tradeoff),
+            "chosen": choice.trials[layer] == trial,
+            "seconds": trial.seconds,
+            "node": trial.node,
+        }
+        for layer, points in trials.items()
+        for trial in points
+    ]
+
+
+def _prediction_rows(scores: Scores) -> list[dict[str, Any]]:
+    original, control, compressed = (s["test"] for s in (scores.original, scores.control, scores.compressed))
+    assert original is not None
+    assert compressed is not None
+    return [
+        {
+            "index": index,
+            "label": int(label),
+            "original": int(original.predictions[index]),
+            "control": int(control.predictions[index]) if control else None,
+            "compressed": int(compressed.predictions[index]),
+        }
+        for index, label in enumerate(scores.labels["test"])
+    ]

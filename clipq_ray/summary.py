@@ -1,0 +1,42 @@
+"""The table that a person reads at the end of a job, and the size that a ratio is relative to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clipq_ray import codec
+
+
+def bytes_before(file: bytes) -> int:
+    """4 bytes x all elements in a .clq file: what the network took before (method, section 5)."""
+    return 4 * sum(entry.elements for entry in codec.entries(file))
+
+
+def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
+    """One row per run: network, parameters, bytes before and after, ratio, top-1 before and after; then where each lies."""
+    rows = [("network", "parameters", "bytes before", "bytes after", "ratio", "top-1 before", "top-1 after", "images")]
+    lines = []
+    for manifest, uri in zip(manifests, uris, strict=True):
+        metrics = manifest["metrics"]
+        split = "test" if metrics["test"] else "validation"
+        scores = metrics[split]
+        rows.append(
+            (
+                manifest["model"],
+                f"{metrics['parameters']:,}",
+                f"{metrics['bytes_before']:,}",
+                f"{metrics['bytes_after']:,}",
+                f"{metrics['ratio']:.1f}x",
+                f"{scores['original']['top1_percent']:.2f} %",
+                f"{scores['compressed']['top1_percent']:.2f} %",
+                f"{scores['n']:,} {split}",
+            )
+        )
+        if scores["control"]:
+            lines.append(f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %")
+        lines.append(f"run: {uri}")
+        lines += [f"note: {note}" for note in manifest["notes"]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *lines])

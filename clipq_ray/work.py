@@ -1,0 +1,256 @@
+"""The units of work that an engine carries to where they run: a training on one rank, a search of one layer.
+
+Tasks are values that any process can rebuild its network and data from; what they make lies in a store when they end, whole. The same
+functions run in the driver's process and on a cluster, so both engines give the same result. Not covered: who starts them (`cluster`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from clipq_ray import models, seeds
+from clipq_ray.config import Config
+from clipq_ray.data import Data, Split, open_data
+from clipq_ray.errors import FormatError
+from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
+from clipq_ray.plan import Plan
+from clipq_ray.search import LayerEvaluator, Settings, Trial, step_layer
+from clipq_ray.storage import Store
+
+WEIGHTS = "weights.safetensors"
+CURVE = "curve.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Network and data of a run: by name and URI from `config`, or a module and data that a caller of the Python interface holds."""
+
+    config: Config
+    module: nn.Module | None = field(default=None, compare=False)
+    own_data: Data | None = field(default=None, compare=False)
+
+    def architecture(self) -> models.Architecture | None:
+        """The registered architecture; None for a caller's own module."""
+        if self.module is not None:
+            return None
+        # a network that is trained here gets the data's classes; trained weights bring their own
+        fresh = self.weights_origin() in ("train", "random")
+        classes = self.data().classes if fresh else None
+        return models.architecture(
+            self.config.model, classes, self.config.model_args, allow_import=":" in self.config.model
+        )
+
+    def weights_origin(self) -> str:
+        """Where the weights come from: a URI, "torchvision", "train", "random" or "module"."""
+        if self.module is not None:
+            return self.config.weights or "module"
+        return self.config.weights or models.default_weights(self.config.model)
+
+    def network(self) -> nn.Module:
+        """A new network with weights seeded by the run."""
+        if self.module is not None:
+            return copy.deepcopy(self.module)
+        torch.manual_seed(seeds.derive(self.config.seed, "initial weights"))
+        architecture = self.architecture()
+        assert architecture is not None
+        return models.build(architecture, allow_import=":" in self.config.model)
+
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width [pixels] of the network's input."""
+        channels, height, width = models.default_input(self.config.model)
+        size = self.config.input_size
+        return (channels, size, size) if size else (channels, height, width)
+
+    def data(self) -> Data:
+        """The data, opened once per process."""
+        return self.own_data if self.own_data is not None else _opened(self.config, self.input_shape())
+
+    def check(self) -> None:
+        """Find a user's mistakes in a second: an unknown name, arguments that do not fit."""
+        if self.module is None:
+            models.default_weights(self.config.model)
+            if self.weights_origin() not in ("train", "random"):
+                self.architecture()
+
+    def device(self) -> torch.device:
+        """The device for work that is not placed by a cluster."""
+        wanted = self.config.device
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+
+_DATA_OPTIONS = (
+    "data", "data_root", "mean", "std", "validation_images", "validation_data", "seed", "memory_limit_gib",
+    "bad_image_limit", "limit_images",
+)  # fmt: skip
+
+
+def _opened(config: Config, input_shape: tuple[int, int, int]) -> Data:
+    text = json.dumps({name: getattr(config, name) for name in _DATA_OPTIONS}, sort_keys=True)
+    return _opened_once(text, input_shape)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened_once(options: str, input_shape: tuple[int, int, int]) -> Data:
+    config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(options).items()})
+    return open_data(
+        config.data,
+        data_root=config.data_root or "data",
+        input_shape=input_shape,
+        mean=config.mean,
+        std=config.std,
+        validation_images=config.validation_images,
+        validation_uri=config.validation_data,
+        seed=config.seed,
+        memory_limit_bytes=config.memory_limit_bytes,
+        bad_image_limit=config.bad_image_limit,
+        limit_images=config.limit_images,
+    )
+
+
+def prepare_process(threads: int) -> None:
+    """Threads and kernels are configuration, not inherited: equal inputs give equal bytes."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def write_state(store: Store, name: str, state: dict[str, Tensor]) -> None:
+    """A state dict as one safetensors object; tensors that share memory are written once each."""
+    store.write(name, save_tensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}))
+
+
+def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
+    """The mirror of `write_state`."""
+    try:
+        return load_tensors(store.read(name))
+    except ValueError as error:
+        raise FormatError(f"expected safetensors at {store.uri}/{name}, got {error}; remove it and run again") from error
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One training: `stage` is "baseline", "finetune" or "control"; URIs name stores."""
+
+    source: Source
+    stage: str
+    initial: str | None
+    plan: Plan | None
+    schedule: Schedule
+    output: str
+    checkpoints: str
+    deadline: float | None = None
+
+
+def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dict[str, Any]], None]) -> None:
+    """Run `task` as one rank; rank 0 writes the full-precision weights, then the curve, which says that all is there."""
+    config = task.source.config
+    prepare_process(config.threads_per_worker)
+    model = task.source.network()
+    if task.initial is not None:
+        model.load_state_dict(read_state(Store(task.initial)))
+    data = task.source.data()
+    trainer = Trainer(
+        model,
+        data.train,
+        data.validation,
+        plan=task.plan,
+        schedule=task.schedule,
+        seed=config.seed,
+        stage=task.stage,
+        rank=rank,
+        checkpoints=Checkpoints(Store(task.checkpoints)),
+        evaluation_batch_size=config.evaluation_batch_size,
+        deadline=task.deadline,
+    )
+    trainer.run(progress, report)
+    if rank.rank == 0:
+        output = Store(task.output)
+        write_state(output, WEIGHTS, model.state_dict())
+        rows = [asdict(row) for row in trainer.curve]
+        output.write(CURVE, json.dumps({"curve": rows, "notes": trainer.notes}).encode())
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """The search of one network: one object of trials per layer is written to `output`."""
+
+    source: Source
+    weights: str
+    layers: tuple[str, ...]
+    settings: Settings
+    images: int
+    network_bytes: int
+    output: str
+
+    def open_layers(self) -> list[tuple[int, str]]:
+        """Index and name of the layers whose trials are not there yet."""
+        there = set(Store(self.output).names("layer-"))
+        return [(index, layer) for index, layer in enumerate(self.layers) if layer_name(index) not in there]
+
+
+def layer_name(index: int) -> str:
+    """The object that holds one layer's trials."""
+    return f"layer-{index:04d}.json"
+
+
+def write_trials(task: SearchTask, index: int, trials: Sequence[Trial]) -> None:
+    """One layer's trials, whole."""
+    Store(task.output).write(layer_name(index), json.dumps([trial.to_json() for trial in trials]).encode())
+
+
+def read_trials(task: SearchTask) -> dict[str, list[Trial]]:
+    """All layers' trials, in the order of the network."""
+    store = Store(task.output)
+    result = {}
+    for index, layer in enumerate(task.layers):
+        try:
+            result[layer] = [Trial(**row) for row in json.loads(store.read(layer_name(index)))]
+        except (ValueError, TypeError) as error:
+            raise FormatError(
+                f"expected trials at {store.uri}/{layer_name(index)}, got {error}; remove the object and run again"
+            ) from error
+    return result
+
+
+class Searcher:
+    """Searches layers of one network in this process; network and images are loaded once."""
+
+    def __init__(self, task: SearchTask, device: torch.device) -> None:
+        config = task.source.config
+        prepare_process(config.threads_per_worker)
+        self.task = task
+        model = task.source.network()
+        model.load_state_dict(read_state(Store(task.weights)))
+        self._evaluator = LayerEvaluator(
+            model,
+            search_images(task.source.data().train, task.images, config.seed),
+            task.network_bytes,
+            batch_size=config.evaluation_batch_size,
+            device=device,
+            node=platform.node(),
+        )
+
+    def step(self, index: int, trials: list[Trial]) -> bool:
+        """One more trial of layer `index`; True when the layer is done, and then its trials are stored."""
+        step_layer(self._evaluator, self.task.layers[index], trials, self.task.settings)
+        if len(trials) < self.task.settings.evaluations:
+            return False
+        write_trials(self.task, index, trials)
+        return True
+
+
+def search_images(train_split: Split, images: int, seed: int) -> Split:
+    """The seeded subset of the training images that scores the search."""
+    order = torch.randperm(len(train_split), generator=seeds.generator(seed, "search images"))
+    return train_split.subset(order[:images].sort().values)

@@ -1,0 +1,60 @@
+"""Verify a claim from the file alone: `python jobs/evaluate.py FILE --data URI` prints bytes, ratio and top-1 of a .clq file.
+
+`FILE` is a .clq file or a run directory, local or any fsspec URI. Nothing but the file and the data is read.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from clipq_ray import codec, options
+from clipq_ray.data import open_data
+from clipq_ray.errors import ModelError
+from clipq_ray.evaluate import evaluate
+from clipq_ray.load import from_packed, read_file
+from clipq_ray.summary import bytes_before
+
+
+def main(arguments: list[str]) -> int:
+    """The job, from its arguments to its lines."""
+    parser = options.OneLineParser(description=__doc__)
+    parser.add_argument("file", metavar="FILE", help=".clq file or run directory")
+    parser.add_argument("--data", required=True, metavar="URI", help="data as for compress.py; its test set is used")
+    parser.add_argument("--data-root", metavar="DIR", help="folder that holds the files of a torchvision set")
+    parser.add_argument("--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)")
+    given = parser.parse_args(arguments)
+    data = read_file(given.file)
+    content = codec.metadata(data)
+    if not content.get("architecture"):
+        raise ModelError("expected a file with a registered network, got one of the user's own; use clipq_ray.load(uri, factory)")
+    stated = content["input"]
+    opened = open_data(
+        given.data, data_root=given.data_root or "data", input_shape=tuple(stated["input_shape"]), mean=tuple(stated["mean"]),
+        std=tuple(stated["std"]), validation_images=None, validation_uri=None, seed=0, memory_limit_bytes=4 * 2**30,
+        bad_image_limit=0,
+    )  # fmt: skip
+    split = opened.test if opened.test is not None else opened.validation
+    result = evaluate(
+        from_packed(codec.decode(data)), split, batch_size=given.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    low, high = result.interval()
+    before = bytes_before(data)
+    print(f"network     {content['architecture']['name']}")
+    print(f"bytes       {len(data):,}")
+    print(f"ratio       {before / len(data):.2f}x (of {before:,} bytes)")
+    print(
+        f"top-1       {100 * result.top1:.2f} % on {result.n:,} {'test' if opened.test is not None else 'validation'} images "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    options.run("evaluate", main)
