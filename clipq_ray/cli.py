@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": export_command,
     }
     try:
-        code = tyro.extras.subcommand_cli_from_dict(
+        code: int = tyro.extras.subcommand_cli_from_dict(
             commands, prog="clipq", description="Look at, check and export compressed networks.", args=argv
         )
         sys.stdout.flush()

@@ -94,6 +94,9 @@ class Config(BaseModel):
     search_parallel: int | None = Field(None, ge=1, description="trials at a time; default: what the cluster has")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     evaluation_batch_size: int = Field(250, ge=1, description="images per batch without gradients")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of training's forward and backward passes (autocast); weights, levels and evaluation are float32"
+    )
     max_failures: int = Field(3, ge=0, description="restarts of a training whose worker or node was lost")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
 

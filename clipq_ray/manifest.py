@@ -231,15 +231,6 @@ def _names_files(files: Any) -> bool:
     )
 
 
-def checked(data: bytes, stated: Mapping[str, Any], at: str) -> bytes:
-    """`data` if it has the stated SHA-256; `FormatError` otherwise."""
-    if hashlib.sha256(data).hexdigest() != stated.get("sha256"):
-        raise FormatError(
-            f"expected {at} to have the SHA-256 of its manifest, got other bytes; fetch or make it again"
-        )
-    return data
-
-
 def _verify_file(run: Store, name: str, stated: Mapping[str, Any]) -> list[str]:
     at = f"{run.uri}/{name}"
     try:

@@ -240,7 +240,7 @@ def _baseline(run: Run, state: dict[str, Tensor] | None, origin: str, work: Stor
             store.write(CURVE, json.dumps({"curve": [], "notes": []}).encode())
     else:
         schedule = _schedule(config, epochs=config.baseline_epochs, rate=config.baseline_learning_rate)
-        inputs |= {"schedule": asdict(schedule), "data": _data_key(run), "seed": config.seed}
+        inputs |= {"schedule": asdict(schedule), "data": _data_key(run), "seed": config.seed, "precision": config.precision}
 
         def make(store: Store, progress: Any) -> None:
             task = TrainTask(
@@ -368,6 +368,7 @@ def _train(run: Run, stage: str, weights: Store, plan: Plan | None, work: Store)
         "plan": plan.to_json() if plan else None,
         "schedule": asdict(schedule),
         "seed": config.seed,
+        "precision": config.precision,
         "deadline": config.deadline_hours,
     }
 

@@ -13,6 +13,7 @@ measured points (`choose`); error and size per point do not depend on lambda. No
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,14 +93,16 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings) -> tuple[Th
         free = [theta for theta in GRID if theta not in measured and theta not in {Theta(*s) for s in START}]
         return free[seeds.derive(settings.seed, "search", layer, step) % len(free)], "start"
     tradeoff = settings.tradeoffs[step % len(settings.tradeoffs)]
-    optimizer = BayesianOptimization(
-        f=None,
-        pbounds={"p": (0.0, 0.99), "b": (BITS_MIN, BITS_MAX, int)},
-        acquisition_function=ExpectedImprovement(xi=0.0),
-        random_state=seeds.derive(settings.seed, "search", layer, step) % 2**32,
-        verbose=0,
-        allow_duplicate_points=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # typed parameters are announced as experimental every time
+        optimizer = BayesianOptimization(
+            f=None,
+            pbounds={"p": (0.0, 0.99), "b": (BITS_MIN, BITS_MAX, int)},
+            acquisition_function=ExpectedImprovement(xi=0.0),
+            random_state=seeds.derive(settings.seed, "search", layer, step) % 2**32,
+            verbose=0,
+            allow_duplicate_points=True,
+        )
     # one length for each axis, in units of p and of bits; errors of a few images are the noise
     optimizer.set_gp_params(kernel=Matern(length_scale=[0.3, 2.0], nu=2.5), alpha=1e-4, n_restarts_optimizer=1)
     for trial in trials:

@@ -172,6 +172,7 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
         checkpoints=Checkpoints(Store(task.checkpoints)),
         evaluation_batch_size=config.evaluation_batch_size,
         deadline=task.deadline,
+        precision=config.precision,
     )
     trainer.run(progress, report)
     if rank.rank == 0:

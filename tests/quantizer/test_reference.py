@@ -34,6 +34,9 @@ thetas = st.builds(
 )
 any_floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 usual_floats = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-3 else x)
+lopsided_floats = st.builds(
+    lambda x, power: float(np.float32(x * 2.0**power)), usual_floats, st.integers(-60, 0)
+)
 whole_floats = st.integers(-9, 9).map(float)
 
 
@@ -41,7 +44,7 @@ def arrays(elements: st.SearchStrategy[float]) -> st.SearchStrategy[np.ndarray]:
     return hnp.arrays(np.float32, shapes, elements=elements)
 
 
-anything = st.one_of(arrays(usual_floats), arrays(whole_floats), arrays(any_floats))
+anything = st.one_of(*map(arrays, (usual_floats, whole_floats, lopsided_floats, any_floats)))
 usual = st.one_of(arrays(usual_floats), arrays(whole_floats))
 few = settings(max_examples=60, deadline=None)
 
@@ -204,6 +207,14 @@ def test_weights_on_an_edge_belong_to_the_interval_nearer_to_zero() -> None:
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0])
     result = quantize(weight, Theta(0.0, 4), Share(4, 4))
     assert result.codes.tolist() == [1, 2, 3, 4, -1, -2, -3, -4]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ties_of_the_sums_integers_round_to_even(sign: float) -> None:
+    """Four elements up to 1 count in units of 2^-58: 1.5 and 2.5 of them are 2 each."""
+    unit = 2.0**-58
+    weight = sign * torch.tensor([1.0, 1.5 * unit, 2.5 * unit, 0.0])
+    assert (sign * quantize(weight, Theta(0.0, 2)).values).tolist() == [1.0, 2 * unit, 2 * unit, 0.0]
 
 
 def test_empty_intervals_hold_nan() -> None:

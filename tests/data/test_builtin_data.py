@@ -1,0 +1,162 @@
+"""Data sets by name, and idx files."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from clipq_ray.data import open_data
+from clipq_ray.errors import DataError
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_mnist(folder: Path, packed: bool = False, size: int = 28) -> None:
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 40), ("t10k", 20)):
+        pixels = draw.integers(0, 256, (count, size, size), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for name, array in ((f"{split}-images-idx3-ubyte", pixels), (f"{split}-labels-idx1-ubyte", labels)):
+            data = gzip.compress(idx(array), mtime=0) if packed else idx(array)
+            (folder / (name + (".gz" if packed else ""))).write_bytes(data)
+
+
+def test_digits_are_1797_images_with_a_fixed_stratified_test_set() -> None:
+    data = open_data("digits", input_shape=(1, 28, 28), seed=1)
+    assert data.test is not None
+    assert len(data.test) == 360
+    assert len(data.train) + len(data.validation) == 1437
+    assert (data.classes, data.class_names[3], data.validation_held_out) == (10, "3", True)
+    assert min(np.bincount(data.test.labels)) >= 34
+    other = open_data("digits", input_shape=(1, 28, 28), seed=2)
+    assert other.test is not None
+    assert other.test.fingerprint == data.test.fingerprint
+    assert other.train.fingerprint != data.train.fingerprint
+    images, labels = data.train.batch(torch.arange(8), torch.Generator().manual_seed(0))
+    assert images.shape == (8, 1, 28, 28)
+    assert labels.tolist() == data.train.labels[:8].tolist()
+
+
+def test_a_fingerprint_is_the_same_in_another_process() -> None:
+    code = "from clipq_ray.data import open_data; print(open_data('digits', input_shape=(1, 28, 28)).train.fingerprint)"
+    root = Path(__file__).resolve().parents[2]
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert there.stdout.strip() == open_data("digits", input_shape=(1, 28, 28)).train.fingerprint
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_of_idx_files_opens_packed_or_not(tmp_path: Path, packed: bool) -> None:
+    write_mnist(tmp_path / "m", packed)
+    data = open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))
+    named = open_data(f"mnist:{tmp_path / 'm'}", input_shape=(1, 28, 28))
+    assert (len(data.train), len(data.validation), len(data.test or [])) == (36, 4, 20)
+    assert named.train.fingerprint == data.train.fingerprint
+
+
+def test_torchvisions_own_mnist_folder_opens_by_name(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "MNIST" / "raw")
+    data = open_data("mnist", input_shape=(1, 28, 28), data_root=str(tmp_path / "MNIST" / ".."))
+    again = open_data(str(tmp_path / "MNIST" / "raw"), input_shape=(1, 28, 28))
+    assert data.train.fingerprint == again.train.fingerprint
+
+
+def test_torchvisions_cifar10_opens_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    batch = {"data": pixels, "labels": [number % 10 for number in range(20)]}
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    # The real files' checksums guard torchvision's pickles; these files are our own.
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, None] for name in names[:5]])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [[names[5], None]])
+    monkeypatch.setattr(
+        datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None}
+    )
+    data = open_data(f"cifar10:{tmp_path}", input_shape=(3, 32, 32), mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert (len(data.train), len(data.validation), data.class_names[:2]) == (90, 10, ("a", "b"))
+    assert data.test is not None
+    images, _ = data.test.batch(torch.arange(20), None)
+    assert np.array_equal((images.numpy() * 255).round().reshape(20, -1), pixels)
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32), (3, 32, 32), (3, 20, 20)])
+def test_gray_images_fit_networks_of_other_sizes_and_channels(
+    tmp_path: Path, shape: tuple[int, int, int]
+) -> None:
+    write_mnist(tmp_path / "m")
+    data = open_data(str(tmp_path / "m"), input_shape=shape)
+    for augment in (None, torch.Generator().manual_seed(0)):
+        images, _ = data.train.batch(torch.arange(5), augment)
+        assert tuple(images.shape) == (5, *shape)
+        assert images.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda data: data[:-1], "expected 31360 values"),
+        (lambda data: b"\0\0\x0d\x03" + data[4:], "unsigned bytes"),
+        (lambda data: data[:3], "idx file"),
+        (lambda data: gzip.compress(data)[:-20], "cannot unpack"),
+    ],
+)
+def test_damaged_idx_files_are_named(tmp_path: Path, damage, expected: str) -> None:
+    write_mnist(tmp_path / "m")
+    path = tmp_path / "m" / "train-images-idx3-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=f"{expected}.*") as error:
+        open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))
+    assert "train-images-idx3-ubyte" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_labels_and_unequal_counts_are_named(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "m")
+    labels = tmp_path / "m" / "train-labels-idx1-ubyte"
+    labels.write_bytes(idx(np.zeros(39, dtype=np.uint8)))
+    with pytest.raises(DataError, match="a label for each of 40 images, got 39"):
+        open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))
+    labels.unlink()
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte beside"):
+        open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("cifra10", "did you mean cifar10"),
+        ("nothing-like-it", "did you mean digits or mnist"),
+        ("/no/such/folder", "found no files there"),
+        ("cifar10:/no/such/folder", "expected the files of cifar10 under /no/such/folder"),
+        ("mnist:/no/such/folder", "expected the files of mnist"),
+    ],
+)
+def test_unknown_and_missing_data_say_what_was_looked_for(uri: str, expected: str) -> None:
+    with pytest.raises(DataError, match=expected) as error:
+        open_data(uri, input_shape=(3, 32, 32))
+    assert "\n" not in str(error.value)
+
+
+def test_the_given_mnist_opens(shared: Path) -> None:
+    data = open_data(str(shared / "data" / "mnist"), input_shape=(1, 28, 28))
+    assert (len(data.train), len(data.validation), len(data.test or []), data.classes) == (
+        55_000,
+        5_000,
+        10_000,
+        10,
+    )

@@ -1,0 +1,87 @@
+"""Folders of images, on a local directory and on S3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from data_files import CLASSES, folder, number_of, png, write
+
+from clipq_ray.data import Data, open_data
+from clipq_ray.data.encoded import EncodedSplit
+from clipq_ray.data.tensors import TensorSplit
+from clipq_ray.errors import DataError
+from clipq_ray.storage import Store
+
+pytest_plugins = ["s3_server"]
+
+
+def opened(uri: str, **options) -> Data:
+    return open_data(uri, **{"input_shape": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, **options})
+
+
+@pytest.mark.parametrize("limit", [1000, 10**8])
+def test_classes_are_the_folders_and_every_image_is_found(storage_uri: str, limit: int) -> None:
+    store = Store(storage_uri)
+    for number in range(24):
+        store.write(
+            f"{'train' if number < 18 else 'test'}/{CLASSES[number % 3]}/{number:03d}.png", png(number)
+        )
+    store.write("train/.hidden/x.png", b"no image")
+    store.write("README.txt", b"about")
+    data = opened(storage_uri, memory_limit_bytes=limit)
+    assert isinstance(data.train, TensorSplit if limit > 1000 else EncodedSplit)
+    assert (data.class_names, len(data.train), len(data.validation)) == (CLASSES, 17, 1)
+    assert data.test is not None
+    images, labels = data.test.batch(torch.arange(6), None)
+    found = [number_of(image * 255) for image in images.numpy()]
+    assert sorted(found) == list(range(18, 24))
+    assert [number % 3 for number in found] == labels.tolist()
+
+
+def test_a_val_folder_is_the_test_set_and_large_images_are_cropped(tmp_path: Path) -> None:
+    folder(tmp_path, "train", 30, (30, 20))
+    folder(tmp_path, "val", 6, (20, 30), first=100)
+    data = opened(str(tmp_path))
+    assert (data.preprocessing.resize, len(data.test or []), data.validation_held_out) == (9, 6, True)
+    indices = data.train.order(torch.Generator().manual_seed(0))[:4]
+    first, second = (data.train.batch(indices, torch.Generator().manual_seed(1))[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_validation_folders_follow_the_training_classes(tmp_path: Path) -> None:
+    folder(tmp_path / "a", "train", 30)
+    for name in ("one", "two"):
+        write(tmp_path / "own", {f"bee/{name}.png": png(1 if name == "one" else 4)})
+    data = opened(str(tmp_path / "a"), validation_uri=str(tmp_path / "own"))
+    assert (data.validation.labels.tolist(), data.validation_held_out) == ([1, 1], False)
+    write(tmp_path / "own", {"wasp/1.png": png(1)})
+    with pytest.raises(DataError, match=r"expected the classes .* got wasp"):
+        opened(str(tmp_path / "a"), validation_uri=str(tmp_path / "own"))
+
+
+def test_fingerprints_follow_names_and_content(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        folder(tmp_path / name, "train", 30)
+    same = write(tmp_path / "c", {"train/ant/0000.png": png(99)})
+    lazily = [opened(str(tmp_path / name), memory_limit_bytes=1000).train.fingerprint for name in "ab"]
+    assert lazily[0] == lazily[1] != opened(same, memory_limit_bytes=1000).train.fingerprint
+
+
+def test_images_in_no_class_folder_and_unreadable_ones_are_named(tmp_path: Path) -> None:
+    folder(tmp_path, "train", 12)
+    write(tmp_path, {"train/ant/broken.png": png(1)[:30]})
+    with pytest.raises(DataError, match=r"at most 0 unreadable images, found 1: .*broken\.png"):
+        opened(str(tmp_path))
+    write(tmp_path, {"val/1.png": png(1)})
+    with pytest.raises(DataError, match=r"a folder per class .*val/1\.png"):
+        opened(str(tmp_path))
+
+
+def test_gray_networks_take_gray_images(tmp_path: Path) -> None:
+    write(tmp_path, {f"train/{number % 2}/{number}.png": png(number, mode="L") for number in range(20)})
+    data = open_data(str(tmp_path), input_shape=(1, 8, 8), mean=(0.0,), std=(1.0,), resize=None)
+    images, labels = data.train.batch(torch.arange(18), None)
+    assert images.shape == (18, 1, 8, 8)
+    assert [round(float(image.mean()) * 255) % 2 for image in images] == labels.tolist()

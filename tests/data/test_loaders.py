@@ -1,0 +1,146 @@
+"""A user's own loaders."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from clipq_ray.data import batches, from_loaders
+from clipq_ray.errors import DataError
+
+
+class Noisy(Dataset):
+    """Images whose transform draws from all three global random states."""
+
+    def __init__(self, count: int = 60, first: int = 0) -> None:
+        self.targets = [(first + number) % 3 for number in range(count)]
+        self.first, self.reads = first, 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads += 1
+        noise = random.random() + np.random.rand() + torch.rand(3, 4, 4)
+        return self.first + index + noise, self.targets[index]
+
+
+def loader(dataset: Dataset, **options) -> DataLoader:
+    return DataLoader(dataset, batch_size=7, **options)
+
+
+def test_images_are_held_out_and_labels_come_from_the_dataset() -> None:
+    dataset = Noisy()
+    data = from_loaders(loader(dataset), test_loader=loader(Noisy(9, 100)), validation_images=12)
+    assert (len(data.train), len(data.validation), len(data.test or []), data.classes) == (48, 12, 9, 3)
+    assert (data.validation_held_out, data.preprocessing.input_shape) == (True, (3, 4, 4))
+    assert dataset.reads < 60
+    images, labels = data.train.batch(torch.arange(5), torch.Generator().manual_seed(0))
+    assert (images.shape, images.dtype, labels.tolist()) == (
+        (5, 3, 4, 4),
+        torch.float32,
+        data.train.labels[:5].tolist(),
+    )
+
+
+def test_batches_are_a_function_of_the_generator_and_leave_the_global_states_alone() -> None:
+    data = from_loaders(loader(Noisy()), loader(Noisy(20, 60)))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    indices = torch.arange(6)
+    one, again, other = (
+        data.train.batch(indices, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(data.validation.batch(indices, None)[0], data.validation.batch(indices, None)[0])
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_an_image_without_augmentation_does_not_depend_on_its_batch_or_subset() -> None:
+    data = from_loaders(loader(Noisy()), loader(Noisy(20, 60)))
+    whole = data.train.batch(torch.arange(10), None)[0]
+    assert torch.equal(whole[7], data.train.subset(torch.tensor([7])).batch(torch.arange(1), None)[0][0])
+
+
+def test_fingerprints_repeat_although_transforms_are_random() -> None:
+    first, second, other = (from_loaders(loader(Noisy(60, start))).train.fingerprint for start in (0, 0, 1))
+    assert first == second != other
+
+
+def test_nothing_is_prepared_in_another_thread() -> None:
+    data = from_loaders(loader(Noisy()))
+    torch.manual_seed(5)
+    plain = torch.rand(3)
+    torch.manual_seed(5)
+    for _ in batches(
+        data.train, torch.arange(20).split(4), lambda step: torch.Generator().manual_seed(step), 2
+    ):
+        pass
+    assert torch.equal(torch.rand(3), plain)
+
+
+def test_subsets_and_tensor_datasets_and_collate_functions_are_understood() -> None:
+    tensors = TensorDataset(torch.rand(30, 1, 4, 4), torch.arange(30) % 5)
+    data = from_loaders(loader(Subset(tensors, list(range(0, 30, 2)))))
+    assert sorted(data.train.labels.tolist() + data.validation.labels.tolist()) == sorted(
+        (torch.arange(0, 30, 2) % 5).tolist()
+    )
+
+    def doubled(items: list) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([2 * image for image, _ in items]), torch.tensor([label for _, label in items])
+
+    twice = from_loaders(loader(tensors, collate_fn=doubled), loader(tensors))
+    assert torch.equal(
+        twice.train.batch(torch.arange(3), None)[0], 2 * twice.validation.batch(torch.arange(3), None)[0]
+    )
+
+
+def test_stated_labels_that_items_contradict_are_not_believed() -> None:
+    class Shifted(Noisy):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            image, label = super().__getitem__(index)
+            return image, label + 1
+
+    data = from_loaders(loader(Shifted()), loader(Shifted()))
+    assert data.train.labels.tolist() == [number % 3 + 1 for number in range(60)]
+    assert data.classes == 4
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.rand(3, 4, 4), 0
+
+
+class Labelled(Dataset):
+    def __init__(self, item: object) -> None:
+        self.item = item
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> object:
+        return self.item
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (loader(Stream()), "map-style dataset"),
+        ([1, 2], "expected a torch DataLoader"),
+        (loader(Labelled(torch.rand(3, 4, 4))), r"items \(image, class number\)"),
+        (loader(Labelled((torch.rand(3, 4), 0))), "images as float tensors"),
+        (loader(Labelled((torch.zeros(3, 4, 4, dtype=torch.uint8), 0))), "images as float tensors"),
+        (loader(Labelled((torch.rand(3, 4, 4), -1))), "labels from 0 on"),
+        (loader(TensorDataset(torch.rand(0, 3, 4, 4), torch.zeros(0))), "empty TensorDataset"),
+    ],
+)
+def test_what_is_no_set_of_labelled_images_is_refused_in_one_line(given, expected: str) -> None:
+    with pytest.raises(DataError, match=expected) as error:
+        from_loaders(given)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,310 @@
+"""Parquet of encoded images, on a local directory and on S3."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import CLASSES, number_of, numbered, parquet, png, write
+
+from clipq_ray.data import Data, Split, batches, open_data
+from clipq_ray.data.encoded import EncodedSplit
+from clipq_ray.data.tensors import TensorSplit
+from clipq_ray.errors import ConfigError, DataError
+from clipq_ray.storage import Store
+
+pytest_plugins = ["s3_server"]
+
+PLAIN = {"input_shape": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+
+@pytest.fixture
+def root(storage_uri: str) -> Store:
+    """Three training files of 40, 30 and 50 images and a test file, on both storages."""
+    store = Store(storage_uri)
+    for name, first, count in (
+        ("train-0", 0, 40),
+        ("train-1", 40, 30),
+        ("train-2", 70, 50),
+        ("test-0", 500, 20),
+    ):
+        store.write(f"data/{name}.parquet", numbered(first, count))
+    return store
+
+
+def numbers(split: Split, indices: torch.Tensor, augment: torch.Generator | None = None) -> list[int]:
+    return [number_of(image * 255) for image in split.batch(indices, augment)[0].numpy()]
+
+
+def opened(uri: str, **options) -> Data:
+    return open_data(uri, **{**PLAIN, **options})
+
+
+def test_images_labels_and_class_names_are_read_from_all_files(root: Store) -> None:
+    data = opened(root.uri)
+    assert (len(data.train), len(data.validation), data.class_names) == (108, 12, CLASSES)
+    assert data.test is not None
+    assert numbers(data.test, torch.arange(20)) == list(range(500, 520))
+    assert data.test.labels.tolist() == [number % 3 for number in range(500, 520)]
+    both = numbers(data.train, torch.arange(108)) + numbers(data.validation, torch.arange(12))
+    assert sorted(both) == list(range(120))
+
+
+def test_beyond_the_memory_limit_the_same_images_come_from_row_groups(root: Store) -> None:
+    memory, lazy = opened(root.uri), opened(root.uri, memory_limit_bytes=3000)
+    assert isinstance(memory.train, TensorSplit)
+    assert isinstance(lazy.train, EncodedSplit)
+    for first, second in ((memory.train, lazy.train), (memory.validation, lazy.validation)):
+        order = torch.arange(len(first)).flip(0)
+        assert torch.equal(first.batch(order, None)[0], second.batch(order, None)[0])
+        assert torch.equal(first.batch(order, None)[1], second.batch(order, None)[1])
+        augmented = [one.batch(order, torch.Generator().manual_seed(4))[0] for one in (first, second)]
+        assert torch.equal(*augmented)
+
+
+def test_an_epoch_over_more_than_memory_reads_each_row_group_once_and_stays_in_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = write(tmp_path, {"train-0.parquet": numbered(0, 150), "train-1.parquet": numbered(150, 150)})
+    data = opened(uri, memory_limit_bytes=20_000, validation_images=30)
+    assert isinstance(data.train, EncodedSplit)
+    source = data.train.source
+    reads: list[int] = []
+    whole = source._read_group
+    monkeypatch.setattr(source, "_read_group", lambda group: reads.append(group) or whole(group))
+    order = data.train.order(torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == list(range(270))
+    seen = [batch[1] for batch in batches(data.train, order.split(16), lambda _: None)]
+    assert torch.cat(seen).tolist() == data.train.labels[order.numpy()].tolist()
+    assert sorted(reads) == sorted(set(data.train.source.groups[data.train.rows]))
+    assert source._cached_bytes <= source.cache_bytes
+    assert len(source._cache) > 1
+    assert order.tolist() != data.train.order(torch.Generator().manual_seed(1)).tolist()
+
+
+def test_validation_images_come_from_few_row_groups(tmp_path: Path) -> None:
+    data = opened(
+        write(tmp_path, {"train.parquet": numbered(0, 300)}), memory_limit_bytes=1000, validation_images=12
+    )
+    assert isinstance(data.validation, EncodedSplit)
+    assert len(set(data.validation.source.groups[data.validation.rows])) <= 3
+    assert np.bincount(data.validation.labels).tolist() == [4, 4, 4]
+
+
+def test_fingerprints_follow_content_and_not_the_place(tmp_path: Path) -> None:
+    files = {"train.parquet": numbered(0, 40), "test.parquet": numbered(50, 10)}
+    for limit in (1000, 10**8):
+        first = opened(write(tmp_path / f"a{limit}", files), memory_limit_bytes=limit)
+        moved = opened(write(tmp_path / f"b{limit}", files), memory_limit_bytes=limit)
+        other = opened(
+            write(tmp_path / f"c{limit}", {**files, "train.parquet": numbered(1, 40)}),
+            memory_limit_bytes=limit,
+        )
+        assert first.train.fingerprint == moved.train.fingerprint
+        assert first.train.fingerprint != other.train.fingerprint
+        assert first.train.fingerprint != first.validation.fingerprint
+        assert len(first.train.fingerprint) == 64
+
+
+def test_a_split_continues_in_another_process(tmp_path: Path) -> None:
+    data = opened(write(tmp_path, {"train.parquet": numbered(0, 40)}), memory_limit_bytes=1000)
+    data.train.batch(torch.arange(3), None)
+    there = pickle.loads(pickle.dumps(data.train))
+    assert torch.equal(there.batch(torch.arange(9), None)[0], data.train.batch(torch.arange(9), None)[0])
+
+
+def test_larger_images_are_resized_and_cropped(tmp_path: Path) -> None:
+    images = [png(number, (20 + number, 30)) for number in range(12)]
+    uri = write(tmp_path, {"train.parquet": parquet(images, [number % 3 for number in range(12)])})
+    data = opened(uri)
+    assert data.preprocessing.resize == 9
+    assert isinstance(data.train, EncodedSplit)
+    for augment in (None, torch.Generator().manual_seed(0)):
+        both = numbers(data.train, torch.arange(11), augment) + numbers(
+            data.validation, torch.arange(1), augment
+        )
+        assert sorted(both) == list(range(12))
+    assert opened(uri, resize=16).preprocessing.resize == 16
+
+
+def test_decoded_pixels_do_not_depend_on_threads(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    images = []
+    for _ in range(8):  # noise does not compress, so that these images are worth a thread
+        from io import BytesIO
+
+        from PIL import Image
+
+        out = BytesIO()
+        Image.fromarray(draw.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(out, "PNG")
+        images.append(out.getvalue())
+    data = opened(write(tmp_path, {"train.parquet": parquet(images, [0] * 8, ())}), input_shape=(3, 32, 32))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(data.train.batch(torch.arange(7), torch.Generator().manual_seed(1))[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_unreadable_images_are_named_counted_and_limited(tmp_path: Path) -> None:
+    images: list[bytes | None] = [png(number) for number in range(30)]
+    images[3], images[17], images[20] = b"no image", images[17][:40], None
+    uri = write(tmp_path, {"train-0.parquet": parquet(images, [number % 3 for number in range(30)])})
+    with pytest.raises(
+        DataError, match=r"at most 2 unreadable images, found 3: .*train-0\.parquet:\d+"
+    ) as error:
+        opened(uri, bad_image_limit=2)
+    assert "\n" not in str(error.value)
+    data = opened(uri, bad_image_limit=3)
+    assert len(data.train) + len(data.validation) == 27
+    assert any("3 unreadable images" in note and "train-0.parquet:17" in note for note in data.notes)
+
+
+def test_an_unreadable_image_met_in_a_batch_is_replaced_by_the_next_one_and_its_label(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images: list[bytes | None] = [png(number) for number in range(60)]
+    images[5] = images[6] = b"no image"
+    uri = write(
+        tmp_path,
+        {"train.parquet": numbered(100, 60), "test.parquet": parquet(images, [n % 3 for n in range(60)])},
+    )
+    data = opened(uri, memory_limit_bytes=1000, bad_image_limit=2)
+    assert data.test is not None
+    pixels, labels = data.test.batch(torch.tensor([4, 5, 9]), None)
+    assert [number_of(image * 255) for image in pixels.numpy()] == [4, 7, 9]
+    assert labels.tolist() == [1, 1, 0]
+    assert [name.rpartition("/")[2] for name in data.test.unreadable] == ["test.parquet:5", "test.parquet:6"]
+    assert "test.parquet:5" in caplog.text
+    strict = opened(uri, memory_limit_bytes=1000)
+    assert strict.test is not None
+    with pytest.raises(DataError, match="at most 0 unreadable images"):
+        strict.test.batch(torch.arange(10), None)
+
+
+def test_images_of_another_size_than_stated_count_as_unreadable(tmp_path: Path) -> None:
+    images = [png(0), png(1, (9, 8)), *[png(number) for number in range(2, 10)]]
+    with pytest.raises(DataError, match="expected 8x8 pixels, got 9x8"):
+        opened(write(tmp_path, {"train.parquet": parquet(images, [0] * 10, ())}))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("train.parquet", b"", "damaged or truncated"),
+        ("train.parquet", numbered(0, 20)[:-9], "damaged or truncated"),
+        ("train.parquet", b"PAR1" + b"\xff" * 40 + (36).to_bytes(4, "little") + b"PAR1", "cannot read"),
+        ("train.parquet", parquet([], []), "found no rows"),
+        ("train.parquet", parquet([png(0), png(1)], [0, None]), "a label in every row, found 1"),
+        ("train.parquet", parquet([png(0)] * 3, [0, 1, 5]), "expected train labels in 0..2, got 0..5"),
+        ("train.parquet", parquet([png(0)] * 3, [0, -1, 1], ()), "got -1..1"),
+        ("test.parquet", numbered(0, 5), "expected training images"),
+        ("train.txt", b"x", "expected Parquet files"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line_that_names_them(
+    tmp_path: Path, name: str, data: bytes, expected: str
+) -> None:
+    with pytest.raises(DataError, match=expected) as error:
+        opened(write(tmp_path, {name: data}))
+    assert "\n" not in str(error.value)
+
+
+def test_other_columns_are_listed(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for columns, expected in (
+        ({"img": [b"x"], "label": [1]}, "found no image among img, label"),
+        ({"image": [b"x"], "fine_label": [1]}, "found no label among image, fine_label"),
+        ({"image": [b"x"], "label": ["ant"]}, "labels of type string"),
+        ({"image": ["x.png"], "label": [1]}, "images of type string"),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+        with pytest.raises(DataError, match=expected):
+            opened(str(tmp_path))
+
+
+def test_a_column_of_bytes_serves_as_well(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table({"image": [png(n) for n in range(9)], "label": list(range(9))}), tmp_path / "train.parquet"
+    )
+    data = opened(str(tmp_path), validation_images=3)
+    assert (len(data.train), data.classes, data.class_names[8]) == (6, 9, "8")
+
+
+def test_which_files_are_the_test_set(tmp_path: Path) -> None:
+    files = {"train.parquet": numbered(0, 60)}
+    alone = opened(write(tmp_path / "a", files))
+    assert (alone.test, alone.validation_held_out) == (None, True)
+    assert any("no test data" in note for note in alone.notes)
+    for name in ("val.parquet", "validation-00000-of-00001.parquet", "validation/0000.parquet"):
+        with_validation = opened(write(tmp_path / name.replace("/", "-"), {**files, name: numbered(100, 9)}))
+        assert len(with_validation.test or []) == 9
+        assert with_validation.validation_held_out
+        assert any("is the test set" in note for note in with_validation.notes)
+    both = opened(
+        write(tmp_path / "c", {**files, "val.parquet": numbered(100, 9), "test.parquet": numbered(200, 12)})
+    )
+    assert (len(both.train), len(both.validation), len(both.test or []), both.validation_held_out) == (
+        60,
+        9,
+        12,
+        False,
+    )
+    hidden = parquet([png(number) for number in range(5)], [-1] * 5)
+    unlabelled = opened(
+        write(tmp_path / "d", {**files, "validation.parquet": numbered(100, 9), "test.parquet": hidden})
+    )
+    assert len(unlabelled.test or []) == 9
+    assert any("no labels" in note for note in unlabelled.notes)
+
+
+def test_the_users_own_validation_data_is_used_and_must_not_be_the_test_set(tmp_path: Path) -> None:
+    files = {"train.parquet": numbered(0, 60), "test.parquet": numbered(100, 9)}
+    uri = write(tmp_path / "a", files)
+    own = write(tmp_path / "own", {"some.parquet": numbered(300, 15)})
+    for given in (own, f"{own}/some.parquet"):
+        data = opened(uri, validation_uri=given)
+        assert (len(data.train), len(data.validation), data.validation_held_out) == (60, 15, False)
+    with pytest.raises(DataError, match="other than the test images"):
+        opened(uri, validation_uri=uri)
+    with pytest.raises(ConfigError, match="got both"):
+        opened(uri, validation_uri=own, validation_images=5)
+    names = write(tmp_path / "names", {"val.parquet": parquet([png(1)], [0], ("x", "y", "z"))})
+    with pytest.raises(DataError, match="classes of the training data"):
+        opened(uri, validation_uri=names)
+
+
+def test_a_limit_takes_a_fixed_stratified_sample_of_the_training_images(tmp_path: Path) -> None:
+    uri = write(tmp_path, {"train.parquet": numbered(0, 120), "test.parquet": numbered(300, 10)})
+    first, second = (opened(uri, limit_images=30, seed=seed) for seed in (1, 2))
+    used = [
+        set(numbers(one.train, torch.arange(27)) + numbers(one.validation, torch.arange(3)))
+        for one in (first, second)
+    ]
+    assert len(used[0]) == 30
+    assert used[0] == used[1]
+    assert (len(first.test or []), "trial: 30 of 120 training images" in first.notes) == (10, True)
+    assert len(opened(uri, limit_images=500).train) == 108
+    with pytest.raises(ConfigError, match="at least 2"):
+        opened(uri, limit_images=1)
+
+
+def test_the_given_cifar10_opens_lazily_with_its_class_names(shared: Path) -> None:
+    data = open_data(str(shared / "data" / "cifar10"), input_shape=(3, 32, 32), memory_limit_bytes=10**7)
+    assert (len(data.train), len(data.validation), len(data.test or [])) == (45_000, 5_000, 10_000)
+    assert data.class_names[:2] == ("airplane", "automobile")
+    images, labels = data.train.batch(data.train.order(torch.Generator().manual_seed(0))[:64], None)
+    assert images.shape == (64, 3, 32, 32)
+    assert len(labels.unique()) > 5
