@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipq_ray.api import compress
-    from clipq_ray.load import load, load_state_dict
+    from clipq_ray.loading import load, load_state_dict
     from clipq_ray.manifest import open_layers, open_trials
 
 __all__ = ["compress", "load", "load_state_dict", "open_layers", "open_trials"]
 
 _HOMES = {
     "compress": "clipq_ray.api",
-    "load": "clipq_ray.load",
-    "load_state_dict": "clipq_ray.load",
+    "load": "clipq_ray.loading",
+    "load_state_dict": "clipq_ray.loading",
     "open_layers": "clipq_ray.manifest",
     "open_trials": "clipq_ray.manifest",
 }

@@ -36,7 +36,9 @@ def compress(
     Returns the run's URI and manifest. Errors: those of `clipq_ray.errors`.
     """
     if (model is None) != (train_loader is None):
-        raise ConfigError("expected a module together with a train_loader, got one of them; give both or neither")
+        raise ConfigError(
+            "expected a module together with a train_loader, got one of them; give both or neither"
+        )
     name = options.pop("model_name", None) or (type(model).__name__.lower() if model is not None else None)
     config = make(**({"model": name} if name else {}), **options)
     own_data = None

@@ -99,7 +99,7 @@ def export_command(uri: Uri, output: Output) -> int:
     # The decoder and torch take seconds to import; what only reads hashes does without.
     from safetensors import torch as safetensors
 
-    from clipq_ray.load import load_state_dict
+    from clipq_ray.loading import load_state_dict
 
     # Copies: the format refuses tensors that share memory, as tied weights do.
     state = {key: tensor.detach().clone().contiguous() for key, tensor in load_state_dict(uri).items()}

@@ -20,29 +20,52 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # What is compressed
-    model: str = Field("lenet5", description="network: a built-in or torchvision name, or package.module:function")
-    name: str | None = Field(None, description="name of the result in the storage; default: the network's name")
+    model: str = Field(
+        "lenet5", description="network: a built-in or torchvision name, or package.module:function"
+    )
+    name: str | None = Field(
+        None, description="name of the result in the storage; default: the network's name"
+    )
     weights: str | None = Field(
         None,
         description="URI of trained weights (.safetensors, .pt); 'torchvision' for its published ones; 'train' to train them first; "
         "'random' for none (trials). Default: torchvision's for its networks, 'train' for built-in ones",
     )
-    model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the network, as JSON")
-    keep: tuple[str, ...] = Field((), description="names or patterns of weights to store as they are, comma-separated")
+    model_args: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the network, as JSON"
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="names or patterns of weights to store as they are, comma-separated"
+    )
 
     # Data
-    data: str = Field("digits", description="digits, a torchvision set by name, or URI of Parquet files or of an image folder")
+    data: str = Field(
+        "digits",
+        description="digits, a torchvision set by name, or URI of Parquet files or of an image folder",
+    )
     data_root: str | None = Field(None, description="folder that holds the files of a torchvision set")
-    validation_data: str | None = Field(None, description="URI of validation images that the network has not seen")
+    validation_data: str | None = Field(
+        None, description="URI of validation images that the network has not seen"
+    )
     validation_images: int | None = Field(
         None, ge=2, description="images held out of training for decisions; default: 10 %%, at most 5,000"
     )
     limit_images: int | None = Field(None, ge=4, description="use only so many training images, for trials")
-    input_size: int | None = Field(None, ge=8, le=4096, description="height and width of the input [pixels]; default: the network's")
-    mean: tuple[float, ...] | None = Field(None, description="mean per channel, of values in 0..1; default: the data's usual")
-    std: tuple[float, ...] | None = Field(None, description="standard deviation per channel; default: the data's usual")
-    memory_limit_gib: float = Field(4.0, gt=0, description="decoded images are held in memory up to this size [GiB]")
-    bad_image_limit: int = Field(0, ge=0, description="unreadable images that are skipped before the run stops")
+    input_size: int | None = Field(
+        None, ge=8, le=4096, description="height and width of the input [pixels]; default: the network's"
+    )
+    mean: tuple[float, ...] | None = Field(
+        None, description="mean per channel, of values in 0..1; default: the data's usual"
+    )
+    std: tuple[float, ...] | None = Field(
+        None, description="standard deviation per channel; default: the data's usual"
+    )
+    memory_limit_gib: float = Field(
+        4.0, gt=0, description="decoded images are held in memory up to this size [GiB]"
+    )
+    bad_image_limit: int = Field(
+        0, ge=0, description="unreadable images that are skipped before the run stops"
+    )
 
     # Where
     storage: str = Field("./runs", description="URI of the results: a folder, or s3://bucket/prefix")
@@ -50,16 +73,23 @@ class Config(BaseModel):
 
     # Intent
     target_ratio: float | None = Field(
-        None, gt=1, le=10_000, description="bytes before over bytes of the file; default 15 unless --tradeoff is given"
+        None,
+        gt=1,
+        le=10_000,
+        description="bytes before over bytes of the file; default 15 unless --tradeoff is given",
     )
     tradeoff: float | None = Field(
-        None, gt=0, description="lambda of the paper: error that one whole network's worth of saved bits may cost"
+        None,
+        gt=0,
+        description="lambda of the paper: error that one whole network's worth of saved bits may cost",
     )
 
     # Search
     search_images: int = Field(2000, ge=2, description="training images that score one (p, b)")
     search_evaluations: int = Field(18, ge=4, le=693, description="evaluations per layer")
-    search_start: int = Field(6, ge=3, le=100, description="evaluations per layer before the Gaussian process is asked")
+    search_start: int = Field(
+        6, ge=3, le=100, description="evaluations per layer before the Gaussian process is asked"
+    )
 
     # Fine-tuning
     epochs: int = Field(20, ge=1, description="epochs of fine-tuning with the operator in the loop")
@@ -72,30 +102,47 @@ class Config(BaseModel):
     batch_norm_images: int = Field(
         4096, ge=2, description="training images that re-estimate batch norm after fine-tuning"
     )
-    baseline_epochs: int = Field(10, ge=1, description="epochs of training when the weights are trained first")
-    baseline_learning_rate: float = Field(0.1, gt=0, description="peak rate when the weights are trained first")
+    baseline_epochs: int = Field(
+        10, ge=1, description="epochs of training when the weights are trained first"
+    )
+    baseline_learning_rate: float = Field(
+        0.1, gt=0, description="peak rate when the weights are trained first"
+    )
     control: Literal["auto", "always", "never"] = Field(
-        "auto", description="dense control: same schedule without the operator; auto: where the network has seen the validation images"
+        "auto",
+        description="dense control: same schedule without the operator; auto: where the network has seen the validation images",
     )
 
     # Guards
     expect_top1_percent: float | None = Field(
-        None, ge=0, le=100, description="top-1 that the original should have; far from it (2 points) the run stops [%%]"
+        None,
+        ge=0,
+        le=100,
+        description="top-1 that the original should have; far from it (2 points) the run stops [%%]",
     )
     deadline_hours: float | None = Field(
-        None, gt=0, description="the run commits its best within this time, with fewer evaluations and epochs if it must [h]"
+        None,
+        gt=0,
+        description="the run commits its best within this time, with fewer evaluations and epochs if it must [h]",
     )
     dry_run: bool = Field(False, description="print plan, evaluations, predicted time and disk; do nothing")
 
     # How
-    engine: Literal["ray", "local"] = Field("ray", description="ray: on the cluster, or on this machine; local: one process, no Ray")
+    engine: Literal["ray", "local"] = Field(
+        "ray", description="ray: on the cluster, or on this machine; local: one process, no Ray"
+    )
     workers: int = Field(1, ge=1, le=1024, description="data-parallel workers of fine-tuning")
-    threads_per_worker: int = Field(1, ge=1, le=256, description="CPU threads of a worker and of a search trial")
-    search_parallel: int | None = Field(None, ge=1, description="trials at a time; default: what the cluster has")
+    threads_per_worker: int = Field(
+        1, ge=1, le=256, description="CPU threads of a worker and of a search trial"
+    )
+    search_parallel: int | None = Field(
+        None, ge=1, description="trials at a time; default: what the cluster has"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     evaluation_batch_size: int = Field(250, ge=1, description="images per batch without gradients")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of training's forward and backward passes (autocast); weights, levels and evaluation are float32"
+        "float32",
+        description="of training's forward and backward passes (autocast); weights, levels and evaluation are float32",
     )
     max_failures: int = Field(3, ge=0, description="restarts of a training whose worker or node was lost")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
@@ -105,19 +152,27 @@ class Config(BaseModel):
         if self.target_ratio is not None and self.tradeoff is not None:
             raise ValueError("expected --target-ratio or --tradeoff, got both; leave one out")
         if self.engine == "local" and self.workers > 1:
-            raise ValueError(f"expected --workers 1 with --engine local, got {self.workers}; use --engine ray")
+            raise ValueError(
+                f"expected --workers 1 with --engine local, got {self.workers}; use --engine ray"
+            )
         if self.search_start > self.search_evaluations:
             raise ValueError(
                 f"expected --search-start at most --search-evaluations ({self.search_evaluations}), got {self.search_start}"
             )
         if self.workers > self.batch_size:
-            raise ValueError(f"expected a --batch-size of at least --workers ({self.workers}), got {self.batch_size}")
+            raise ValueError(
+                f"expected a --batch-size of at least --workers ({self.workers}), got {self.batch_size}"
+            )
         if self.warmup_epochs >= min(self.epochs, self.baseline_epochs):
             raise ValueError(f"expected --warmup-epochs below --epochs, got {self.warmup_epochs}")
         if self.std is not None and min(self.std, default=1.0) <= 0:
             raise ValueError(f"expected --std above 0, got {self.std}")
-        if self.name is not None and (not self.name or set(self.name) & set("/=\\ \t\n") or self.name.startswith((".", "_"))):
-            raise ValueError(f"expected a --name without spaces, '/', '=' or a leading '.' or '_', got {self.name!r}")
+        if self.name is not None and (
+            not self.name or set(self.name) & set("/=\\ \t\n") or self.name.startswith((".", "_"))
+        ):
+            raise ValueError(
+                f"expected a --name without spaces, '/', '=' or a leading '.' or '_', got {self.name!r}"
+            )
         return self
 
     @property
@@ -156,5 +211,9 @@ def unknown(name: str, known: list[str]) -> str:
     import difflib
 
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join('--' + word.replace('_', '-') for word in near)}?" if near else "; see --help"
+    hint = (
+        f"; did you mean {' or '.join('--' + word.replace('_', '-') for word in near)}?"
+        if near
+        else "; see --help"
+    )
     return f"unknown option {name!r}{hint}"

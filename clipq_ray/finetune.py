@@ -119,7 +119,7 @@ class Trainer:
         precision: str = "float32",
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
-        self.model = model.to(device=rank.device, memory_format=torch.channels_last)
+        self.model = model.to(rank.device).to(memory_format=torch.channels_last)
         self.train_split, self.validation = train, validation
         self.precision = precision
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
@@ -251,7 +251,7 @@ class Trainer:
             part = slice(start, start + micro)
             last = start + micro >= n
             silent = self.rank.world > 1 and not last
-            with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[operator,union-attr]
+            with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[operator]
                 share = len(labels[part]) / n
                 loss = self._loss(self.wrapped, images[part], labels[part]) * share
                 loss.backward()
@@ -276,11 +276,15 @@ class Trainer:
         while True:
             try:
                 part = slice(0, micro)
-                self._loss(self.model, images[part].to(self.rank.device), labels[part].to(self.rank.device)).backward()
+                self._loss(
+                    self.model, images[part].to(self.rank.device), labels[part].to(self.rank.device)
+                ).backward()
                 break
             except torch.OutOfMemoryError:
                 if micro == 1:
-                    raise RunError("one image does not fit the device's memory; use a larger device") from None
+                    raise RunError(
+                        "one image does not fit the device's memory; use a larger device"
+                    ) from None
                 micro = math.ceil(micro / 2)
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):

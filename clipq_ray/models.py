@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import io
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +145,11 @@ _BUILT_IN: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, int, int]
     "lenet_300_100": (LeNet300100, {}, (1, 28, 28)),
     **{f"resnet{6 * n + 2}": (CifarResNet, {"blocks": n}, (3, 32, 32)) for n in (3, 5, 7, 9, 18)},
 }
+# what torch.load raises on bytes that are no checkpoint depends on the bytes
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+    OverflowError, struct.error, ImportError,
+)  # fmt: skip
 _AUXILIARY = ("googlenet", "inception_v3")
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 
@@ -213,7 +219,9 @@ def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Modul
     try:
         if ":" in name:
             if not allow_import:
-                raise ModelError(f"expected a registered network, got {name!r}; pass factory= to build it yourself")
+                raise ModelError(
+                    f"expected a registered network, got {name!r}; pass factory= to build it yourself"
+                )
             return _imported(name, architecture.kwargs)
         _refuse_unknown(name)
         if name in _BUILT_IN:
@@ -222,7 +230,9 @@ def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Modul
         model: nn.Module = torchvision.models.get_model(name, weights=None, **architecture.kwargs)
         return model
     except (TypeError, ValueError) as error:
-        raise ModelError(f"{name} cannot be built with {architecture.kwargs}: {error}; check --model-args") from error
+        raise ModelError(
+            f"{name} cannot be built with {architecture.kwargs}: {' '.join(str(error).split())}; check --model-args"
+        ) from error
 
 
 def _imported(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -250,7 +260,7 @@ def read_weights(uri: str, architecture: Architecture | None) -> dict[str, Tenso
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ModelError(f"expected safetensors at {uri}, got {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:120]
         raise ModelError(
             f"expected a state dict of tensors at {uri}, got {reason}; export it with safetensors.torch.save_file"
@@ -264,13 +274,17 @@ def _state_of(state: Any, uri: str) -> dict[str, Tensor]:
             state = state[key]
             break
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"expected a state dict of tensors at {uri}, got {type(state).__name__} with other values")
+        raise ModelError(
+            f"expected a state dict of tensors at {uri}, got {type(state).__name__} with other values"
+        )
     return dict(state)
 
 
 def _published(architecture: Architecture | None) -> dict[str, Tensor]:
     if architecture is None or architecture.name not in _torchvision_names():
-        raise ModelError("expected a torchvision network with --weights torchvision; give the URI of the weights")
+        raise ModelError(
+            "expected a torchvision network with --weights torchvision; give the URI of the weights"
+        )
     weights = torchvision.models.get_model_weights(architecture.name)
     if not len(weights):
         raise ModelError(f"torchvision publishes no weights of {architecture.name}; give --weights URI")
@@ -293,30 +307,36 @@ def apply_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     if auxiliary:
         state = {name: value for name, value in state.items() if name not in set(auxiliary)}
         heads = sorted({name.split(".")[0] for name in auxiliary})
-        notes.append(f"auxiliary heads {', '.join(heads)} ({len(auxiliary)} tensors) serve training only and are left out")
+        notes.append(
+            f"auxiliary heads {', '.join(heads)} ({len(auxiliary)} tensors) serve training only and are left out"
+        )
     complete = {**{n: t for n, t in wanted.items() if n.endswith("num_batches_tracked")}, **state}
     missing, unexpected = sorted(set(wanted) - set(complete)), sorted(set(complete) - set(wanted))
-    if missing or unexpected:
-        raise ModelError(
-            f"weights {origin} do not fit the network: missing {_some(missing)}; unexpected {_some(unexpected)}; "
-            "check --model and --model-args"
-        )
     shapes = [
         f"{n} expected {tuple(wanted[n].shape)} got {tuple(complete[n].shape)}"
         for n in wanted
-        if wanted[n].shape != complete[n].shape
+        if n in complete and wanted[n].shape != complete[n].shape
     ]
-    if shapes:
-        raise ModelError(f"weights {origin} do not fit the network: {_some(shapes)}; check --model and --model-args")
+    if missing or unexpected or shapes:
+        raise ModelError(
+            f"weights {origin} do not fit the network: missing {_some(missing)}; unexpected {_some(unexpected)}; "
+            f"other shapes {_some(shapes)}; check --model and --model-args"
+        )
     for name, value in complete.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ModelError(f"expected finite weights in {origin}, got NaN or infinity in {name}; use another checkpoint")
+            raise ModelError(
+                f"expected finite weights in {origin}, got NaN or infinity in {name}; use another checkpoint"
+            )
     model.load_state_dict(complete)
     return notes
 
 
 def _some(items: list[str]) -> str:
-    return (", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")) if items else "none"
+    return (
+        (", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else ""))
+        if items
+        else "none"
+    )
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

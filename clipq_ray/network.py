@@ -27,6 +27,7 @@ _PRODUCTS = {
     Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm,
     F.multi_head_attention_forward,
 }  # fmt: skip
+_COUNTER = "num_batches_tracked"
 _LARGE = 0.01  # part of all parameters from which on an unknown use is refused
 
 
@@ -63,13 +64,17 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
     """
     state = model.state_dict(keep_vars=True)
     parameters = {name: t for name, t in state.items() if isinstance(t, nn.Parameter)}
-    ties = _ties(parameters)
+    ties = _ties(state)
     unique = {name: parameter for name, parameter in parameters.items() if name not in ties}
     reached, products = _trace(model, unique, sample)
     kept_by_user = _matching(keep, unique)
     dropped = [name for name in unique if name not in reached]
+    buffers = _buffers(state, ties, set(dropped))
+    dropped += buffers["dropped"]
     dropped += [alias for alias, name in ties.items() if name in dropped]
-    layers, kept, notes = [], [], []
+    layers: list[Layer] = []
+    kept: list[str] = []
+    notes: list[str] = []
     kinds = _module_kinds(model)
     everything = sum(unique[name].numel() for name in reached)
     for name in unique:
@@ -84,12 +89,17 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
         if sum(side > 1 for side in parameter.shape) >= 2:
             _note_kept(name, parameter, everything, name in kept_by_user, notes)
     if not layers:
-        raise ModelError("expected a network with convolutions or linear layers that inference reads, got none to compress")
-    buffers = _buffers(model, state, set(dropped))
-    if dropped or buffers["dropped"]:
-        gone = [*dropped, *buffers["dropped"]]
-        notes.insert(0, f"{len(gone)} tensors that inference never reads are left out: {', '.join(gone)}")
-    notes += [f"{alias} is tied to {name} and stored once" for alias, name in ties.items() if name not in dropped]
+        raise ModelError(
+            "expected a network with convolutions or linear layers that inference reads, got none to compress; "
+            "check --model and --keep, and that the forward pass is not under no_grad"
+        )
+    if dropped:
+        notes.insert(
+            0, f"{len(dropped)} tensors that inference never reads are left out: {', '.join(dropped)}"
+        )
+    notes += [
+        f"{alias} is tied to {name} and stored once" for alias, name in ties.items() if name not in dropped
+    ]
     names = [layer.name for layer in layers]
     inside = [*names, *kept, *buffers["kept"], *buffers["integers"]]
     return Inventory(
@@ -98,21 +108,24 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
         integers=tuple(buffers["integers"]),
         counters=tuple(buffers["counters"]),
         ties={alias: name for alias, name in ties.items() if name not in dropped},
-        dropped=(*dropped, *buffers["dropped"]),
+        dropped=tuple(dropped),
         notes=tuple(notes),
         bytes_before=4 * sum(state[name].numel() for name in inside),
         parameters=sum(unique[name].numel() for name in [*names, *kept]),
     )
 
 
-def _ties(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Second and further names of one tensor (a weight or a module used twice), each with the first; counters aside."""
     first: dict[int, str] = {}
     ties = {}
-    for name, parameter in parameters.items():
-        if id(parameter) in first:
-            ties[name] = first[id(parameter)]
+    for name, value in state.items():
+        if name.endswith(_COUNTER):
+            continue
+        if id(value) in first:
+            ties[name] = first[id(value)]
         else:
-            first[id(parameter)] = name
+            first[id(value)] = name
     return ties
 
 
@@ -121,7 +134,9 @@ def _matching(keep: Sequence[str], names: Mapping[str, Any]) -> set[str]:
     for pattern in keep:
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise ConfigError(f"--keep: expected names of weights, got {pattern!r}, which matches none; e.g. {next(iter(names))}")
+            raise ConfigError(
+                f"--keep: expected names of weights, got {pattern!r}, which matches none; e.g. {next(iter(names))}"
+            )
         result.update(found)
     return result
 
@@ -144,7 +159,13 @@ def _module_kinds(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(module, nn.MultiheadAttention):
-            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"):
+            for name in (
+                "in_proj_weight",
+                "q_proj_weight",
+                "k_proj_weight",
+                "v_proj_weight",
+                "out_proj.weight",
+            ):
                 kinds[dot + name] = "attention"
         elif isinstance(module, nn.modules.conv._ConvNd):
             kinds[dot + "weight"] = "conv"
@@ -177,11 +198,17 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _trace(model: nn.Module, parameters: Mapping[str, nn.Parameter], sample: Tensor) -> tuple[list[str], set[str]]:
+def _trace(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], sample: Tensor
+) -> tuple[list[str], set[str]]:
     """Names that one evaluation reaches, and those that enter products in it."""
     with _evaluating(model, parameters), torch.enable_grad(), _Products() as products:
         output = logits(model(sample))
-        gradients = torch.autograd.grad(output.float().square().sum(), list(parameters.values()), allow_unused=True)
+        if not parameters or not output.requires_grad:
+            return [], set()
+        gradients = torch.autograd.grad(
+            output.float().square().sum(), list(parameters.values()), allow_unused=True
+        )
     reached = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
     used = {n for n, p in parameters.items() if p.untyped_storage().data_ptr() in products.storages}
     return reached, used
@@ -203,15 +230,15 @@ def _evaluating(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ite
             parameter.requires_grad_(grads[name])
 
 
-def _buffers(model: nn.Module, state: Mapping[str, Tensor], dropped: set[str]) -> dict[str, list[str]]:
+def _buffers(state: Mapping[str, Tensor], ties: Mapping[str, str], dropped: set[str]) -> dict[str, list[str]]:
     """Buffers by group; those of a module whose parameters are all dropped go with it."""
     result: dict[str, list[str]] = {"kept": [], "integers": [], "counters": [], "dropped": []}
     for name, value in state.items():
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) or name in ties:
             continue
         owner = name.rpartition(".")[0]
         own = [n for n in state if n.rpartition(".")[0] == owner and isinstance(state[n], nn.Parameter)]
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(_COUNTER):
             result["counters"].append(name)
         elif own and all(n in dropped for n in own):
             result["dropped"].append(name)

@@ -33,10 +33,7 @@ class Operator:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._layers: list[tuple[LayerPlan, nn.Parameter]] = []
         for layer in plan.layers:
-            try:
-                self._layers.append((layer, model.get_parameter(layer.layer)))
-            except AttributeError as error:
-                raise ModelError(f"the plan names {layer.layer}, which the network lacks; make a new plan") from error
+            self._layers.append((layer, _parameter(model, layer.layer)))
         self._other = [parameter.detach().clone() for _, parameter in self._layers]
         self._full_in_place = True  # whether the parameters hold the full-precision weights now
         self._swap()
@@ -79,6 +76,13 @@ class Operator:
         self._layers = []
 
 
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    try:
+        return model.get_parameter(name)
+    except AttributeError as error:
+        raise ModelError(f"the plan names {name}, which the network lacks; make a new plan") from error
+
+
 def _named(layer: LayerPlan, full: Tensor) -> Quantized:
     try:
         return quantize(full, layer.theta, layer.share)
@@ -91,7 +95,8 @@ def make_plan(model: nn.Module, thetas: dict[str, Theta]) -> Plan:
     """The plan of `thetas` (by parameter name); the share of intervals is decided here, once, from the weights in `model`."""
     return Plan(
         tuple(
-            LayerPlan(name, theta, decide_share(model.get_parameter(name), theta)) for name, theta in thetas.items()
+            LayerPlan(name, theta, decide_share(_parameter(model, name), theta))
+            for name, theta in thetas.items()
         )
     )
 
@@ -101,7 +106,7 @@ def bake(model: nn.Module, plan: Plan) -> dict[str, Quantized]:
     """Quantize `model`'s full-precision weights in place, for good; codes and levels of every layer by name."""
     result = {}
     for layer in plan.layers:
-        parameter = model.get_parameter(layer.layer)
+        parameter = _parameter(model, layer.layer)
         result[layer.layer] = _named(layer, parameter)
         parameter.copy_(result[layer.layer].values)
     return result

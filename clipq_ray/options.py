@@ -34,7 +34,9 @@ def parser(description: str) -> OneLineParser:
     result = OneLineParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--config", metavar="FILE", help="YAML file that holds the same options, e.g. target_ratio: 20")
+    result.add_argument(
+        "--config", metavar="FILE", help="YAML file that holds the same options, e.g. target_ratio: 20"
+    )
     for name, field in Config.model_fields.items():
         _add(result, name, field)
     return result
@@ -46,10 +48,14 @@ def _add(result: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
     shown = "" if default in (None, (), {}) else f" (default: {default})"
     text = (field.description or "") + shown
     if field.annotation is bool:
-        result.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        result.add_argument(
+            option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+        )
         return
     kinds = set(typing.get_args(field.annotation)) or {field.annotation}
-    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else None
+    choices = (
+        typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else None
+    )
     metavar = "|".join(choices) if choices else _metavar(kinds)
     result.add_argument(option, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
@@ -68,7 +74,10 @@ def parse(arguments: Sequence[str], description: str) -> Config:
         raise ConfigError(unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
     given = vars(known)
     path = given.pop("config")
-    options = {**(read_yaml(path) if path else {}), **{name: _value(name, text) for name, text in given.items()}}
+    options = {
+        **(read_yaml(path) if path else {}),
+        **{name: _value(name, text) for name, text in given.items()},
+    }
     return make(**options)
 
 
@@ -94,9 +103,13 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: expected a readable YAML file, got {path!r} ({error})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config: expected YAML in {path!r}, got {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"--config: expected YAML in {path!r}, got {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config: expected options as 'name: value' lines in {path!r}, got {type(content).__name__}")
+        raise ConfigError(
+            f"--config: expected options as 'name: value' lines in {path!r}, got {type(content).__name__}"
+        )
     return {str(key).replace("-", "_"): tuple(v) if isinstance(v, list) else v for key, v in content.items()}
 
 

@@ -64,14 +64,18 @@ def pack(
     if not better:
         model.load_state_dict(kept)
     words = "re-estimated" if better else "kept"
-    packed = codec.Packed(_metadata(source, inventory, data, source_sha256), _tensors(model, inventory, plan, quantized))
+    packed = codec.Packed(
+        _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, plan, quantized)
+    )
     return PackedNetwork(codec.encode(packed), quantized, norms, words, [])
 
 
 def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> int:
     """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them."""
     state = model.state_dict()
-    plain: dict[str, Any] = {name: state[name].detach().cpu().numpy() for name in (*inventory.kept, *inventory.integers)}
+    plain: dict[str, Any] = {
+        name: state[name].detach().cpu().numpy() for name in (*inventory.kept, *inventory.integers)
+    }
     empty = codec.CodedLayer(np.zeros(0, np.int16), np.zeros(1, np.float32), 0)
     blobs = {layer.name: empty for layer in inventory.layers}
     file = codec.encode(codec.Packed(_metadata(source, inventory, data, "0" * 64), {**blobs, **plain}))
@@ -79,12 +83,16 @@ def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Da
     return len(file) - 6 * len(blobs) + 6 * len(blobs) // 2
 
 
-def _tensors(model: nn.Module, inventory: Inventory, plan: Plan, quantized: dict[str, Quantized]) -> dict[str, Any]:
+def _tensors(
+    model: nn.Module, inventory: Inventory, plan: Plan, quantized: dict[str, Quantized]
+) -> dict[str, Any]:
     """All stored tensors in the order of the state dict."""
     shares = {layer.layer: layer.share for layer in plan.layers}
     wanted = {layer.name for layer in inventory.layers} | set(inventory.kept) | set(inventory.integers)
     return {
-        name: codec.coded(quantized[name], shares[name]) if name in quantized else value.detach().cpu().numpy()
+        name: codec.coded(quantized[name], shares[name])
+        if name in quantized
+        else value.detach().cpu().numpy()
         for name, value in model.state_dict().items()
         if name in wanted
     }
@@ -103,6 +111,8 @@ def _metadata(source: Source, inventory: Inventory, data: Data, source_sha256: s
     extra: dict[str, Any] = {
         "ties": inventory.ties,
         "dropped": list(inventory.dropped),
-        "class_names": list(data.class_names) if tuple(data.class_names) != numbered and data.classes <= 100 else [],
+        "class_names": list(data.class_names)
+        if tuple(data.class_names) != numbered and data.classes <= 100
+        else [],
     }
     return {**result, **{key: value for key, value in extra.items() if value}}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import codec, load, manifest, models, network, packing, results, search
+from clipq_ray import codec, loading, manifest, models, network, packing, results, search
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
@@ -31,8 +31,19 @@ from clipq_ray.finetune import Schedule
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
-from clipq_ray.storage import MODEL, WORK, Store, run_store, stage_store
-from clipq_ray.work import CURVE, WEIGHTS, SearchTask, Source, TrainTask, prepare_process, read_state, read_trials, search_images, write_state
+from clipq_ray.storage import MANIFEST, WORK, Store, run_store, stage_store
+from clipq_ray.work import (
+    CURVE,
+    WEIGHTS,
+    SearchTask,
+    Source,
+    TrainTask,
+    prepare_process,
+    read_state,
+    read_trials,
+    search_images,
+    write_state,
+)
 
 log = logging.getLogger(__name__)
 STAGE_VERSIONS = {"baseline": 1, "search": 1, "finetune": 1, "control": 1}
@@ -73,7 +84,9 @@ class Run:
         hours = self.config.deadline_hours
         return None if hours is None else self.started + 3600 * hours - _TAIL_SECONDS
 
-    def stage(self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]) -> Store:
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
+    ) -> Store:
         """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
         key = _key({"stage": name, "version": STAGE_VERSIONS[name], **_platform(self.config), **inputs})
         store = stage_store(self.storage, name, key)
@@ -105,7 +118,16 @@ def _platform(config: Config) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
-    wanted = ("clipq_ray", "torch", "torchvision", "numpy", "constriction", "bayesian-optimization", "ray", "pyarrow")
+    wanted = (
+        "clipq_ray",
+        "torch",
+        "torchvision",
+        "numpy",
+        "constriction",
+        "bayesian-optimization",
+        "ray",
+        "pyarrow",
+    )
     found = {}
     for name in wanted:
         try:
@@ -166,7 +188,9 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
 def asdict_run(run: Run) -> dict[str, Any]:
     """What the manifest says about the run itself."""
     return {
-        "created_utc": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(timespec="seconds"),
+        "created_utc": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(
+            timespec="seconds"
+        ),
         "versions": versions(),
         "config": run.config.model_dump(mode="json"),
         "stages": run.stages,
@@ -203,9 +227,15 @@ def _identity(run: Run, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
     free = {"storage", "name", "force", "dry_run", "engine", "search_parallel", "max_failures", "data", "data_root", "weights",
             "validation_data", "memory_limit_gib", "deadline_hours", "expect_top1_percent"}  # fmt: skip
     return {
-        "architecture": architecture.to_json() if architecture else {"name": None, "module": repr(type(source.module))},
+        "architecture": architecture.to_json()
+        if architecture
+        else {"name": None, "module": repr(type(source.module))},
         "weights": models.weights_sha256(state) if state is not None else "trained",
-        "data": [run.data.train.fingerprint, run.data.validation.fingerprint, run.data.preprocessing.to_json()],
+        "data": [
+            run.data.train.fingerprint,
+            run.data.validation.fingerprint,
+            run.data.preprocessing.to_json(),
+        ],
         "test": run.data.test.fingerprint if run.data.test else None,
         "config": {key: value for key, value in config.model_dump(mode="json").items() if key not in free},
         **_platform(config),
@@ -213,25 +243,33 @@ def _identity(run: Run, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
     }
 
 
-def _run_id(storage: Store, name: str, identity: Mapping[str, Any], *, force: bool) -> tuple[str, dict[str, Any] | None]:
+def _run_id(
+    storage: Store, name: str, identity: Mapping[str, Any], *, force: bool
+) -> tuple[str, dict[str, Any] | None]:
     """The run's id, and its manifest if it is committed; with `force` the first id that is not."""
     base = "r-" + hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
     for attempt in range(1, 10_000):
         run_id = base if attempt == 1 else f"{base}-{attempt}"
         store = run_store(storage, name, run_id)
-        if not store.exists(manifest.MANIFEST):
+        if not store.exists(MANIFEST):
             return run_id, None
         if not force:
             return run_id, manifest.read_manifest(store)
-    raise StorageError(f"expected fewer than 10,000 forced runs of {base} in {storage.uri}; use another --storage")
+    raise StorageError(
+        f"expected fewer than 10,000 forced runs of {base} in {storage.uri}; use another --storage"
+    )
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------------
-def _baseline(run: Run, state: dict[str, Tensor] | None, origin: str, work: Store) -> tuple[Store, dict[str, Evaluation | None]]:
+def _baseline(
+    run: Run, state: dict[str, Tensor] | None, origin: str, work: Store
+) -> tuple[Store, dict[str, Evaluation | None]]:
     """Store the original's weights (trained first if there are none) and score them; stop near chance."""
     config = run.config
     architecture = run.source.architecture()
-    inputs: dict[str, Any] = {"architecture": architecture.to_json() if architecture else repr(type(run.source.module))}
+    inputs: dict[str, Any] = {
+        "architecture": architecture.to_json() if architecture else repr(type(run.source.module))
+    }
     if state is not None:
         inputs["weights"] = models.weights_sha256(state)
 
@@ -240,11 +278,23 @@ def _baseline(run: Run, state: dict[str, Tensor] | None, origin: str, work: Stor
             store.write(CURVE, json.dumps({"curve": [], "notes": []}).encode())
     else:
         schedule = _schedule(config, epochs=config.baseline_epochs, rate=config.baseline_learning_rate)
-        inputs |= {"schedule": asdict(schedule), "data": _data_key(run), "seed": config.seed, "precision": config.precision}
+        inputs |= {
+            "schedule": asdict(schedule),
+            "data": _data_key(run),
+            "seed": config.seed,
+            "precision": config.precision,
+        }
 
         def make(store: Store, progress: Any) -> None:
             task = TrainTask(
-                run.source, "baseline", None, None, schedule, store.uri, work.child("baseline").uri, run.deadline
+                run.source,
+                "baseline",
+                None,
+                None,
+                schedule,
+                store.uri,
+                work.child("baseline").uri,
+                run.deadline,
             )
             run.engine.train(task, progress)
 
@@ -275,7 +325,9 @@ def _refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], orig
     run.reporter.say(f"baseline: top-1 {percent:.2f} % on {found.n:,} images")
     causes = "likely causes: labels in another order, other --mean/--std than in training, other --input-size, wrong --weights"
     if expected is not None and abs(percent - expected) > 2.0:
-        raise RunError(f"expected a top-1 near {expected} % (--expect-top1-percent), got {percent:.2f} %; {causes}")
+        raise RunError(
+            f"expected a top-1 near {expected} % (--expect-top1-percent), got {percent:.2f} %; {causes}"
+        )
     chance = 1.0 / max(run.data.classes, 1)
     if origin not in ("random", "train") and run.data.classes > 1 and found.interval()[0] <= chance:
         raise RunError(
@@ -338,7 +390,9 @@ def _search(
 
 def _search_reference(run: Run, model: nn.Module) -> float:
     """Top-1 error of the original on the images that scored the search."""
-    images = search_images(run.data.train, min(run.config.search_images, len(run.data.train)), run.config.seed)
+    images = search_images(
+        run.data.train, min(run.config.search_images, len(run.data.train)), run.config.seed
+    )
     found = _evaluate(run, model, images)
     assert found is not None
     return 1.0 - found.top1
@@ -374,7 +428,14 @@ def _train(run: Run, stage: str, weights: Store, plan: Plan | None, work: Store)
 
     def make(store: Store, progress: Any) -> None:
         task = TrainTask(
-            run.source, stage, weights.uri, plan, schedule, store.uri, work.child(stage).uri, _share(run, stage)
+            run.source,
+            stage,
+            weights.uri,
+            plan,
+            schedule,
+            store.uri,
+            work.child(stage).uri,
+            _share(run, stage),
         )
         run.engine.train(task, progress)
 
@@ -405,14 +466,16 @@ def _scores(
     run: Run, file: bytes, baseline: Mapping[str, Evaluation | None], control: Store | None
 ) -> results.Scores:
     """Original, control and decoded file on validation and test images."""
-    decoded = load.from_packed(codec.decode(file), factory=run.source.network)
+    decoded = loading.from_packed(codec.decode(file), factory=run.source.network)
     compressed = {split: _evaluate(run, decoded, images) for split, images in _splits(run).items()}
     dense: dict[str, Evaluation | None] = {"validation": None, "test": None}
     if control is not None:
         model = run.source.network()
         model.load_state_dict(read_state(control))
         dense = {split: _evaluate(run, model, images) for split, images in _splits(run).items()}
-    labels = {split: np.asarray(images.labels) for split, images in _splits(run).items() if images is not None}
+    labels = {
+        split: np.asarray(images.labels) for split, images in _splits(run).items() if images is not None
+    }
     return results.Scores(dict(baseline), dense, compressed, labels)
 
 

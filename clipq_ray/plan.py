@@ -32,7 +32,7 @@ class Theta:
     @property
     def intervals(self) -> int:
         """The number of intervals besides zero, 2^b - 1."""
-        return 2**self.b - 1
+        return (1 << self.b) - 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Share:
 
     def __post_init__(self) -> None:
         if self.negative < 0 or self.positive < 0:
-            raise ConfigError(f"expected shares of at least 0 intervals, got {self.negative} and {self.positive}")
+            raise ConfigError(
+                f"expected shares of at least 0 intervals, got {self.negative} and {self.positive}"
+            )
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,16 @@ def dry_run(source: Source) -> str:
         seconds = epochs * (images * step / config.workers + held * forward) + _RAY_SECONDS
         lines.append(f"{name:<11} {epochs} epochs on {config.workers} workers: about {_clock(seconds)}")
         total += seconds
-    lines.append(f"time        about {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads")
+    lines.append(
+        f"time        about {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads"
+    )
     disk = found.bytes_before * (2 + 6 * len(trainings))
-    lines.append(f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)")
-    return "\n".join([*lines, *(f"note        {note}" for note in (*data.notes, *found.notes)), "nothing was done"])
+    lines.append(
+        f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)"
+    )
+    return "\n".join(
+        [*lines, *(f"note        {note}" for note in (*data.notes, *found.notes)), "nothing was done"]
+    )
 
 
 def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float, float]:
@@ -66,7 +72,9 @@ def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float
             model.eval()(images)
         forward.append(time.perf_counter() - started)
         started = time.perf_counter()
-        nn.functional.cross_entropy(logits(model.train()(images)), labels % logits(model(images[:2])).shape[1]).backward()
+        nn.functional.cross_entropy(
+            logits(model.train()(images)), labels % logits(model(images[:2])).shape[1]
+        ).backward()
         with operator.full_precision():
             model.zero_grad()
         step.append(time.perf_counter() - started)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ class Stage:
 
     def __init__(self, reporter: Reporter, name: str) -> None:
         self._reporter, self._name = reporter, name
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._first: tuple[float, int] | None = None
         self._shown = -_LINE_SECONDS
 
@@ -58,7 +58,9 @@ class Stage:
             return
         if self._reporter._terminal:
             if self._bar is None:
-                self._bar = tqdm(total=total, desc=self._name, file=self._reporter._stream, initial=done, leave=False)
+                self._bar = tqdm(
+                    total=total, desc=self._name, file=self._reporter._stream, initial=done, leave=False
+                )
             self._bar.total = total
             self._bar.set_postfix_str(words, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -72,7 +74,9 @@ class Stage:
         started, already = self._first
         left = (now - started) / (done - already) * (total - done) if done > already else None
         rest = f", about {_clock(left)} left" if left is not None else ""
-        self._reporter.say(f"{self._name}: {words}, {done:,} of {total:,} steps ({100 * done // max(total, 1)} %){rest}")
+        self._reporter.say(
+            f"{self._name}: {words}, {done:,} of {total:,} steps ({100 * done // max(total, 1)} %){rest}"
+        )
 
     def close(self) -> None:
         """Remove the bar."""

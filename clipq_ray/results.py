@@ -57,7 +57,12 @@ def _metrics(scores: Scores) -> dict[str, Any]:
     counted = result["test"] or result["validation"]
     drop = counted[reference]["top1_percent"] - counted["compressed"]["top1_percent"]
     against_original = counted["original"]["top1_percent"] - counted["compressed"]["top1_percent"]
-    return {**result, "reference": reference, "drop_points": drop, "drop_from_original_points": against_original}
+    return {
+        **result,
+        "reference": reference,
+        "drop_points": drop,
+        "drop_from_original_points": against_original,
+    }
 
 
 def document(
@@ -99,7 +104,10 @@ def files(
         result[PREDICTIONS] = tables.to_bytes(_prediction_rows(scores), tables.PREDICTIONS)
     missing = report.missing()
     if missing:
-        document["notes"] = [*document["notes"], f"no report.html: {', '.join(missing)} missing; install clipq_ray[report]"]
+        document["notes"] = [
+            *document["notes"],
+            f"no report.html: {', '.join(missing)} missing; install clipq_ray[report]",
+        ]
         return result
     predictions = tables.from_bytes(result[PREDICTIONS]) if PREDICTIONS in result else None
     page = report.render(document, tables.from_bytes(layers), tables.from_bytes(trial_rows), predictions)

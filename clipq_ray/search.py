@@ -104,7 +104,9 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings) -> tuple[Th
             allow_duplicate_points=True,
         )
     # one length for each axis, in units of p and of bits; errors of a few images are the noise
-    optimizer.set_gp_params(kernel=Matern(length_scale=[0.3, 2.0], nu=2.5), alpha=1e-4, n_restarts_optimizer=1)
+    optimizer.set_gp_params(
+        kernel=Matern(length_scale=[0.3, 2.0], nu=2.5), alpha=1e-4, n_restarts_optimizer=1
+    )
     for trial in trials:
         optimizer.register(params={"p": trial.p, "b": trial.b}, target=-trial.objective(tradeoff))
     free = [theta for theta in GRID if theta not in measured]
@@ -122,7 +124,14 @@ class LayerEvaluator:
     """
 
     def __init__(
-        self, model: nn.Module, images: Split, network_bytes: int, *, batch_size: int, device: torch.device, node: str
+        self,
+        model: nn.Module,
+        images: Split,
+        network_bytes: int,
+        *,
+        batch_size: int,
+        device: torch.device,
+        node: str,
     ) -> None:
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
         self._batch_size, self._device, self._node = batch_size, device, node

@@ -15,7 +15,18 @@ def bytes_before(file: bytes) -> int:
 
 def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
     """One row per run: network, parameters, bytes before and after, ratio, top-1 before and after; then where each lies."""
-    rows = [("network", "parameters", "bytes before", "bytes after", "ratio", "top-1 before", "top-1 after", "images")]
+    rows = [
+        (
+            "network",
+            "parameters",
+            "bytes before",
+            "bytes after",
+            "ratio",
+            "top-1 before",
+            "top-1 after",
+            "images",
+        )
+    ]
     lines = []
     for manifest, uri in zip(manifests, uris, strict=True):
         metrics = manifest["metrics"]
@@ -34,7 +45,9 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
             )
         )
         if scores["control"]:
-            lines.append(f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %")
+            lines.append(
+                f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %"
+            )
         lines.append(f"run: {uri}")
         lines += [f"note: {note}" for note in manifest["notes"]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from clipq_ray import models, seeds
-from clipq_ray.config import Config
+from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, open_data
 from clipq_ray.errors import FormatError
 from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
@@ -102,7 +102,8 @@ def _opened(config: Config, input_shape: tuple[int, int, int]) -> Data:
 
 @functools.lru_cache(maxsize=1)
 def _opened_once(options: str, input_shape: tuple[int, int, int]) -> Data:
-    config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(options).items()})
+    given: dict[str, Any] = json.loads(options)
+    config = make(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
     return open_data(
         config.data,
         data_root=config.data_root or "data",
@@ -127,15 +128,19 @@ def prepare_process(threads: int) -> None:
 
 def write_state(store: Store, name: str, state: dict[str, Tensor]) -> None:
     """A state dict as one safetensors object; tensors that share memory are written once each."""
-    store.write(name, save_tensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}))
+    store.write(
+        name, save_tensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()})
+    )
 
 
 def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
     """The mirror of `write_state`."""
     try:
-        return load_tensors(store.read(name))
+        return dict(load_tensors(store.read(name)))
     except ValueError as error:
-        raise FormatError(f"expected safetensors at {store.uri}/{name}, got {error}; remove it and run again") from error
+        raise FormatError(
+            f"expected safetensors at {store.uri}/{name}, got {error}; remove it and run again"
+        ) from error
 
 
 @dataclass(frozen=True)

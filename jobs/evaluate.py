@@ -17,7 +17,7 @@ from clipq_ray import codec, options
 from clipq_ray.data import open_data
 from clipq_ray.errors import ModelError
 from clipq_ray.evaluate import evaluate
-from clipq_ray.load import from_packed, read_file
+from clipq_ray.loading import from_packed, read_file
 from clipq_ray.summary import bytes_before
 
 
@@ -25,14 +25,20 @@ def main(arguments: list[str]) -> int:
     """The job, from its arguments to its lines."""
     parser = options.OneLineParser(description=__doc__)
     parser.add_argument("file", metavar="FILE", help=".clq file or run directory")
-    parser.add_argument("--data", required=True, metavar="URI", help="data as for compress.py; its test set is used")
+    parser.add_argument(
+        "--data", required=True, metavar="URI", help="data as for compress.py; its test set is used"
+    )
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the files of a torchvision set")
-    parser.add_argument("--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)")
+    parser.add_argument(
+        "--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)"
+    )
     given = parser.parse_args(arguments)
     data = read_file(given.file)
     content = codec.metadata(data)
     if not content.get("architecture"):
-        raise ModelError("expected a file with a registered network, got one of the user's own; use clipq_ray.load(uri, factory)")
+        raise ModelError(
+            "expected a file with a registered network, got one of the user's own; use clipq_ray.load(uri, factory)"
+        )
     stated = content["input"]
     opened = open_data(
         given.data, data_root=given.data_root or "data", input_shape=tuple(stated["input_shape"]), mean=tuple(stated["mean"]),

@@ -19,5 +19,7 @@ def shared() -> Path:
     default = Path(__file__).resolve().parents[2] / "shared"
     folder = Path(os.environ.get("CLIPQ_SHARED", default))
     if not (folder / "weights").is_dir():
-        pytest.skip(f"no shared data at {folder}; set CLIPQ_SHARED to the folder that holds data/ and weights/")
+        pytest.skip(
+            f"no shared data at {folder}; set CLIPQ_SHARED to the folder that holds data/ and weights/"
+        )
     return folder

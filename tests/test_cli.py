@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from clipq_ray import codec
 from clipq_ray import manifest as manifests
 from clipq_ray.cli import main
-from clipq_ray.load import load_state_dict
+from clipq_ray.loading import load_state_dict
 from clipq_ray.storage import MANIFEST, MODEL, REPORT, Store, run_store
 
 pytest_plugins = ["s3_server"]

@@ -210,7 +210,9 @@ class RayEngine:
             )
             errors = tuner.fit().errors
         if errors:
-            raise RunError(f"the search of {len(errors)} layers failed: {_last_line(errors[0])}; run again to continue")
+            raise RunError(
+                f"the search of {len(errors)} layers failed: {_last_line(errors[0])}; run again to continue"
+            )
 
     def train(self, task: TrainTask, progress: Progress) -> None:
         """One TorchTrainer."""

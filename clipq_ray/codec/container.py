@@ -76,7 +76,9 @@ def encode(packed: Packed) -> bytes:
         blobs.append(struct.pack("<I", zlib.crc32(blob)) + blob)
     text = json.dumps({"t": table, "m": packed.metadata}, separators=(",", ":"), ensure_ascii=False).encode()
     if len(text) > HEADER_LIMIT:
-        raise FormatError(f"expected a header of at most {HEADER_LIMIT} bytes, got {len(text)}; shorten the metadata")
+        raise FormatError(
+            f"expected a header of at most {HEADER_LIMIT} bytes, got {len(text)}; shorten the metadata"
+        )
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=DICTIONARY)
     header = squeeze.compress(text) + squeeze.flush()
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), zlib.crc32(header))
@@ -90,7 +92,9 @@ def _header(data: bytes) -> tuple[dict[str, Any], list[Entry]]:
     if magic != MAGIC:
         raise FormatError("expected a .clq file (it begins with CLQ), got something else; check the URI")
     if version != VERSION:
-        raise FormatError(f"expected version {VERSION} of the .clq format, got {version}; use a newer clipq_ray")
+        raise FormatError(
+            f"expected version {VERSION} of the .clq format, got {version}; use a newer clipq_ray"
+        )
     packed = data[_PREFIX.size : _PREFIX.size + size]
     if len(packed) != size or zlib.crc32(packed) != crc:
         raise FormatError("the header of the .clq file is damaged or cut off; fetch the file again")
@@ -104,14 +108,22 @@ def _header(data: bytes) -> tuple[dict[str, Any], list[Entry]]:
         if not isinstance(content["m"], Mapping):
             raise FormatError("the metadata of the .clq file is no object")
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"the header of the .clq file cannot be read ({error}); fetch the file again") from error
-    return content["m"], entries_
+        raise FormatError(
+            f"the header of the .clq file cannot be read ({error}); fetch the file again"
+        ) from error
+    return dict(content["m"]), entries_
 
 
 def _entries(table: list[Any], offset: int, end: int) -> list[Entry]:
     result, names, elements = [], set(), 0
     for name, shape, coder, size in table:
-        valid = isinstance(name, str) and name not in names and isinstance(coder, str) and isinstance(size, int) and size >= 0
+        valid = (
+            isinstance(name, str)
+            and name not in names
+            and isinstance(coder, str)
+            and isinstance(size, int)
+            and size >= 0
+        )
         if not valid or not all(isinstance(side, int) and 0 <= side < ELEMENTS_LIMIT for side in shape):
             raise FormatError(f"the entry of tensor {name!r} is not valid")
         names.add(name)
@@ -141,7 +153,9 @@ def decode(data: bytes, names: Iterable[str] | None = None) -> Packed:
     content, table = _header(data)
     wanted = None if names is None else set(names)
     if wanted is not None and (unknown := wanted - {entry.name for entry in table}):
-        raise FormatError(f"expected names of tensors in the file, got {', '.join(sorted(unknown))}; see clipq inspect")
+        raise FormatError(
+            f"expected names of tensors in the file, got {', '.join(sorted(unknown))}; see clipq inspect"
+        )
     tensors: dict[str, CodedLayer | npt.NDArray[np.generic]] = {}
     for entry in table:
         if wanted is None or entry.name in wanted:
@@ -154,6 +168,10 @@ def _tensor(data: bytes, entry: Entry) -> CodedLayer | npt.NDArray[np.generic]:
     if zlib.crc32(blob) != int.from_bytes(data[entry.offset : entry.offset + 4], "little"):
         raise FormatError(f"tensor {entry.name} of the .clq file is damaged (checksum); fetch the file again")
     try:
-        return layers.read(blob, entry.shape) if entry.coder == "q" else plain.read(entry.coder, blob, entry.shape)
+        return (
+            layers.read(blob, entry.shape)
+            if entry.coder == "q"
+            else plain.read(entry.coder, blob, entry.shape)
+        )
     except FormatError as error:
         raise FormatError(f"tensor {entry.name}: {error}") from error

@@ -103,13 +103,13 @@ def write(layer: CodedLayer) -> bytes:
     renumbered[present] = np.arange(len(present), dtype=np.int32)
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(renumbered[symbols], _model(table[present]))
-    return head + coder.get_compressed().astype("<u4").tobytes()
+    return head + bytes(coder.get_compressed().astype("<u4").tobytes())
 
 
 def read(blob: bytes, shape: tuple[int, ...]) -> CodedLayer:
     """The mirror of `write`; `FormatError` where the blob cannot be one."""
     n = int(np.prod(shape, dtype=np.int64))
-    if len(blob) < 2 or n > _MOST_PER_BYTE * len(blob) * 8 and not _constant(blob):
+    if len(blob) < 2 or (n > _MOST_PER_BYTE * len(blob) * 8 and not _constant(blob)):
         raise FormatError("a layer holds more codes than its bytes can carry")
     negative, positive = blob[0], blob[1]
     at = 2 + 4 * (negative + positive)

@@ -12,7 +12,17 @@ import numpy.typing as npt
 from clipq_ray.errors import FormatError
 
 RELATIVE_ERROR = 2.0**-10
-_TYPES = {"f2": "<f2", "f4": "<f4", "f8": "<f8", "i1": "i1", "i2": "<i2", "i4": "<i4", "i8": "<i8", "u1": "u1", "b1": "?"}
+_TYPES = {
+    "f2": "<f2",
+    "f4": "<f4",
+    "f8": "<f8",
+    "i1": "i1",
+    "i2": "<i2",
+    "i4": "<i4",
+    "i8": "<i8",
+    "u1": "u1",
+    "b1": "?",
+}
 
 
 def write(array: npt.NDArray[np.generic]) -> tuple[str, bytes]:
@@ -22,11 +32,15 @@ def write(array: npt.NDArray[np.generic]) -> tuple[str, bytes]:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         with np.errstate(invalid="ignore"):
-            close = np.abs(half.astype(np.float64) - array) <= RELATIVE_ERROR * np.abs(array.astype(np.float64))
+            close = np.abs(half.astype(np.float64) - array.astype(np.float64)) <= RELATIVE_ERROR * np.abs(
+                array.astype(np.float64)
+            )
         if bool(close.all()):
             array, kind = half, "f2"
     if kind not in _TYPES:
-        raise FormatError(f"expected one of the types {', '.join(_TYPES)}, got {array.dtype}; convert the tensor")
+        raise FormatError(
+            f"expected one of the types {', '.join(_TYPES)}, got {array.dtype}; convert the tensor"
+        )
     return kind, np.ascontiguousarray(array).astype(_TYPES[kind]).tobytes()
 
 

@@ -24,6 +24,7 @@ from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
 
 LIMIT_SEED = 0
+_UNNAMED = "files that name no split"
 DEFAULT_MEMORY_LIMIT_BYTES = 2 * 10**9
 Resize = int | None | Literal["auto"]
 Chosen = dict[str, tuple[Source, NDArray[np.int64]]]
@@ -54,14 +55,7 @@ def open_data(
     images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all, the same for
     every seed; row groups are then taken as few as possible. Raises `DataError` and `ConfigError`.
     """
-    if memory_limit_bytes < 1 or bad_image_limit < 0:
-        raise ConfigError(
-            f"expected a memory limit above 0 and a bad-image limit of at least 0, got {memory_limit_bytes} and {bad_image_limit}"
-        )
-    if validation_uri is not None and validation_images is not None:
-        raise ConfigError(
-            "expected a number of validation images or a validation URI, got both; leave out one"
-        )
+    _check_options(memory_limit_bytes, bad_image_limit, validation_uri, validation_images)
     found = find(uri, data_root, memory_limit_bytes // 2)
     train, validation, test, notes = _assigned(found, uri)
     if validation_uri is not None:
@@ -93,13 +87,27 @@ def open_data(
     )
 
 
+def _check_options(
+    memory_limit_bytes: int, bad_image_limit: int, validation_uri: str | None, validation_images: int | None
+) -> None:
+    if memory_limit_bytes < 1 or bad_image_limit < 0:
+        raise ConfigError(
+            f"expected a memory limit above 0 and a bad-image limit of at least 0, got {memory_limit_bytes} and {bad_image_limit}"
+        )
+    if validation_uri is not None and validation_images is not None:
+        raise ConfigError(
+            "expected a number of validation images or a validation URI, got both; leave out one"
+        )
+
+
 def _assigned(found: Found, uri: str) -> tuple[Source, Source | None, Source | None, list[str]]:
     """Training, validation and test images among what was found, and notes."""
     given = found.sources
     if "train" not in given:
+        names = [_UNNAMED if split == "any" else split for split in sorted(given)]
         raise DataError(
             f"expected training images (train*.parquet or train/<class>/*) at {uri}, found only "
-            f"{' and '.join(sorted(given)) or 'files without labels'}; rename the files or check the URI"
+            f"{' and '.join(names) or 'files without labels'}; rename the files or check the URI"
         )
     if "test" in given:
         return given["train"], given.get("validation"), given["test"], []
@@ -131,6 +139,8 @@ def _class_names(names: tuple[str, ...], sources: dict[str, Source]) -> tuple[st
     """One name per class; numbers where the data has none. `DataError` for labels that no class has."""
     highest = 0
     for split, source in sources.items():
+        if not len(source.labels):
+            raise DataError(f"expected {split} images, found files without any; check the data")
         lowest, most = int(source.labels.min()), int(source.labels.max())
         if lowest < 0 or (names and most >= len(names)):
             raise DataError(

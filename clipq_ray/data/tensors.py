@@ -63,7 +63,8 @@ class TensorSplit(Split):
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         if augment is None:
             shorter = functional.resize(tensor, [resize], antialias=True)
-            return functional.center_crop(shorter, [height, width])
+            centre: Tensor = functional.center_crop(shorter, [height, width])
+            return centre
         crops = []
         for image, numbers in zip(tensor, draws(len(tensor), augment), strict=True):
             (left, top, right, bottom), mirrored = crop_box(numbers, image.shape[1], image.shape[2])

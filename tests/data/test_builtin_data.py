@@ -131,6 +131,13 @@ def test_missing_labels_and_unequal_counts_are_named(tmp_path: Path) -> None:
     labels.write_bytes(idx(np.zeros(39, dtype=np.uint8)))
     with pytest.raises(DataError, match="a label for each of 40 images, got 39"):
         open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))
+    labels.write_bytes(idx(np.zeros(0, dtype=np.uint8)))
+    images = tmp_path / "m" / "train-images-idx3-ubyte"
+    whole = images.read_bytes()
+    images.write_bytes(idx(np.zeros((0, 28, 28), dtype=np.uint8)))
+    with pytest.raises(DataError, match="expected train images"):
+        open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))
+    images.write_bytes(whole)
     labels.unlink()
     with pytest.raises(DataError, match="train-labels-idx1-ubyte beside"):
         open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))

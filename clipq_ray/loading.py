@@ -38,7 +38,9 @@ def load_state_dict(uri: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load(
-    uri: str | os.PathLike[str], factory: Callable[[], nn.Module] | None = None, device: torch.device | str = "cpu"
+    uri: str | os.PathLike[str],
+    factory: Callable[[], nn.Module] | None = None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """The compressed network in eval mode.
 
@@ -71,12 +73,16 @@ def from_packed(packed: codec.Packed, factory: Callable[[], nn.Module] | None = 
         if name.endswith("num_batches_tracked"):
             state[name] = torch.zeros_like(value)
         elif name in dropped:
-            state[name] = torch.full_like(value, torch.nan) if value.is_floating_point() else torch.zeros_like(value)
+            state[name] = (
+                torch.full_like(value, torch.nan) if value.is_floating_point() else torch.zeros_like(value)
+            )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the network does not fit the file: {reason}; pass the factory that it was made with") from error
+        raise ModelError(
+            f"the network does not fit the file: {reason}; pass the factory that it was made with"
+        ) from error
     return model.eval()
 
 

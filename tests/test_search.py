@@ -1,0 +1,196 @@
+"""The search proposes, measures and chooses; every part by itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clipq_ray import codec
+from clipq_ray.data import Preprocessing
+from clipq_ray.data.tensors import TensorSplit
+from clipq_ray.evaluate import evaluate
+from clipq_ray.plan import Theta
+from clipq_ray.quantizer import decide_share, quantize
+from clipq_ray.search import (
+    GRID,
+    START,
+    LayerEvaluator,
+    Settings,
+    Trial,
+    choose,
+    choose_for_bytes,
+    step_layer,
+    suggest,
+)
+
+SETTINGS = Settings(evaluations=9, start=4, tradeoffs=(2.0, 8.0, 32.0), seed=5)
+BASE = Trial("a", 0, "start", 0.5, 3, 100, 0.25, 1.0, 1000, 0.125, 2.0, 0.0, "here")
+
+
+def trial(layer: str, step: int, theta: Theta) -> Trial:
+    """An error that grows with p, and a size that falls with it."""
+    size = int(1000 * (1 - theta.p) * theta.b)
+    error = theta.p**4 + 0.3 / 2**theta.b
+    saved = (32_000 - size) / 64_000
+    return replace(BASE, layer=layer, step=step, p=theta.p, b=theta.b, error=error, bytes=size, saved=saved)
+
+
+def searched(layer: str, settings: Settings) -> list[Trial]:
+    trials: list[Trial] = []
+    for step in range(settings.evaluations):
+        theta, origin = suggest(trials, layer, settings)
+        trials.append(replace(trial(layer, step, theta), origin=origin))
+    return trials
+
+
+def test_a_suggestion_is_a_function_of_its_arguments_only() -> None:
+    trials = searched("conv1.weight", SETTINGS)
+    for step in (0, 4, 7):
+        np.random.seed(step)
+        random.seed(step)
+        torch.manual_seed(step)
+        theta, origin = suggest(trials[:step], "conv1.weight", SETTINGS)
+        assert (theta, origin) == (trials[step].theta, trials[step].origin)
+
+
+def test_the_start_points_come_first() -> None:
+    trials = searched("a", SETTINGS)
+    assert [(t.p, t.b) for t in trials[:4]] == list(START[:4])
+    assert [t.origin for t in trials] == ["start"] * 4 + ["bayes"] * 5
+
+
+def test_no_point_is_measured_twice() -> None:
+    many = searched("a", replace(SETTINGS, evaluations=18, start=13))
+    assert len({t.theta for t in many}) == 18
+    assert all(t.theta in GRID for t in many)
+    assert [t.origin for t in many].count("start") == 13
+
+
+def test_further_start_points_differ_by_layer_and_seed() -> None:
+    settings = replace(SETTINGS, evaluations=14, start=14)
+    first = {t.theta for t in searched("a", settings)[len(START) :]}
+    assert first != {t.theta for t in searched("b", settings)[len(START) :]}
+    assert first != {t.theta for t in searched("a", replace(settings, seed=6))[len(START) :]}
+
+
+def test_the_search_improves_on_its_start_points() -> None:
+    settings = replace(SETTINGS, evaluations=12, tradeoffs=(8.0,))
+    trials = searched("a", settings)
+    assert min(t.objective(8.0) for t in trials[4:]) < min(t.objective(8.0) for t in trials[:4])
+
+
+def test_the_objective_is_the_error_less_lambda_times_what_is_saved() -> None:
+    assert BASE.objective(0.0) == 0.25
+    assert BASE.objective(8.0) == 0.25 - 8.0 * 0.125
+    assert BASE.theta == Theta(0.5, 3)
+    assert Trial(**BASE.to_json()) == BASE
+
+
+def grid(layer: str) -> list[Trial]:
+    points = [Theta(p / 20, b) for p in range(20) for b in (2, 3, 4, 6)]
+    return [trial(layer, step, theta) for step, theta in enumerate(points)]
+
+
+TRIALS = {"a": grid("a"), "b": [replace(t, error=t.error * 5) for t in grid("b")]}
+
+
+@pytest.mark.parametrize("tradeoff", [0.0, 0.3, 2.0, 1e6])
+def test_the_choice_is_the_best_measured_point_of_every_layer(tradeoff: float) -> None:
+    chosen = choose(TRIALS, tradeoff)
+    assert chosen.tradeoff == tradeoff
+    for layer, points in TRIALS.items():
+        best = min(point.error - tradeoff * point.saved for point in points)
+        assert chosen.trials[layer] in points
+        assert chosen.trials[layer].objective(tradeoff) == best
+    assert chosen.bytes == sum(t.bytes for t in chosen.trials.values())
+
+
+def test_of_equal_points_the_smaller_then_the_earlier_is_chosen() -> None:
+    points = [replace(BASE, step=step, bytes=size) for step, size in enumerate((9, 7, 7))]
+    assert choose({"a": points}, 0.0).trials["a"] is points[1]
+
+
+@pytest.mark.parametrize("budget", [1_000, 2_000, 4_000, 8_000])
+def test_a_budget_is_met_with_the_smallest_lambda(budget: int) -> None:
+    choice = choose_for_bytes(TRIALS, budget)
+    assert choice.bytes <= budget
+    assert choose(TRIALS, choice.tradeoff).bytes == choice.bytes
+    assert choose(TRIALS, choice.tradeoff * 0.999).bytes > budget
+
+
+def test_a_budget_above_all_takes_next_to_no_tradeoff() -> None:
+    assert choose_for_bytes(TRIALS, 10**9).tradeoff == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_a_budget_below_all_gives_the_smallest_choice() -> None:
+    smallest = sum(min(point.bytes for point in points) for points in TRIALS.values())
+    assert choose_for_bytes(TRIALS, smallest - 1).bytes == smallest
+
+
+def images() -> TensorSplit:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (60, 1, 4, 4), dtype=np.uint8)
+    labels = generator.integers(0, 3, 60)
+    return TensorSplit(pixels, labels, Preprocessing((1, 4, 4), None, (0.5,), (0.3,)))
+
+
+def evaluator() -> tuple[nn.Module, LayerEvaluator]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    device = torch.device("cpu")
+    return model, LayerEvaluator(model, images(), 4 * 84, batch_size=32, device=device, node="here")
+
+
+@pytest.mark.parametrize("layer", ["0.weight", "3.weight"])
+def test_a_measurement_is_the_network_with_only_this_layer_compressed(layer: str) -> None:
+    model, measures = evaluator()
+    theta = Theta(0.6, 2)
+    made = measures.measure(layer, theta, step=3, origin="bayes", tradeoff=8.0)
+    weight = model.get_parameter(layer)
+    share = decide_share(weight, theta)
+    quantized = quantize(weight.detach(), theta, share)
+    assert made.bytes == codec.layer_bytes(codec.coded(quantized, share))
+    assert made.saved == (4 * weight.numel() - made.bytes) / (4 * 84)
+    with torch.no_grad():
+        weight.copy_(quantized.values)
+    result = evaluate(model, images(), batch_size=32)
+    assert (made.error, made.loss, made.images) == (1.0 - result.top1, result.loss, 60)
+    assert (made.layer, made.step, made.origin, made.tradeoff, made.node) == (layer, 3, "bayes", 8.0, "here")
+
+
+def test_measuring_leaves_the_weights_bit_for_bit() -> None:
+    model, measures = evaluator()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    measures.measure("0.weight", Theta(0.9, 2), step=0, origin="start", tradeoff=1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_measurement_that_fails_leaves_the_weights_bit_for_bit() -> None:
+    model, measures = evaluator()
+    before = model.get_parameter("0.weight").detach().clone()
+
+    def fail(module: nn.Module, inputs: object) -> None:
+        raise RuntimeError("broken")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        measures.measure("0.weight", Theta(0.9, 2), step=0, origin="start", tradeoff=1.0)
+    assert torch.equal(model.get_parameter("0.weight"), before)
+
+
+def test_steps_take_turns_over_the_lambdas_and_a_search_cut_off_goes_on_as_before() -> None:
+    whole: list[Trial] = []
+    _, measures = evaluator()
+    for _ in range(6):
+        step_layer(measures, "0.weight", whole, SETTINGS)
+    assert [t.tradeoff for t in whole] == [2.0, 8.0, 32.0, 2.0, 8.0, 32.0]
+    assert [t.step for t in whole] == list(range(6))
+    resumed = whole[:5]
+    _, fresh = evaluator()
+    step_layer(fresh, "0.weight", resumed, SETTINGS)
+    assert replace(resumed[5], seconds=0.0) == replace(whole[5], seconds=0.0)
