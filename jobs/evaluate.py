@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
         )
     stated = content["input"]
     opened = open_data(
-        given.data, data_root=given.data_root or "data", input_shape=tuple(stated["input_shape"]), mean=tuple(stated["mean"]),
-        std=tuple(stated["std"]), validation_images=None, validation_uri=None, seed=0, memory_limit_bytes=4 * 2**30,
+        given.data, data_root=given.data_root or "data", input_shape=tuple(stated["shape"]), mean=tuple(stated["mean"]),
+        std=tuple(stated["std"]), resize=stated["resize"], validation_images=None, validation_uri=None, seed=0, memory_limit_bytes=4 * 2**30,
         bad_image_limit=0,
     )  # fmt: skip
     split = opened.test if opened.test is not None else opened.validation

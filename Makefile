@@ -1,0 +1,28 @@
+# The commands that people and CI run. Everything that is needed is installed into .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test test-models check ci install
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python jobs/compress.py --config recipes/demo.yaml --storage ./runs
+
+test: install
+	$(BIN)/python -m pytest -m "not models"
+
+test-models: install
+	$(BIN)/python -m pytest -m models
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ci: check test
