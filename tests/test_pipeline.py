@@ -125,7 +125,14 @@ def test_a_users_own_module_and_loaders_are_compressed_from_python(tmp_path: Pat
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--engine", "local", "--storage", str(tmp_path / "s")]
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "compress.py"),
+        "--engine",
+        "local",
+        "--storage",
+        str(tmp_path / "s"),
+    ]
     ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("compress:")]
     assert ended.returncode == 2
@@ -144,7 +151,13 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--dry-run", "--storage", str(tmp_path / "s")]
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "compress.py"),
+        "--dry-run",
+        "--storage",
+        str(tmp_path / "s"),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "nothing was done" in ended.stdout
     assert not (tmp_path / "s").exists()
@@ -155,7 +168,9 @@ def test_importing_the_package_and_its_loader_needs_neither_ray_nor_training_cod
         "import sys, json; sys.modules['ray'] = None; import clipq_ray; clipq_ray.load; "
         "print(json.dumps(sorted(m for m in sys.modules if m.startswith('clipq_ray'))))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     found = set(json.loads(ended.stdout))
     assert not found & {"clipq_ray.finetune", "clipq_ray.search", "clipq_ray.pipeline", "clipq_ray.cluster"}
 
@@ -172,7 +187,9 @@ def test_errors_know_their_exit_code() -> None:
 
 
 @pytest.mark.slow
-def test_both_engines_give_the_same_bytes_at_one_worker(finished: tuple[Path, Result], tmp_path: Path) -> None:
+def test_both_engines_give_the_same_bytes_at_one_worker(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--storage", str(tmp_path)]
     for name, value in {**QUICK, "engine": "ray"}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]

@@ -23,7 +23,10 @@ def layer(shape: tuple[int, ...], negative: int, positive: int, zeros: float, se
     codes = rng.integers(-negative, positive + 1, size=shape).astype(np.int16)
     codes[rng.random(shape) < zeros] = 0
     levels = np.sort(rng.normal(size=negative + positive + 1)).astype(np.float32)
-    levels = np.concatenate([-np.arange(negative, 0, -1), [0.0], np.arange(1, positive + 1)]).astype(np.float32) * 0.1
+    levels = (
+        np.concatenate([-np.arange(negative, 0, -1), [0.0], np.arange(1, positive + 1)]).astype(np.float32)
+        * 0.1
+    )
     return codec.CodedLayer.from_quantized(codes, levels, negative)
 
 
@@ -144,5 +147,9 @@ def test_the_same_content_gives_the_same_bytes_in_every_version_of_the_code() ->
     """The golden bytes of version 1; a change here breaks every file out there."""
     data = small_file()
     assert data[:4] == b"CLQ\x01"
-    assert zlib.crc32(data[12 : 12 + int.from_bytes(data[4:8], "little")]) == int.from_bytes(data[8:12], "little")
-    assert hashlib.sha256(data).hexdigest() == "2cca3c2d0723caa4865cce662afcce16b31741aa52800f1afa4b0a3bc3198555"
+    assert zlib.crc32(data[12 : 12 + int.from_bytes(data[4:8], "little")]) == int.from_bytes(
+        data[8:12], "little"
+    )
+    assert (
+        hashlib.sha256(data).hexdigest() == "2cca3c2d0723caa4865cce662afcce16b31741aa52800f1afa4b0a3bc3198555"
+    )
