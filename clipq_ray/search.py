@@ -213,4 +213,22 @@ def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int) -> Choi
             best, high = choice, middle
         else:
             low = middle
-    return best
+    return _fill(best, trials, budget)
+
+
+def _fill(choice: Choice, trials: Mapping[str, Sequence[Trial]], budget: int) -> Choice:
+    """Spend what a jump between two lambdas leaves of the budget: the most error removed per byte first."""
+    chosen = dict(choice.trials)
+    left = budget - choice.bytes
+    while True:
+        steps = [
+            ((chosen[layer].error - point.error) / max(point.bytes - chosen[layer].bytes, 1), layer, point)
+            for layer, points in trials.items()
+            for point in points
+            if point.error < chosen[layer].error and point.bytes - chosen[layer].bytes <= left
+        ]
+        if not steps:
+            return Choice(choice.tradeoff, chosen)
+        _, layer, point = max(steps, key=lambda step: (step[0], -step[2].step))
+        left -= point.bytes - chosen[layer].bytes
+        chosen[layer] = point

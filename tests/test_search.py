@@ -119,7 +119,9 @@ def test_of_equal_points_the_smaller_then_the_earlier_is_chosen() -> None:
 def test_a_budget_is_met_with_the_smallest_lambda(budget: int) -> None:
     choice = choose_for_bytes(TRIALS, budget)
     assert choice.bytes <= budget
-    assert choose(TRIALS, choice.tradeoff).bytes == choice.bytes
+    assert (
+        choose(TRIALS, choice.tradeoff).bytes <= choice.bytes
+    )  # what a jump between lambdas leaves is spent
     assert choose(TRIALS, choice.tradeoff * 0.999).bytes > budget
 
 

@@ -72,12 +72,11 @@ def decode_by_the_specification(blob: bytes, count: int) -> list[int]:
     result = []
     for _ in range(count):
         quantile = state & (2**24 - 1)
-        low = 0
-        for symbol, frequency in enumerate(table):
-            width = frequency << 10
-            if quantile < low + width:
-                break
-            low += width
+        low = symbol = 0
+        while quantile >= low + (table[symbol] << 10):
+            low += table[symbol] << 10
+            symbol += 1
+        width = table[symbol] << 10
         state = (state >> 24) * width + quantile - low
         if state < 2**32 and words:
             state = state << 32 | words.pop()
