@@ -1,34 +1,48 @@
 """Which tensors of a network CLIP-Q compresses, which are stored beside them, and which inference never reads.
 
-What is reached is found by a backward pass through one evaluation; what enters a matrix product or a convolution by watching torch's
-functions while it runs, so attention projections and bare parameters count as much as `nn.Linear`. Nothing is left out silently: what
-is dropped, tied or kept is listed in `notes`. Not covered: weights that a forward pass transforms first (weight norm) other than by views.
+What is read is found by a backward pass through one evaluation; what has no gradient is then filled with NaN, and only what leaves the
+output as it was is dropped. So a backbone under `no_grad` is kept, and an auxiliary head is not. What enters a matrix product or a
+convolution is found by watching torch's functions in that evaluation, by storage, so views (`.t()`, `.view()`) count as their parameter,
+and attention projections and bare parameters as much as `nn.Linear`. Nothing happens silently: what is dropped, tied or kept is listed
+in `notes`.
+
+Not covered: weights computed from other parameters (weight norm; refused by name), recurrent layers (refused by name), and routing
+that depends on the image (experts that the sample does not reach look dropped: name them in `keep`).
 """
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from clipq_ray.errors import ConfigError, ModelError
-from clipq_ray.evaluate import logits
+from clipq_ray.errors import ClipqError, ConfigError, ModelError
+from clipq_ray.evaluate import evaluating, logits
 
 _PRODUCTS = {
     F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot,
-    Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm,
-    F.multi_head_attention_forward,
+    torch.matmul, torch.mm, torch.bmm, torch.mv, torch.inner, torch.addmm, torch.addbmm, torch.addmv, torch.baddbmm,
+    torch.einsum, torch.tensordot, torch.chain_matmul, torch.linalg.matmul, torch.linalg.multi_dot,
+    Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.inner,
+    Tensor.addmm, Tensor.addbmm, Tensor.addmv, Tensor.baddbmm,
 }  # fmt: skip
-_COUNTER = "num_batches_tracked"
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _LARGE = 0.01  # part of all parameters from which on an unknown use is refused
+_CLOSE = 1e-3  # of the largest output: two evaluations agree that differ by the order of additions on a GPU
+_COUNTER = "num_batches_tracked"
+_NOTHING = (
+    "expected a network with convolutions or linear layers that inference reads, got none to compress; "
+    "check --model and --keep"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every entry of a state dict, in exactly one group; see the module's docstring. `bytes_before` counts float32."""
+    """Every entry of a state dict, in exactly one of the first six groups, each in the order of the state dict.
+
+    `layers` are compressed; `kept` are stored at a stated precision, `integers` exactly; `counters` (of batch norm) are not stored and
+    zero on loading; `ties` maps a further name of a tensor to its first; `dropped` is never read at inference and not stored. `notes`
+    has a line for everything special. `bytes_before` counts layers, kept and integers as float32; `parameters` no buffers.
+    """
 
     layers: tuple[Layer, ...]
     kept: tuple[str, ...]
@@ -59,119 +78,94 @@ class Inventory:
 def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inventory:
     """Sort the tensors of `model`; `sample`: float32 (n, c, h, w), images as the network takes them.
 
-    `keep`: names or patterns stored as they are. `ModelError` for a network without layers, or with a large weight whose use is
-    unknown; `ConfigError` for a pattern that matches nothing.
+    `keep`: names or patterns (`fnmatch`) of weights that are stored as they are. `ModelError` for a network that cannot take the sample,
+    has no layer, or has a large weight whose use is unknown; `ConfigError` for a pattern that matches nothing. Modes, gradients and
+    values of the network are as before.
     """
-    state = model.state_dict(keep_vars=True)
-    parameters = {name: t for name, t in state.items() if isinstance(t, nn.Parameter)}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    _refuse_unstorable(state)
     ties = _ties(state)
-    unique = {name: parameter for name, parameter in parameters.items() if name not in ties}
-    reached, products = _trace(model, unique, sample)
-    kept_by_user = _matching(keep, unique)
-    dropped = [name for name in unique if name not in reached]
-    buffers = _buffers(state, ties, set(dropped))
-    dropped += buffers["dropped"]
-    dropped += [alias for alias, name in ties.items() if name in dropped]
-    layers: list[Layer] = []
-    kept: list[str] = []
-    notes: list[str] = []
-    kinds = _module_kinds(model)
-    everything = sum(unique[name].numel() for name in reached)
-    for name in unique:
-        if name not in reached:
-            continue
-        parameter = unique[name]
-        kind = kinds.get(name) or ("matmul" if name in products else None)
-        if name not in kept_by_user and parameter.dim() >= 2 and kind and parameter.is_floating_point():
-            layers.append(Layer(name, kind, tuple(parameter.shape), parameter.numel()))
-            continue
-        kept.append(name)
-        if sum(side > 1 for side in parameter.shape) >= 2:
-            _note_kept(name, parameter, everything, name in kept_by_user, notes)
-    if not layers:
-        raise ModelError(
-            "expected a network with convolutions or linear layers that inference reads, got none to compress; "
-            "check --model and --keep, and that the forward pass is not under no_grad"
-        )
-    if dropped:
-        notes.insert(
-            0, f"{len(dropped)} tensors that inference never reads are left out: {', '.join(dropped)}"
-        )
-    notes += [
-        f"{alias} is tied to {name} and stored once" for alias, name in ties.items() if name not in dropped
-    ]
-    names = [layer.name for layer in layers]
-    inside = [*names, *kept, *buffers["kept"], *buffers["integers"]]
-    return Inventory(
-        layers=tuple(layers),
-        kept=(*kept, *buffers["kept"]),
-        integers=tuple(buffers["integers"]),
-        counters=tuple(buffers["counters"]),
-        ties={alias: name for alias, name in ties.items() if name not in dropped},
-        dropped=tuple(dropped),
-        notes=tuple(notes),
-        bytes_before=4 * sum(state[name].numel() for name in inside),
-        parameters=sum(unique[name].numel() for name in [*names, *kept]),
-    )
+    groups = _Groups(state, _kinds(model, ties), _matching(keep, state, ties))
+    parameters = _parameters(state, ties)
+    with evaluating(model), _differentiable(parameters):
+        trace = _trace(model, parameters, sample)
+        dropped = _unread(model, state, ties, trace.unreached, sample, groups.wanted)
+    for name, tensor in state.items():
+        if name not in ties:
+            groups.put(name, tensor, name in dropped, name in trace.products)
+    if not groups.layers:
+        raise ModelError(_NOTHING)
+    groups.refuse_large()
+    return groups.result(ties, [name for name in trace.unreached if name not in dropped])
+
+
+def _refuse_unstorable(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
+            raise ModelError(
+                f"expected weights, got {name} without a shape (lazy); run the network once before"
+            )
+        if not isinstance(value, Tensor) or value.is_complex() or value.is_quantized:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ModelError(
+                f"expected floating point or integer tensors, got {name} of {got}; use another network"
+            )
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Second and further names of one tensor (a weight or a module used twice), each with the first; counters aside."""
+    """Further names of one tensor (a weight or a module used twice), each with its first; counters aside."""
     first: dict[int, str] = {}
-    ties = {}
-    for name, value in state.items():
-        if name.endswith(_COUNTER):
-            continue
-        if id(value) in first:
-            ties[name] = first[id(value)]
-        else:
-            first[id(value)] = name
-    return ties
+    names = [name for name in state if not name.endswith(_COUNTER)]
+    for name in names:
+        first.setdefault(id(state[name]), name)
+    return {name: first[id(state[name])] for name in names if first[id(state[name])] != name}
 
 
-def _matching(keep: Sequence[str], names: Mapping[str, Any]) -> set[str]:
+def _parameters(state: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:
+    """Each parameter that can have a gradient, once."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and name not in ties
+    }
+
+
+def _kinds(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
+    """What the owning module says about a weight, by the weight's first name; of several owners a layer counts most."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, kind in _kinds_of(module):
+            full = f"{prefix}.{name}" if prefix else name
+            full = ties.get(full, full)
+            if found.get(full, "embedding") == "embedding":
+                found[full] = kind
+    return found
+
+
+def _kinds_of(module: nn.Module) -> list[tuple[str, str]]:
+    if isinstance(module, nn.MultiheadAttention):
+        return [(name, "attention") for name in _ATTENTION]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return [("weight", "conv")]
+    if isinstance(module, nn.Linear):
+        return [("weight", "linear")]
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return [("weight", "embedding")]
+    return []
+
+
+def _matching(keep: Sequence[str], state: Mapping[str, Tensor], ties: Mapping[str, str]) -> set[str]:
+    names = [name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)]
     result: set[str] = set()
     for pattern in keep:
-        found = fnmatch.filter(names, pattern)
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not found:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
             raise ConfigError(
-                f"--keep: expected names of weights, got {pattern!r}, which matches none; e.g. {next(iter(names))}"
+                f"--keep: expected names of weights, got {pattern!r}, which matches none; nearest names: {', '.join(near)}"
             )
-        result.update(found)
+        result.update(ties.get(name, name) for name in found)
     return result
-
-
-def _note_kept(name: str, parameter: Tensor, everything: int, wanted: bool, notes: list[str]) -> None:
-    shape = "x".join(str(side) for side in parameter.shape)
-    if wanted:
-        notes.append(f"{name} ({shape}) is stored as it is, by --keep")
-    elif parameter.numel() >= _LARGE * everything:
-        raise ModelError(
-            f"expected every large weight in a convolution or a matrix product, got {name} ({shape}) with an unknown use; "
-            f"add --keep {name} to store it as it is"
-        )
-    else:
-        notes.append(f"{name} ({shape}) enters no matrix product and is stored as it is")
-
-
-def _module_kinds(model: nn.Module) -> dict[str, str]:
-    kinds = {}
-    for prefix, module in model.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        if isinstance(module, nn.MultiheadAttention):
-            for name in (
-                "in_proj_weight",
-                "q_proj_weight",
-                "k_proj_weight",
-                "v_proj_weight",
-                "out_proj.weight",
-            ):
-                kinds[dot + name] = "attention"
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            kinds[dot + "weight"] = "conv"
-        elif isinstance(module, nn.Linear):
-            kinds.setdefault(dot + "weight", "linear")
-    return kinds
 
 
 class _Products(TorchFunctionMode):
@@ -184,66 +178,222 @@ class _Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in _PRODUCTS:
-            for value in _tensors((*args, *(kwargs or {}).values())):
+            self._note((*args, *kwargs.values()))
+        elif func is F.multi_head_attention_forward:
+            # by position: its biases of k and v have three dimensions, but are no weights
+            self._note((args[5:6], args[11:12], *(v for k, v in kwargs.items() if k.endswith("proj_weight"))))
+        return func(*args, **kwargs)
+
+    def _note(self, values: Any) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
                 self.storages.add(value.untyped_storage().data_ptr())
-        return func(*args, **(kwargs or {}))
+            elif isinstance(value, list | tuple):
+                self._note(value)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+@dataclass(frozen=True)
+class _Trace:
+    """`unreached`: parameters without a gradient; `products`: those that enter products."""
 
-
-def _trace(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], sample: Tensor
-) -> tuple[list[str], set[str]]:
-    """Names that one evaluation reaches, and those that enter products in it."""
-    with _evaluating(model, parameters), torch.enable_grad(), _Products() as products:
-        output = logits(model(sample))
-        if not parameters or not output.requires_grad:
-            return [], set()
-        gradients = torch.autograd.grad(
-            output.float().square().sum(), list(parameters.values()), allow_unused=True
-        )
-    reached = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
-    used = {n for n, p in parameters.items() if p.untyped_storage().data_ptr() in products.storages}
-    return reached, used
+    unreached: list[str]
+    products: set[str]
 
 
 @contextmanager
-def _evaluating(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    grads = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    model.eval()
-    for parameter in parameters.values():
-        parameter.requires_grad_(parameter.is_floating_point())
+def _differentiable(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for name, parameter in parameters.items():
-            parameter.requires_grad_(grads[name])
+            parameter.requires_grad_(before[name])
 
 
-def _buffers(state: Mapping[str, Tensor], ties: Mapping[str, str], dropped: set[str]) -> dict[str, list[str]]:
-    """Buffers by group; those of a module whose parameters are all dropped go with it."""
-    result: dict[str, list[str]] = {"kept": [], "integers": [], "counters": [], "dropped": []}
-    for name, value in state.items():
-        if isinstance(value, nn.Parameter) or name in ties:
-            continue
+def _trace(model: nn.Module, parameters: Mapping[str, Tensor], sample: Tensor) -> _Trace:
+    with torch.enable_grad(), _Products() as products:
+        output = _scores(model, sample)
+        if not output.requires_grad:
+            raise ModelError(f"{_NOTHING}, and that the forward pass is not under no_grad")
+        score = output.float().square().sum()
+        gradients = torch.autograd.grad(score, list(parameters.values()), allow_unused=True)
+    unreached = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    used = {
+        n for n, p in parameters.items() if p.numel() and p.untyped_storage().data_ptr() in products.storages
+    }
+    return _Trace(unreached, used)
+
+
+def _scores(model: nn.Module, sample: Tensor) -> Tensor:
+    try:
+        return logits(model(sample))
+    except ClipqError:
+        raise
+    except Exception as error:  # a network that gets images it was not made for raises whatever it likes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(
+            f"the network cannot evaluate images of shape {tuple(sample.shape[1:])}: {reason}; check --input-size and --model"
+        ) from error
+
+
+def _unread(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    unreached: Sequence[str],
+    sample: Tensor,
+    wanted: set[str],
+) -> set[str]:
+    """Names without influence on the output: `unreached` parameters and the buffers beside them, less those that NaN reveals."""
+    suspects = [name for name in unreached if name not in wanted]
+    suspects += _buffers_beside(state, {*suspects, *(a for a, n in ties.items() if n in suspects)})
+    if not suspects:
+        return set()
+    with torch.no_grad():
+        reference = _scores(model, sample)
+
+        def revealed(names: list[str]) -> list[str]:
+            """Those of `names` that the output depends on, found by halving."""
+            if not names or not _changes(model, [state[name] for name in names], sample, reference):
+                return []
+            middle = len(names) // 2
+            return names if len(names) == 1 else revealed(names[:middle]) + revealed(names[middle:])
+
+        return set(suspects) - set(revealed(suspects))
+
+
+def _changes(model: nn.Module, tensors: Sequence[Tensor], sample: Tensor, reference: Tensor) -> bool:
+    """Whether the output is another with NaN (integers: zeros) in `tensors`; the values are put back."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+        output = logits(model(sample))
+    except Exception:  # a network may check its values
+        return True
+    finally:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+    close = _CLOSE * float(reference.abs().max()) if reference.numel() else 0.0
+    return output.shape != reference.shape or not torch.allclose(output, reference, rtol=0, atol=close)
+
+
+def _buffers_beside(state: Mapping[str, Tensor], unread: set[str]) -> list[str]:
+    """Buffers of modules whose parameters, or those of the nearest module around it that has any, are all unread."""
+    parameters = [name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)]
+
+    def beside(name: str) -> bool:
         owner = name.rpartition(".")[0]
-        own = [n for n in state if n.rpartition(".")[0] == owner and isinstance(state[n], nn.Parameter)]
-        if name.endswith(_COUNTER):
-            result["counters"].append(name)
-        elif own and all(n in dropped for n in own):
-            result["dropped"].append(name)
-        elif value.is_floating_point():
-            result["kept"].append(name)
+        around = [n for n in parameters if n.rpartition(".")[0] == owner]
+        while not around and owner:
+            around = [n for n in parameters if n.startswith(f"{owner}.")]
+            owner = owner.rpartition(".")[0]
+        return bool(around) and all(n in unread for n in around)
+
+    buffers = (n for n, t in state.items() if not isinstance(t, nn.Parameter) and not n.endswith(_COUNTER))
+    return [name for name in buffers if unread and beside(name)]
+
+
+@dataclass
+class _Groups:
+    """The groups of an inventory while they fill."""
+
+    state: Mapping[str, Tensor]
+    kinds: Mapping[str, str]
+    wanted: set[str]  # named by the user to be kept
+    layers: list[Layer] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    integers: list[str] = field(default_factory=list)
+    counters: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)  # kept parameters of two dimensions or more
+
+    def put(self, name: str, tensor: Tensor, dropped: bool, in_product: bool) -> None:
+        """One tensor into its group."""
+        kind = self.kinds.get(name)
+        if in_product and kind in (None, "embedding"):
+            kind = "matmul"
+        parameter = isinstance(tensor, nn.Parameter)
+        if name.endswith(_COUNTER) and not parameter:
+            self.counters.append(name)
+        elif dropped:
+            self.dropped.append(name)
+        elif not tensor.is_floating_point():
+            self.integers.append(name)
+        elif parameter and tensor.dim() >= 2 and kind not in (None, "embedding") and name not in self.wanted:
+            self.layers.append(Layer(name, str(kind), tuple(tensor.shape), tensor.numel()))
         else:
-            result["integers"].append(name)
-    return result
+            self.kept.append(name)
+            if parameter and tensor.dim() >= 2:
+                self.unknown.append(name)
+
+    def parameters(self) -> int:
+        """Elements of all parameters that are stored."""
+        kept = (self.state[name] for name in self.kept)
+        return sum(layer.weights for layer in self.layers) + sum(
+            tensor.numel() for tensor in kept if isinstance(tensor, nn.Parameter)
+        )
+
+    def refuse_large(self) -> None:
+        """`ModelError` for a large parameter that nobody knows the use of."""
+        for name in self.unknown:
+            tensor = self.state[name]
+            known = name in self.wanted or self.kinds.get(name) == "embedding"
+            matrix = sum(side > 1 for side in tensor.shape) >= 2
+            if matrix and not known and tensor.numel() >= _LARGE * self.parameters():
+                raise ModelError(
+                    f"expected every large weight in a convolution or a matrix product, got {self._described(name)} with an unknown "
+                    f"use; add --keep {name} to store it as it is"
+                )
+
+    def result(self, ties: Mapping[str, str], frozen: Sequence[str]) -> Inventory:
+        """The inventory; `frozen`: parameters that are read without a gradient."""
+        gone = set(self.dropped)
+        aliases = [alias for alias, name in ties.items() if name in gone]
+        dropped = tuple(name for name in self.state if name in gone or name in aliases)
+        stored = [*(layer.name for layer in self.layers), *self.kept, *self.integers]
+        ties = {alias: name for alias, name in ties.items() if name not in gone}
+        return Inventory(
+            layers=tuple(self.layers),
+            kept=tuple(self.kept),
+            integers=tuple(self.integers),
+            counters=tuple(self.counters),
+            ties=ties,
+            dropped=dropped,
+            notes=(*_special(dropped, ties, frozen), *self._kept_notes()),
+            bytes_before=4 * sum(self.state[name].numel() for name in stored),
+            parameters=self.parameters(),
+        )
+
+    def _kept_notes(self) -> list[str]:
+        """A line for every kept parameter of two dimensions or more; equal names in many modules share one."""
+        alike: dict[tuple[str, bool], list[str]] = {}
+        for name in self.unknown:
+            alike.setdefault((name.rpartition(".")[2], name in self.wanted), []).append(name)
+        return [
+            f"stored without compression because {'--keep says so' if wanted else 'no product reads it'}: "
+            + ", ".join(map(self._described, names))
+            for (_, wanted), names in alike.items()
+        ]
+
+    def _described(self, name: str) -> str:
+        return f"{name} ({'x'.join(str(side) for side in self.state[name].shape)})"
+
+
+def _special(dropped: Sequence[str], ties: Mapping[str, str], frozen: Sequence[str]) -> list[str]:
+    notes = [f"{alias} is tied to {name} and stored once" for alias, name in ties.items()]
+    if frozen:
+        notes.insert(
+            0, f"{_listed(frozen)}: read without a gradient, so compressed or kept but not fine-tuned"
+        )
+    if dropped:
+        notes.insert(0, f"{_listed(dropped)}: inference never reads them, left out")
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names)})"

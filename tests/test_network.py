@@ -239,7 +239,7 @@ def test_flags_modes_gradients_and_statistics_are_as_before() -> None:
 def test_flags_are_as_before_where_the_network_fails() -> None:
     model = Tied().train()
     model.a.weight.requires_grad_(False)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError, match="cannot evaluate images of shape"):
         inventory(model, torch.zeros(1, 1, 3, 3))
     assert model.training
     assert not model.a.weight.requires_grad

@@ -1,0 +1,30 @@
+"""Networks by name and weights by URI.
+
+`small` holds the networks built in here, `registry` finds and builds networks by name, `weights` reads state dicts and puts them into a
+network. torchvision is imported only where one of its networks is asked for. Not covered: networks of other libraries, except through
+`package.module:function`.
+"""
+
+from clipq_ray.models.registry import (
+    Architecture,
+    architecture,
+    build,
+    default_input,
+    default_kwargs,
+    default_weights,
+    names,
+)
+from clipq_ray.models.weights import apply_weights, read_weights, weights_sha256
+
+__all__ = [
+    "Architecture",
+    "apply_weights",
+    "architecture",
+    "build",
+    "default_input",
+    "default_kwargs",
+    "default_weights",
+    "names",
+    "read_weights",
+    "weights_sha256",
+]

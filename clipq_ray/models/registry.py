@@ -1,0 +1,178 @@
+"""Networks by name: the built-in small ones, torchvision's classification networks, and `package.module:function` where allowed.
+
+An `Architecture` is a name and keyword arguments in JSON, so a file can carry it; building one never runs foreign code unless the caller
+allows an import. torchvision is imported where one of its networks is asked for, so built-in networks load without it. Not covered:
+keyword arguments that are no JSON (a norm layer's class): write a function and name it as `package.module:function`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from clipq_ray.errors import ClipqError, ModelError
+from clipq_ray.models.small import CifarResNet, LeNet5, LeNet5Caffe, LeNet300100
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A registered network and its keyword arguments (JSON values)."""
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"name": self.name, "kwargs": self.kwargs}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Architecture:
+        """The mirror of `to_json`; `ModelError` if `value` describes no architecture."""
+        try:
+            name, kwargs = value["name"], value.get("kwargs", {})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"expected an architecture with name and kwargs, got {value!r:.80}") from error
+        if not isinstance(name, str) or not isinstance(kwargs, Mapping):
+            raise ModelError(f"expected an architecture with name and kwargs, got {value!r:.80}")
+        return cls(name, dict(kwargs))
+
+
+_BUILT_IN: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, int, int]]] = {
+    "lenet5": (LeNet5, {}, (1, 28, 28)),
+    "lenet5_caffe": (LeNet5Caffe, {}, (1, 28, 28)),
+    "lenet_300_100": (LeNet300100, {}, (1, 28, 28)),
+    **{f"resnet{6 * n + 2}": (CifarResNet, {"blocks": n}, (3, 32, 32)) for n in (3, 5, 7, 9, 18)},
+}
+# transform_input: torchvision's published weights of these two expect inputs in (x - 0.5) / 0.5; the network converts from ImageNet's
+# mean and standard deviation itself. Without it they run and are silently worse.
+_WITH_HEADS = {"aux_logits": False, "init_weights": False, "transform_input": True}
+_EXTRA: dict[str, dict[str, Any]] = {
+    "googlenet": _WITH_HEADS,
+    "inception_v3": _WITH_HEADS,
+    "vit_h_14": {"image_size": 518},  # the size of its published weights' position embedding
+}
+
+
+def zoo() -> Any:
+    """The module `torchvision.models`; `ModelError` where torchvision is missing or does not match torch."""
+    try:
+        return importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"torchvision's networks need a torchvision that matches torch, got {_line(error)}; install the pair together"
+        ) from error
+
+
+@functools.cache
+def zoo_names() -> tuple[str, ...]:
+    """torchvision's classification networks, sorted."""
+    return tuple(zoo().list_models(module=zoo()))
+
+
+def names() -> list[str]:
+    """All registered networks, built-in ones first."""
+    return [*_BUILT_IN, *zoo_names()]
+
+
+def _refuse_unknown(name: str) -> None:
+    if name in _BUILT_IN or name in zoo_names():
+        return
+    near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.4)
+    hint = f"nearest names: {', '.join(near)}" if near else f"e.g. {', '.join(names()[:6])}"
+    raise ModelError(f"expected a known network or package.module:function, got {name!r}; {hint}")
+
+
+def default_input(name: str) -> tuple[int, int, int]:
+    """Channels, height and width [pixels] that the network was made for: those of its published weights."""
+    if name in _BUILT_IN:
+        return _BUILT_IN[name][2]
+    if ":" in name:
+        return (3, 224, 224)
+    _refuse_unknown(name)
+    weights = zoo().get_model_weights(name)
+    size = weights.DEFAULT.transforms().crop_size[0] if len(weights) else 224
+    return (3, size, size)
+
+
+def default_weights(name: str) -> str:
+    """Where weights come from unless the user says: "train" for built-in networks, "torchvision" for torchvision's."""
+    if name in _BUILT_IN or ":" in name:
+        return "train"
+    _refuse_unknown(name)
+    return "torchvision"
+
+
+def default_kwargs(name: str) -> dict[str, Any]:
+    """Keyword arguments that make the network fit its published weights; auxiliary heads, which only training reads, are left out."""
+    if ":" in name:
+        return {}
+    return {"num_classes": 10 if name in _BUILT_IN else 1000, **_EXTRA.get(name, {})}
+
+
+def architecture(
+    name: str, classes: int | None, kwargs: Mapping[str, Any], *, allow_import: bool = False
+) -> Architecture:
+    """The architecture `name` with `kwargs` over its defaults; `classes` None keeps the default number.
+
+    A function `package.module:function` gets `kwargs` only: what it calls its number of classes is its own.
+    """
+    if ":" in name and allow_import:
+        return Architecture(name, dict(kwargs))
+    _refuse_unknown(name)
+    given = {} if classes is None else {"num_classes": classes}
+    return Architecture(name, {**default_kwargs(name), **given, **kwargs})
+
+
+def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Module:
+    """The network with new weights, drawn from torch's global generator.
+
+    `ModelError` for arguments that do not fit, and for a name that is not registered, unless it is `package.module:function` and
+    `allow_import` is set.
+    """
+    name, kwargs = architecture.name, architecture.kwargs
+    if ":" in name and not allow_import:
+        raise ModelError(f"expected a registered network, got {name!r}; pass factory= to build it yourself")
+    if ":" not in name:
+        _refuse_unknown(name)
+    try:
+        made = _made(name, kwargs)
+    except ClipqError:
+        raise
+    except Exception as error:  # constructors raise whatever they like
+        raise ModelError(
+            f"{name} cannot be built with {kwargs}: {_line(error)}; check --model-args"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ModelError(
+            f"expected {name} to return a torch.nn.Module, got {type(made).__name__}; name another function"
+        )
+    return made
+
+
+def _made(name: str, kwargs: Mapping[str, Any]) -> Any:
+    if ":" in name:
+        return _imported(name)(**kwargs)
+    if name in _BUILT_IN:
+        kind, fixed, _ = _BUILT_IN[name]
+        return kind(**fixed, **kwargs)
+    return zoo().get_model(name, weights=None, **kwargs)
+
+
+def _imported(name: str) -> Any:
+    module_name, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except Exception as error:  # importing runs the user's module, which raises whatever it likes
+        raise ModelError(
+            f"expected an importable package.module:function, got {name!r} ({_line(error)}); is its folder on PYTHONPATH?"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

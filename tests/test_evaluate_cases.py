@@ -1,0 +1,333 @@
+"""Scores against counts by hand, Wilson's interval against a table, batch-norm statistics against the definition."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+from clipq_ray import models
+from clipq_ray.data import Split
+from clipq_ray.errors import DataError, ModelError, RunError
+from clipq_ray.evaluate import Evaluation, evaluate, evaluating, logits, reestimate_batch_norm
+
+
+class Images(Split):
+    """Pixels as they are; augmentation adds noise from the given generator."""
+
+    def __init__(self, pixels: Tensor, labels: list[int]) -> None:
+        self.pixels, self.labels = pixels, np.array(labels, dtype=np.int64)
+        self.fingerprint = "0" * 64
+        self.augmented: list[bool] = []
+        self.sizes: list[int] = []
+
+    def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        images = self.pixels[indices]
+        self.augmented.append(augment is not None)
+        self.sizes.append(len(indices))
+        if augment is not None:
+            images = images + torch.randn(images.shape, generator=augment)
+        return images, torch.from_numpy(self.labels[indices.numpy()])
+
+    def subset(self, indices: Tensor) -> Images:
+        return Images(self.pixels[indices], self.labels[indices.numpy()].tolist())
+
+
+class Given(nn.Module):
+    """The images are the scores."""
+
+    def forward(self, images: Tensor) -> Any:
+        return images.flatten(1)
+
+
+def scores(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows)[:, :, None, None]
+
+
+def with_norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 5)
+    )
+
+
+def colour(n: int) -> Images:
+    torch.manual_seed(1)
+    return Images(torch.randn(n, 3, 8, 8) * 3 + 1, [index % 5 for index in range(n)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
+def test_scores_are_those_counted_by_hand(batch_size: int) -> None:
+    rows = [[9.0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [5, 4, 9, 3, 2, 1, 0]]
+    result = evaluate(Given(), Images(scores(rows), [0, 2, 1, 2]), batch_size=batch_size)
+    assert result.n == 4
+    assert result.top1 == 2 / 4  # images 0 and 3
+    assert result.top5 == 3 / 4  # image 1's label is fifth, image 2's sixth
+    assert result.predictions.tolist() == [0, 6, 6, 2]
+    assert result.predictions.dtype == np.int64
+    picked = torch.tensor(rows).double().log_softmax(1)[range(4), [0, 2, 1, 2]]
+    assert result.loss == pytest.approx(-float(picked.mean()), rel=1e-12)
+
+
+def test_with_fewer_than_five_classes_top5_counts_all_of_them() -> None:
+    result = evaluate(Given(), Images(scores([[1.0, 0, 0], [1, 0, 0]]), [0, 2]), batch_size=2)
+    assert (result.top1, result.top5) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(81, 263), (0, 10), (10, 10), (1, 1), (9173, 10_000)])
+def test_the_interval_is_wilsons(correct: int, n: int) -> None:
+    found = Evaluation(n, correct / n, 1.0, 0.0, np.zeros(n, np.int64)).interval()
+    other = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    assert found == pytest.approx((other.low, other.high), abs=1e-12)
+
+
+def test_the_interval_lies_in_0_to_1_and_holds_the_estimate() -> None:
+    for n in (1, 7, 10_000):
+        for correct in (0, n // 2, n):
+            low, high = Evaluation(n, correct / n, 1.0, 0.0, np.zeros(n, np.int64)).interval()
+            assert 0.0 <= low <= correct / n <= high <= 1.0
+
+
+Output = namedtuple("Output", ["logits", "aux_logits"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: Output(x, None),
+        lambda x: {"aux": -x, "logits": x},
+        lambda x: {"out": x, "aux": -x},
+        lambda x: (x, -x),
+        lambda x: [x, -x],
+    ],
+    ids=["namedtuple", "dict with logits", "dict", "tuple", "list"],
+)
+def test_networks_with_several_outputs_are_scored_by_their_class_scores(wrap: Any) -> None:
+    x = torch.randn(2, 3)
+    assert logits(wrap(x)) is x
+
+
+@pytest.mark.parametrize("output", [torch.zeros(2, 3, 4, 4), torch.zeros(3), None, (), {}, "text"])
+def test_something_else_than_class_scores_is_refused(output: Any) -> None:
+    with pytest.raises(ModelError, match="class scores"):
+        logits(output)
+
+
+@pytest.mark.parametrize(("label", "batch_size"), [(3, 2), (-1, 2), (7, 1)])
+def test_a_label_outside_the_outputs_is_refused_and_modes_come_back(label: int, batch_size: int) -> None:
+    model = Given().train()
+    with pytest.raises(DataError, match=rf"3 outputs, got label {label};") as caught:
+        evaluate(model, Images(scores([[1.0, 0, 0]] * 4), [0, 1, 2, label]), batch_size=batch_size)
+    assert "\n" not in str(caught.value)
+    assert model.training
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(DataError, match="at least one image"):
+        evaluate(Given(), Images(torch.zeros(0, 3, 1, 1), []), batch_size=2)
+
+
+def test_evaluation_neither_augments_nor_changes_the_network() -> None:
+    model, split = with_norms().train(), colour(10)
+    model[1].eval()
+    before = models.weights_sha256(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    first = evaluate(model, split, batch_size=4)
+    second = evaluate(model, split, batch_size=4)
+    assert (first.loss, first.predictions.tolist()) == (second.loss, second.predictions.tolist())
+    assert split.augmented == [False] * 6
+    assert models.weights_sha256(model.state_dict()) == before
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_modes_come_back_one_by_one_also_after_an_error() -> None:
+    model = with_norms().train()
+    model[1].eval()
+
+    def fail() -> None:
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [module.training for module in model.children()] == [True, False, True, True, True, True]
+
+
+def test_progress_counts_up_to_all_images() -> None:
+    seen: list[tuple[int, int]] = []
+    evaluate(with_norms(), colour(10), batch_size=4, progress=lambda done, n: seen.append((done, n)))
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+class Small(Given):
+    """A device with room for `room` images."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.seen = room, list[int]()
+
+    def forward(self, images: Tensor) -> Any:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        self.seen.append(len(images))
+        return super().forward(images)
+
+
+def test_batches_that_do_not_fit_are_halved_once_for_all_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    split = Images(torch.randn(40, 3, 1, 1), [index % 3 for index in range(40)])
+    model = Small(5)
+    with caplog.at_level(logging.WARNING, "clipq_ray"):
+        result = evaluate(model, split, batch_size=16)
+    assert model.seen == [4] * 10
+    assert [record.message for record in caplog.records] == [
+        "evaluation: 16 images do not fit the device's memory; going on with less"
+    ]
+    assert result.predictions.tolist() == evaluate(Given(), split, batch_size=16).predictions.tolist()
+
+
+def test_one_image_that_does_not_fit_ends_the_run() -> None:
+    with pytest.raises(RunError, match="one image does not fit"):
+        evaluate(Small(0), colour(3), batch_size=2)
+
+
+def test_the_thread_that_prepares_batches_ends_also_after_an_error() -> None:
+    with pytest.raises(DataError):
+        evaluate(Given(), Images(scores([[1.0, 0]] * 50), [5] * 50), batch_size=1)
+    assert not any(thread.name == "clipq-batches" for thread in threading.enumerate())
+
+
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    return images.mean((0, 2, 3)), images.var((0, 2, 3))
+
+
+def test_new_statistics_are_the_mean_over_batches_of_augmented_images() -> None:
+    class Recording(Images):
+        def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
+            images, labels = super().batch(indices, augment)
+            made.append(images)
+            return images, labels
+
+    made: list[Tensor] = []
+    source = colour(20)
+    split = Recording(source.pixels, source.labels.tolist())
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+    model[0].running_mean.fill_(77.0)
+    reestimate_batch_norm(model, split, images=10, batch_size=4, seed=0)
+    assert split.augmented == [True] * 3
+    assert split.sizes == [4, 3, 3]  # nearly equal, since each counts alike
+    means, variances = zip(*map(statistics, made), strict=True)
+    torch.testing.assert_close(model[0].running_mean, torch.stack(means).mean(0))
+    torch.testing.assert_close(model[0].running_var, torch.stack(variances).mean(0))
+
+
+def test_re_estimation_is_a_function_of_the_seed_and_leaves_all_but_the_statistics() -> None:
+    def run(seed: int) -> tuple[str, nn.Module]:
+        model = with_norms().train()
+        model[1].momentum = 0.3
+        reestimate_batch_norm(model, colour(24), images=16, batch_size=8, seed=seed)
+        return models.weights_sha256(model.state_dict()), model
+
+    (one, model), (two, _), (three, _) = run(0), run(0), run(1)
+    assert one == two != three
+    assert model[1].momentum == 0.3
+    assert all(module.training for module in model.modules())
+    fresh = with_norms().state_dict()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, fresh[name])]
+    assert changed == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
+
+
+def test_only_batch_norms_are_in_training_mode_meanwhile() -> None:
+    modes: set[tuple[bool, ...]] = set()
+    model = with_norms().train()
+    model.register_forward_hook(
+        lambda module, args, output: modes.add(tuple(m.training for m in module.children()))
+    )
+    reestimate_batch_norm(model, colour(8), images=8, batch_size=4, seed=0)
+    assert modes == {(False, True, False, False, False, False)}
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sizes"), [(5, 1, [3, 2]), (3, 2, [3]), (100, 4, [3, 3]), (9, 4, [3, 3])]
+)
+def test_no_batch_has_a_single_image_and_none_is_left_out(
+    images: int, batch_size: int, sizes: list[int]
+) -> None:
+    model, split = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)), colour(6)
+    reestimate_batch_norm(model, split, images=images, batch_size=batch_size, seed=0)
+    assert split.sizes == sizes
+
+
+def test_a_network_without_batch_norm_is_not_even_evaluated() -> None:
+    split = colour(4)
+    reestimate_batch_norm(models.build(models.Architecture("lenet5")), split, images=4, batch_size=2, seed=0)
+    assert split.sizes == []
+
+
+def test_a_batch_norm_that_is_never_reached_keeps_its_statistics() -> None:
+    model = with_norms()
+    model.branch = nn.BatchNorm2d(4)
+    model.branch.running_mean.fill_(3.0)
+    model.forward = lambda images: model[5](model[4](model[2](model[1](model[0](images)))))  # type: ignore[method-assign]
+    reestimate_batch_norm(model, colour(8), images=8, batch_size=4, seed=0)
+    assert torch.equal(model.branch.running_mean, torch.full((4,), 3.0))
+    assert model[1].num_batches_tracked == 2
+
+
+def test_statistics_momenta_and_modes_come_back_when_it_fails_on_the_way() -> None:
+    model = with_norms().train()
+    before = models.weights_sha256(model.state_dict())
+
+    def fail(module: nn.Module, args: Any, output: Any) -> None:
+        if model[1].num_batches_tracked == 2:
+            raise KeyError
+
+    model.register_forward_hook(fail)
+    with pytest.raises(KeyError):
+        reestimate_batch_norm(model, colour(12), images=12, batch_size=4, seed=0)
+    assert models.weights_sha256(model.state_dict()) == before
+    assert model[1].momentum == 0.1
+    assert all(module.training for module in model.modules())
+
+
+class Viewing(nn.Module):
+    """`view` on an activation works in the plain layout only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.seen: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.is_contiguous())
+        x = self.conv(images)
+        return x.view(len(x), -1)[:, :5]
+
+
+def test_a_network_that_needs_the_plain_layout_gets_it_from_then_on() -> None:
+    model, split = Viewing(), colour(10)
+    result = evaluate(model, split, batch_size=4)
+    with torch.no_grad():
+        expected = model(split.pixels).argmax(1)
+    assert result.predictions.tolist() == expected.tolist()
+    assert model.seen == [False, True, True, True, True]
+
+
+def test_the_layout_changes_no_prediction() -> None:
+    model, split = with_norms().eval(), colour(40)
+    with torch.no_grad():
+        plain = model(split.pixels)
+    result = evaluate(model, split, batch_size=7)
+    assert result.predictions.tolist() == plain.argmax(1).tolist()
+    labels = torch.from_numpy(split.labels)
+    assert result.loss == pytest.approx(float(nn.functional.cross_entropy(plain, labels)), rel=1e-5)
