@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipq_ray import seeds
 from clipq_ray.data import Split, batches
-from clipq_ray.errors import RunError
+from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.operator import Operator
 from clipq_ray.plan import Plan
@@ -93,6 +93,10 @@ class Checkpoints:
 
 def _checkpoint_name(epoch: int) -> str:
     return f"epoch-{epoch:05d}.safetensors"
+
+
+class _NotFinite(Exception):
+    """A step made a weight NaN or infinite."""
 
 
 class Trainer:
@@ -218,18 +222,25 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(epoch, step / steps)
             torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
-            total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
+            try:
+                total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
+            except _NotFinite as error:
+                raise self._diverged(epoch, "weights NaN or infinite") from error
             progress(epoch * steps + step + 1, self.epochs * steps, f"epoch {epoch + 1} of {self.epochs}")
         mean = total / steps
         if self.rank.world > 1:
             dist.all_reduce(mean)
             mean /= self.rank.world
         if not math.isfinite(mean):
-            raise RunError(
-                f"{self.stage} diverged in epoch {epoch + 1} (loss {mean.item()}); lower --learning-rate "
-                f"(now {self.schedule.learning_rate}) or raise --warmup-epochs"
-            )
+            raise self._diverged(epoch, f"loss {mean.item()}")
         return mean.item()
+
+    def _diverged(self, epoch: int, what: str) -> RunError:
+        option = "--baseline-learning-rate" if self.stage == "baseline" else "--learning-rate"
+        return RunError(
+            f"{self.stage} diverged in epoch {epoch + 1} ({what}); lower {option} "
+            f"(now {self.schedule.learning_rate}) or raise --warmup-epochs"
+        )
 
     def _rate(self, epoch: int, within: float) -> float:
         done = self.progressed + (1.0 - self.progressed) / (self.epochs - epoch) * within
@@ -241,8 +252,11 @@ class Trainer:
         """One step over this rank's images, in micro-batches where memory asks for it; the mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(images, labels, self.micro_batch)
-        with self.operator.full_precision() if self.operator else nullcontext():
-            self.optimizer.step()
+        try:
+            with self.operator.full_precision() if self.operator else nullcontext():
+                self.optimizer.step()
+        except ModelError as error:  # the quantizer refuses what the step has made
+            raise _NotFinite from error
         return loss
 
     def _backward(self, images: Tensor, labels: Tensor, micro: int) -> float:
@@ -299,7 +313,8 @@ class Trainer:
                 f"accumulated over micro-batches of {micro} (batch norm sees {micro} images at a time)"
             )
             log.warning(note)
-            self.notes.append(note)
+            if note not in self.notes:  # a checkpoint may have brought it
+                self.notes.append(note)
         return micro
 
     def _validate(self) -> float | None:

@@ -59,8 +59,9 @@ class Stage:
         if self._reporter._terminal:
             if self._bar is None:
                 self._bar = tqdm(
-                    total=total, desc=self._name, file=self._reporter._stream, initial=done, leave=False
-                )
+                    total=total, desc=self._name, file=self._reporter._stream, initial=done, leave=False,
+                    postfix=words,
+                )  # fmt: skip
             self._bar.total = total
             self._bar.set_postfix_str(words, refresh=False)
             self._bar.update(done - self._bar.n)

@@ -1,0 +1,113 @@
+"""A configuration is right or refused: in one line that names the option, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from clipq_ray.config import Config, make
+from clipq_ray.errors import ConfigError
+
+
+def test_every_option_says_what_it_is() -> None:
+    for name, field in Config.model_fields.items():
+        assert field.description, name
+        assert field.description[0] != " ", name
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        make().seed = 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_ratio": 1.0}, "--target-ratio"),
+        ({"target_ratio": float("nan")}, "--target-ratio"),
+        ({"tradeoff": 0.0}, "--tradeoff"),
+        ({"epochs": 0}, "--epochs"),
+        ({"epochs": "many"}, "'many'"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"learning_rate": float("inf")}, "--learning-rate"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"momentum": 1.0}, "--momentum"),
+        ({"weight_decay": -1e-9}, "--weight-decay"),
+        ({"label_smoothing": 1.0}, "--label-smoothing"),
+        ({"search_evaluations": 3}, "--search-evaluations"),
+        ({"search_evaluations": 694}, "--search-evaluations"),
+        ({"search_start": 2}, "--search-start"),
+        ({"search_images": 1}, "--search-images"),
+        ({"workers": 0}, "--workers"),
+        ({"threads_per_worker": 0}, "--threads-per-worker"),
+        ({"expect_top1_percent": 101.0}, "--expect-top1-percent"),
+        ({"deadline_hours": 0.0}, "--deadline-hours"),
+        ({"input_size": 7}, "--input-size"),
+        ({"seed": -1}, "--seed"),
+        ({"engine": "spark"}, "'ray' or 'local'"),
+        ({"device": "tpu"}, "--device"),
+        ({"control": "sometimes"}, "--control"),
+        ({"precision": "float16"}, "--precision"),
+        ({"std": (0.5, 0.0, 0.5)}, "--std above 0"),
+        ({"name": "a b"}, "--name"),
+        ({"name": "../up"}, "--name"),
+        ({"name": "_stages"}, "--name"),
+        ({"name": ""}, "--name"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make(**options)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_ratio": 15.0, "tradeoff": 2.0}, "got both"),
+        ({"engine": "local", "workers": 2}, "--engine ray"),
+        ({"search_start": 9, "search_evaluations": 8}, "--search-start at most"),
+        ({"workers": 64, "batch_size": 32}, "--batch-size of at least"),
+        ({"epochs": 1, "warmup_epochs": 1.0}, "--warmup-epochs below"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"search_start": 4, "search_evaluations": 4},
+        {"workers": 32, "batch_size": 32},
+        {"epochs": 1, "warmup_epochs": 0.0},
+        {"target_ratio": 10_000.0},
+        {"momentum": 0.0, "weight_decay": 0.0},
+        {"expect_top1_percent": 100.0},
+    ],
+)
+def test_values_on_the_border_are_taken(options: dict[str, Any]) -> None:
+    made = make(**options)
+    assert {name: getattr(made, name) for name in options} == options
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"--epochs.*; .*--momentum"):
+        make(epochs=0, momentum=2.0)
+
+
+def test_an_unknown_option_gets_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean --learning-rate"):
+        make(learningrate=0.1)
+    with pytest.raises(ConfigError, match="see --help"):
+        make(zzzzzz=1)
+
+
+def test_without_an_intent_the_target_is_fifteenfold_and_a_given_lambda_replaces_it() -> None:
+    assert make().ratio_wanted == 15.0
+    assert make(target_ratio=20).ratio_wanted == 20.0
+    assert make(tradeoff=3.0).ratio_wanted is None

@@ -1,0 +1,160 @@
+"""One set of options for command line, YAML file and Python: each shown in the help, each spelled right or refused."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipq_ray import options
+from clipq_ray.config import Config, make
+from clipq_ray.errors import ConfigError, RunError
+
+
+@pytest.fixture(scope="module")
+def shown() -> str:
+    """What --help prints, on one line."""
+    text = io.StringIO()
+    with redirect_stdout(text), pytest.raises(SystemExit) as ended:
+        options.parse(["--help"], "about")
+    assert ended.value.code == 0
+    return " ".join(text.getvalue().split())
+
+
+def test_help_shows_every_option_with_its_text_and_default(shown: str) -> None:
+    for name, field in Config.model_fields.items():
+        option, text = "--" + name.replace("_", "-"), (field.description or "").replace("%%", "%")
+        assert option in shown
+        # argparse breaks lines at hyphens too
+        assert text.replace(" ", "") in shown.replace(" ", ""), option
+        default = field.get_default(call_default_factory=True)
+        if default not in (None, (), {}):
+            assert f"{text}(default:{default})".replace(" ", "") in shown.replace(" ", ""), option
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_configuration() -> None:
+    assert options.parse([], "") == make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--epochs", "3"], "epochs", 3),
+        (["--learning-rate", "1e-3"], "learning_rate", 1e-3),
+        (["--target-ratio=20"], "target_ratio", 20.0),
+        (["--keep", "fc.*, conv1.weight"], "keep", ("fc.*", "conv1.weight")),
+        (["--mean", "0.5,0.4,0.3"], "mean", (0.5, 0.4, 0.3)),
+        (["--model-args", '{"num_classes": 7}'], "model_args", {"num_classes": 7}),
+        (["--force"], "force", True),
+        (["--no-force"], "force", False),
+        (["--engine", "local"], "engine", "local"),
+    ],
+)
+def test_values_arrive_with_their_types(arguments: list[str], name: str, value: Any) -> None:
+    assert getattr(options.parse(arguments, ""), name) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epoch", "3"], "did you mean --epochs"),
+        (["--targetratio", "3"], "did you mean --target-ratio"),
+        (["--qqqq", "3"], "see --help"),
+        (["stray"], "'stray'"),
+        (["--epochs"], "--epochs"),
+        (["--epochs", "three"], "--epochs"),
+        (["--force=perhaps"], "--force"),
+        (["--model-args", "{broken"], "expected JSON"),
+        (["--mean", "a,b,c"], "--mean"),
+        (["--engine", "spark"], "--engine"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_names_the_option(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        options.parse(arguments, "")
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def written(folder: Path, text: str) -> list[str]:
+    path = folder / "options.yaml"
+    path.write_text(text, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
+    config = written(tmp_path, "epochs: 3\nseed: 4\nforce: true\n")
+    found = options.parse([*config, "--seed", "5", "--no-force"], "")
+    assert (found.epochs, found.seed, found.force) == (3, 5, False)
+    assert found.batch_size == make().batch_size
+    assert options.parse(["--seed", "5", *config], "") == options.parse(
+        [*config, "--seed", "5"], ""
+    ).model_copy(update={"force": True})
+
+
+def test_a_file_may_hold_lists_objects_and_names_with_hyphens(tmp_path: Path) -> None:
+    text = "target-ratio: 20\nkeep: [fc.*, conv1.weight]\nmodel_args: {num_classes: 7}\nmean: [0.5]\n"
+    found = options.parse(written(tmp_path, text), "")
+    assert (found.target_ratio, found.keep, found.model_args) == (
+        20.0,
+        ("fc.*", "conv1.weight"),
+        {"num_classes": 7},
+    )
+    assert found.mean == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3\n", "did you mean --epochs"),
+        ("epochs: 0\n", "--epochs"),
+        ("target_ratio: 3\ntradeoff: 1\n", "got both"),
+        ("- a\n- b\n", "'name: value'"),
+        ("epochs\n", "'name: value'"),
+        ("epochs: [\n", "expected YAML"),
+        ("!!python/object/apply:os.getcwd []\n", "expected YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_line(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        options.parse(written(tmp_path, text), "")
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_recipes_are_valid() -> None:
+    recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        options.parse(["--config", str(recipe)], "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("expected a,\n got b"), 2, "job: expected a, got b\n"),
+        (RunError("it diverged"), 1, "job: it diverged\n"),
+        (KeyboardInterrupt(), 130, "job: interrupted; run the same command again to continue\n"),
+    ],
+)
+def test_an_error_ends_the_job_with_one_line_and_its_code(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["job"])
+
+    def main(_: list[str]) -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        options.run("job", main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == line
