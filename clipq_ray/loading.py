@@ -76,8 +76,14 @@ def from_packed(packed: codec.Packed, factory: Callable[[], nn.Module] | None = 
             state[name] = (
                 torch.full_like(value, torch.nan) if value.is_floating_point() else torch.zeros_like(value)
             )
+    if missing := sorted(set(wanted) - set(state)):
+        raise ModelError(
+            f"the network does not fit the file: it lacks {', '.join(missing[:3])}; pass the factory that it was made with"
+        )
+    complete = model.state_dict()  # carries the versions of the modules' state, which some networks ask for
+    complete.update(state)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(complete)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(

@@ -1,0 +1,62 @@
+"""A compressed network comes back as what was packed, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import clipq_ray
+from clipq_ray import codec, models
+from clipq_ray.errors import FormatError, ModelError
+
+
+def packed(model: nn.Module, name: str | None, drop: str = "", kwargs: object = None) -> codec.Packed:
+    tensors = {n: t.numpy() for n, t in model.state_dict().items() if n != drop and t.is_floating_point()}
+    architecture = {"name": name, "kwargs": kwargs or {"num_classes": 10}} if name else None
+    return codec.Packed({"architecture": architecture}, tensors)
+
+
+def written(tmp_path: Path, content: codec.Packed) -> Path:
+    path = tmp_path / "model.clq"
+    path.write_bytes(codec.encode(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20", "mnasnet0_5"])
+def test_a_registered_network_comes_back_in_eval_mode(name: str, tmp_path: Path) -> None:
+    model = models.build(models.architecture(name, 10, {}))
+    path = written(tmp_path, packed(model, name))
+    loaded = clipq_ray.load(path)
+    assert not loaded.training
+    for key, value in clipq_ray.load_state_dict(path).items():
+        expected = torch.from_numpy(np.asarray(codec.stored(model.state_dict()[key].numpy())))
+        assert torch.equal(value, expected)
+        assert torch.equal(loaded.state_dict()[key], expected)
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    model = models.build(models.architecture("lenet5", 10, {}))
+    with pytest.raises(ModelError, match=r"fc1\.weight"):
+        clipq_ray.load(written(tmp_path, packed(model, "lenet5", drop="fc1.weight")))
+
+
+def test_a_network_of_ones_own_needs_its_factory(tmp_path: Path) -> None:
+    path = written(tmp_path, packed(nn.Linear(3, 2), None))
+    with pytest.raises(ModelError, match="factory"):
+        clipq_ray.load(path)
+    assert isinstance(clipq_ray.load(path, factory=lambda: nn.Linear(3, 2)), nn.Linear)
+
+
+def test_a_file_cannot_make_the_loader_import_code(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="factory"):
+        clipq_ray.load(written(tmp_path, packed(nn.Linear(3, 2), "os:getcwd")))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.clq").write_bytes(b"PK\x03\x04 something else entirely")
+    with pytest.raises(FormatError, match="CLQ"):
+        clipq_ray.load(tmp_path / "x.clq")
