@@ -98,4 +98,7 @@ def _registered(metadata: dict[str, Any]) -> nn.Module:
     named = metadata.get("architecture")
     if not named:
         raise ModelError("the file names no registered network; pass factory= that builds it")
-    return models.build(models.Architecture.from_json(named))
+    try:
+        return models.build(models.Architecture.from_json(named))
+    except ModelError as error:
+        raise ModelError(f"{error}; or pass factory= that builds it") from error

@@ -27,6 +27,8 @@ HEADER_LIMIT = 1 << 24
 """A header is at most 16 MiB when unpacked."""
 ELEMENTS_LIMIT = 1 << 34
 """A file holds at most so many elements."""
+SIDES_LIMIT = 32
+"""A tensor has at most so many dimensions; NumPy before 2 allows no more."""
 _PREFIX = struct.Struct("<3sBII")  # magic, version, bytes of the packed header, its CRC-32
 
 DICTIONARY = (
@@ -121,10 +123,10 @@ def _entries(table: list[Any], offset: int, end: int) -> list[Entry]:
             isinstance(name, str)
             and name not in names
             and isinstance(coder, str)
-            and isinstance(size, int)
+            and type(size) is int  # JSON's true is an int to Python
             and size >= 0
         )
-        if not valid or not all(isinstance(side, int) and 0 <= side < ELEMENTS_LIMIT for side in shape):
+        if not valid or not _is_shape(shape):
             raise FormatError(f"the entry of tensor {name!r} is not valid")
         names.add(name)
         entry = Entry(name, tuple(shape), coder, offset, size + 4)
@@ -136,6 +138,16 @@ def _entries(table: list[Any], offset: int, end: int) -> list[Entry]:
     if elements > ELEMENTS_LIMIT:
         raise FormatError(f"expected at most {ELEMENTS_LIMIT} elements, got {elements}")
     return result
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether NumPy can hold this shape; a zero among the sides must not hide the size of the others."""
+    return (
+        isinstance(shape, list)
+        and len(shape) <= SIDES_LIMIT
+        and all(type(side) is int and side >= 0 for side in shape)
+        and math.prod(max(side, 1) for side in shape) <= ELEMENTS_LIMIT
+    )
 
 
 def entries(data: bytes) -> list[Entry]:
@@ -175,3 +187,7 @@ def _tensor(data: bytes, entry: Entry) -> CodedLayer | npt.NDArray[np.generic]:
         )
     except FormatError as error:
         raise FormatError(f"tensor {entry.name}: {error}") from error
+    except MemoryError as error:
+        raise FormatError(
+            f"tensor {entry.name}: expected memory for {entry.elements} elements, got too little; use a larger machine"
+        ) from error

@@ -20,6 +20,8 @@ TOTAL_BITS = 14
 TOTAL = 1 << TOTAL_BITS
 _MOST_PER_BYTE = 1 << 19
 """A symbol costs at least log2(2^14 / (2^14 - 1)) = 0.000088 bits, so no byte of a blob can hold more codes than this."""
+_PIECE = 1 << 20
+"""Codes that the coder hands over at a time: what it allocates beside the result does not grow with the stated shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +119,21 @@ def read(blob: bytes, shape: tuple[int, ...]) -> CodedLayer:
         raise FormatError("a level table is cut off")
     levels = np.insert(np.frombuffer(blob[2:at], "<f4"), negative, 0.0).astype(np.float32)
     if n == 0:
+        _refuse_rest(blob, at)
         return CodedLayer(np.zeros(shape, np.int16), levels, negative)
     table, at = _read_table(blob, at, negative + positive + 1)
     present = np.flatnonzero(table)
     if len(present) == 1:
-        symbols = np.full(n, present[0], dtype=np.int64)
+        _refuse_rest(blob, at)
+        codes = np.full(n, present[0] - negative, dtype=np.int16)
     else:
-        symbols = present[_read_symbols(blob[at:], table[present], n)]
-    return CodedLayer((symbols - negative).astype(np.int16).reshape(shape), levels, negative)
+        codes = _read_codes(blob[at:], table[present], (present - negative).astype(np.int16), n)
+    return CodedLayer(codes.reshape(shape), levels, negative)
+
+
+def _refuse_rest(blob: bytes, at: int) -> None:
+    if len(blob) > at:
+        raise FormatError("a layer leaves bytes over")
 
 
 def _constant(blob: bytes) -> bool:
@@ -145,17 +154,25 @@ def _read_table(blob: bytes, at: int, symbols: int) -> tuple[npt.NDArray[np.int6
     return table, at
 
 
-def _read_symbols(blob: bytes, table: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int32]:
+def _read_codes(
+    blob: bytes, table: npt.NDArray[np.int64], codes: npt.NDArray[np.int16], n: int
+) -> npt.NDArray[np.int16]:
+    """`n` of `codes`, whose frequencies are `table`."""
     if len(blob) % 4 or not blob:
         raise FormatError("coded weights are no whole number of words")
     try:
         coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
-        symbols = coder.decode(_model(table), n)
+        model = _model(table)
+        # Once the state is 0 and no word is left, every further code is the first one: the coder need not say so.
+        result = np.full(n, codes[0], dtype=np.int16)
+        for at in range(0, n, _PIECE):
+            if coder.is_empty():
+                break
+            result[at : at + _PIECE] = codes[coder.decode(model, min(_PIECE, n - at))]
     except (ValueError, AssertionError) as error:
         raise FormatError(f"coded weights cannot be decoded ({error})") from error
     if not coder.is_empty():
         raise FormatError("coded weights leave words over")
-    result: npt.NDArray[np.int32] = symbols
     return result
 
 

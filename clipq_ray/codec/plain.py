@@ -51,6 +51,8 @@ def read(kind: str, blob: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.gener
     dtype = np.dtype(_TYPES[kind])
     if len(blob) != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         raise FormatError("a tensor's bytes do not fit its shape")
+    if kind == "b1" and blob.translate(None, b"\0\1"):
+        raise FormatError("a truth value is neither 0 nor 1")
     array = np.frombuffer(blob, dtype).reshape(shape)
     return array.astype(np.float32) if kind == "f2" else array.astype(dtype.newbyteorder("="))
 
