@@ -225,7 +225,7 @@ def _identity(run: Run, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
     config, source = run.config, run.source
     architecture = source.architecture()
     free = {"storage", "name", "force", "dry_run", "engine", "search_parallel", "max_failures", "data", "data_root", "weights",
-            "validation_data", "memory_limit_gib", "deadline_hours", "expect_top1_percent"}  # fmt: skip
+            "validation_data", "memory_limit_gib", "expect_top1_percent"}  # fmt: skip
     return {
         "architecture": architecture.to_json()
         if architecture
@@ -283,6 +283,7 @@ def _baseline(
             "data": _data_key(run),
             "seed": config.seed,
             "precision": config.precision,
+            "deadline": config.deadline_hours,
         }
 
         def make(store: Store, progress: Any) -> None:
@@ -299,6 +300,7 @@ def _baseline(
             run.engine.train(task, progress)
 
     store = run.stage("baseline", inputs, CURVE, make)
+    run.notes += json.loads(store.read(CURVE))["notes"]
     model = run.source.network()
     model.load_state_dict(read_state(store))
     scores = {split: _evaluate(run, model, images) for split, images in _splits(run).items()}

@@ -15,7 +15,7 @@ import torch
 
 from clipq_ray import codec, options
 from clipq_ray.data import open_data
-from clipq_ray.errors import ModelError
+from clipq_ray.errors import ConfigError, FormatError, ModelError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.loading import from_packed, read_file
 from clipq_ray.summary import bytes_before
@@ -33,13 +33,19 @@ def main(arguments: list[str]) -> int:
         "--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)"
     )
     given = parser.parse_args(arguments)
+    if given.batch_size < 1:
+        raise ConfigError(f"--batch-size: expected at least 1, got {given.batch_size}")
     data = read_file(given.file)
     content = codec.metadata(data)
     if not content.get("architecture"):
         raise ModelError(
             "expected a file with a registered network, got one of the user's own; use clipq_ray.load(uri, factory)"
         )
-    stated = content["input"]
+    stated = content.get("input")
+    if not isinstance(stated, dict) or {"shape", "mean", "std", "resize"} - stated.keys():
+        raise FormatError(
+            f"expected a file that states its input, got none in {given.file}; make it by jobs/compress.py"
+        )
     opened = open_data(
         given.data, data_root=given.data_root or "data", input_shape=tuple(stated["shape"]), mean=tuple(stated["mean"]),
         std=tuple(stated["std"]), resize=stated["resize"], validation_images=None, validation_uri=None, seed=0, memory_limit_bytes=4 * 2**30,

@@ -1,0 +1,281 @@
+"""The jobs as a person runs them: what is wrong ends in one line with exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from clipq_ray import codec, manifest, models, options
+from clipq_ray.storage import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = [
+    "--engine", "local", "--epochs", "1", "--baseline-epochs", "2", "--batch-size", "32", "--search-evaluations", "4",
+    "--search-start", "3", "--search-images", "60",
+]  # fmt: skip
+
+
+def started(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The job in a process of its own."""
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=environment, cwd=ROOT
+    )
+
+
+def imported(job: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_{job}_job", ROOT / "jobs" / f"{job}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def called(
+    job: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> tuple[int, list[str]]:
+    """Exit code and the job's lines on stderr without progress, in this process: the same path without an import's seconds."""
+    monkeypatch.setattr(sys, "argv", [job, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        options.run(job, imported(job).main)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, [
+        line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")
+    ]
+
+
+def weights(path: Path, change: str = "") -> str:
+    """A LeNet-5's weights as safetensors, with one thing wrong."""
+    torch.manual_seed(1)
+    state = models.build(models.architecture("lenet5", 10, {})).state_dict()
+    if change == "name":
+        state["fc4.weight"] = state.pop("fc3.weight")
+    elif change == "shape":
+        state["conv1.weight"] = state["conv1.weight"][:, :, :3].contiguous()
+    elif change == "nan":
+        state["fc1.weight"][3, 4] = torch.nan
+    save_file(state, path)
+    return str(path)
+
+
+def folder(root: Path, *, classes: int = 2, broken: bool = False) -> str:
+    """An image folder of 28 x 28 pixels."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for name in range(classes):
+            place = root / split / f"class{name:02d}"
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 255, (28, 28), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{index}.png")
+    if broken:
+        (root / "train" / "class00" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return str(root)
+
+
+def case(name: str, tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Arguments that are wrong in one way, and words that the line has to hold."""
+    if name == "unknown network":
+        return ["--model", "resnet51"], ["'resnet51'", "nearest names", "resnet50"]
+    if name == "unknown option":
+        return ["--targetratio", "3"], ["did you mean --target-ratio"]
+    if name == "out of range":
+        return ["--target-ratio", "0.5"], ["--target-ratio", "greater than 1", "0.5"]
+    if name == "contradiction":
+        return ["--target-ratio", "3", "--tradeoff", "1"], ["leave one out"]
+    if name == "missing data":
+        return ["--data", "/nowhere/at/all"], ["/nowhere/at/all"]
+    if name == "unknown data":
+        return ["--data", "cifar11"], ["cifar1"]
+    if name == "empty data":
+        (tmp_path / "empty").mkdir()
+        return ["--data", str(tmp_path / "empty")], [str(tmp_path / "empty")]
+    if name == "unreadable image":
+        return ["--data", folder(tmp_path / "images", broken=True)], ["3.png"]
+    if name == "more labels than outputs":
+        data = folder(tmp_path / "images", classes=12)
+        return ["--data", data, "--weights", weights(tmp_path / "w.safetensors")], ["label", "10"]
+    if name == "missing weights":
+        return ["--weights", "/nowhere.safetensors"], ["/nowhere.safetensors"]
+    if name == "weights of another network":
+        return ["--weights", weights(tmp_path / "w.safetensors", "name")], ["fc3.weight", "fc4.weight"]
+    if name == "weights of another shape":
+        return ["--weights", weights(tmp_path / "w.safetensors", "shape")], [
+            "conv1.weight",
+            "(6, 1, 5, 5)",
+            "(6, 1, 3, 5)",
+        ]
+    if name == "nan in weights":
+        return ["--weights", weights(tmp_path / "w.safetensors", "nan")], ["fc1.weight", "NaN"]
+    if name == "truncated weights":
+        path = Path(weights(tmp_path / "w.safetensors"))
+        path.write_bytes(path.read_bytes()[:5000])
+        return ["--weights", str(path)], ["w.safetensors"]
+    if name == "wrong arguments of the network":
+        return ["--model-args", '{"depth": 3}'], ["--model-args"]
+    if name == "nothing matches --keep":
+        return ["--keep", "nothing.*"], ["nothing.*"]
+    assert name == "unwritable storage"
+    return ["--storage", "/proc/nothing"], ["/proc/nothing"]
+
+
+BY_ITSELF = ["unknown network", "contradiction", "unreadable image"]
+CASES = [
+    "unknown option", "out of range", "missing data", "unknown data", "empty data", "more labels than outputs",
+    "missing weights", "weights of another network", "weights of another shape", "nan in weights", "truncated weights",
+    "wrong arguments of the network", "unwritable storage",
+]  # fmt: skip
+
+
+def refused(lines: list[str], words: list[str], storage: Path) -> None:
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("compress: ")
+    assert [word for word in words if word not in lines[0]] == [], lines[0]
+    assert "Traceback" not in lines[0]
+    assert not list(storage.rglob("model.clq")), "half a run was left"
+    assert not list(storage.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_and_exit_code_2(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = case(name, tmp_path)
+    given = [*QUICK, "--storage", str(tmp_path / "s"), *arguments]
+    code, lines = called("compress", given, monkeypatch, capfd)
+    assert code == 2
+    refused(lines, words, tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", BY_ITSELF)
+def test_bad_input_is_one_line_in_a_process_too(name: str, tmp_path: Path) -> None:
+    arguments, words = case(name, tmp_path)
+    ended = started("compress", *QUICK, "--storage", str(tmp_path / "s"), *arguments)
+    assert ended.returncode == 2
+    refused([line for line in ended.stderr.splitlines() if not line.startswith("[")], words, tmp_path / "s")
+
+
+def test_storage_that_cannot_be_written_is_found_before_any_data_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [*QUICK, "--storage", "/proc/nothing", "--data", "/nowhere/at/all"]
+    code, lines = called("compress", given, monkeypatch, capfd)
+    assert code == 2
+    assert "/proc/nothing" in lines[0]
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compress", "--dry-run", "--storage", "s", "--search-evaluations", "9"])
+    with pytest.raises(SystemExit) as ended:
+        options.run("compress", imported("compress").main)
+    assert ended.value.code == 0
+    printed = capfd.readouterr().out
+    assert "61,706 parameters, 5 layers" in printed
+    assert "45 evaluations" in printed
+    for word in ("baseline", "fine-tuning", "time", "disk", "nothing was done"):
+        assert word in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that the job made in a process of its own, and what it printed."""
+    storage = tmp_path_factory.mktemp("storage")
+    ended = started("compress", *QUICK, "--storage", str(storage))
+    assert ended.returncode == 0, ended.stderr
+    (run,) = manifest.committed(Store(storage))
+    return Path(run.store.uri.removeprefix("file://")), ended.stdout
+
+
+def test_the_job_ends_with_a_table_of_what_is_in_the_manifest(made: tuple[Path, str]) -> None:
+    run, printed = made
+    metrics = manifest.read_manifest(Store(run))["metrics"]
+    scores = metrics["test"]
+    for text in (
+        "lenet5",
+        "61,706",
+        "246,824",
+        f"{metrics['bytes_after']:,}",
+        f"{metrics['ratio']:.1f}x",
+        f"{scores['original']['top1_percent']:.2f} %",
+        f"{scores['compressed']['top1_percent']:.2f} %",
+        str(run),
+    ):
+        assert text in printed
+
+
+@pytest.mark.parametrize("given", ["file", "run"])
+def test_evaluate_prints_the_numbers_of_the_manifest(
+    given: str, made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = made
+    metrics = manifest.read_manifest(Store(run))["metrics"]
+    uri = str(run / "model.clq" if given == "file" else run)
+    monkeypatch.setattr(sys, "argv", ["evaluate", uri, "--data", "digits"])
+    with pytest.raises(SystemExit) as ended:
+        options.run("evaluate", imported("evaluate").main)
+    assert ended.value.code == 0
+    printed = capfd.readouterr().out
+    assert f"bytes       {metrics['bytes_after']:,}\n" in printed
+    assert f"ratio       {metrics['ratio']:.2f}x (of {metrics['bytes_before']:,} bytes)" in printed
+    score = metrics["test"]["compressed"]
+    assert f"top-1       {score['top1_percent']:.2f} % on 360 test images" in printed
+    assert f"{score['top1_low_percent']:.2f} to {score['top1_high_percent']:.2f}" in printed
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "missing", "empty", "no data", "batch", "foreign"]
+)
+def test_evaluate_refuses_what_is_damaged_or_wrong_in_one_line(
+    damage: str,
+    made: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    content = bytearray((made[0] / "model.clq").read_bytes())
+    path, data, more = tmp_path / "damaged.clq", "digits", []
+    if damage == "truncated":
+        content = content[:-100]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 4
+    elif damage == "empty":
+        content = bytearray()
+    elif damage == "no data":
+        data = "/nowhere/at/all"
+    elif damage == "batch":
+        more = ["--batch-size", "0"]
+    elif damage == "foreign":  # whole, but without what evaluate.py needs
+        content = bytearray(
+            codec.encode(codec.Packed({"architecture": {"name": "lenet5", "kwargs": {}}}, {}))
+        )
+    if damage != "missing":
+        path.write_bytes(content)
+    code, lines = called("evaluate", [str(path), "--data", data, *more], monkeypatch, capfd)
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("evaluate: ")
+
+
+def test_a_damaged_file_is_one_line_in_a_process_too(made: tuple[Path, str], tmp_path: Path) -> None:
+    path = tmp_path / "damaged.clq"
+    path.write_bytes((made[0] / "model.clq").read_bytes()[:-1])
+    ended = started("evaluate", str(path), "--data", "digits")
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("evaluate: ")
