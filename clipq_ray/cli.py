@@ -10,23 +10,23 @@ no traceback). Not covered: making compressed networks and evaluating them (`job
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from clipq_ray.errors import ClipqError, ConfigError, StorageError
+from clipq_ray import console
+from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.manifest import checked, committed, read_manifest, verify, verify_clq
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
     from clipq_ray import codec
 
-Uri = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URI")]
-Output = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT.safetensors")]
+_URIS = {
+    "inspect": "a .clq file or a run directory",
+    "verify": "a .clq file, a run directory or a storage that holds runs",
+    "export": "a .clq file or a run directory",
+}
 
 _COLUMNS = ("name", "shape", "coder", "levels", "non-zeros %", "bytes", "bits/weight")
 _LEFT_COLUMNS = 3
@@ -34,46 +34,42 @@ _LEFT_COLUMNS = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of `argv` (default: the process's arguments) and return its exit code."""
-    commands: dict[str, Callable[..., int]] = {
-        "inspect": inspect_command,
-        "verify": verify_command,
-        "export": export_command,
-    }
-    try:
-        code: int = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="clipq", description="Look at, check and export compressed networks.", args=argv
-        )
-        sys.stdout.flush()
-    except ClipqError as error:
-        print("clipq:", " ".join(str(error).split()), file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader has seen enough. Python flushes once more at exit, which must find an open end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return console.run("clipq", _dispatch, None if argv is None else list(argv))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = console.OneLineParser(prog="clipq", description="Look at, check and export compressed networks.")
+    commands = parser.add_subparsers(required=True, metavar="inspect|verify|export")
+    for name, command in (
+        ("inspect", inspect_command),
+        ("verify", verify_command),
+        ("export", export_command),
+    ):
+        about = command.__doc__ or ""
+        one = commands.add_parser(name, help=about.partition(";")[0].partition(".")[0], description=about)
+        one.add_argument("uri", metavar="URI", help=_URIS[name])
+        if name == "export":
+            one.add_argument(
+                "output",
+                metavar="OUT.safetensors",
+                help="path or URI of the file to write; an existing one is replaced",
+            )
+        one.set_defaults(command=command)
+    given = vars(parser.parse_args(arguments))
+    code: int = given.pop("command")(**given)
     return code
 
 
-def inspect_command(uri: Uri) -> int:
-    """Print the tensors of a packed network with shape, coder, levels, non-zeros and bytes, and the totals; from the file alone.
-
-    Args:
-        uri: a .clq file or a run directory
-    """
+def inspect_command(uri: str) -> int:
+    """Print the tensors of a packed network with shape, coder, levels, non-zeros and bytes, and the totals; from the file alone."""
     data, origin = _packed(uri)
     for line in describe(data, origin):
         print(line)
     return 0
 
 
-def verify_command(uri: Uri) -> int:
-    """Check every hash: of one .clq file, of all files of a run, or of all committed runs of a storage. Exit code 2 on damage.
-
-    Args:
-        uri: a .clq file, a run directory or a storage that holds runs
-    """
+def verify_command(uri: str) -> int:
+    """Check every hash: of one .clq file, of all files of a run, or of all committed runs of a storage. Exit code 2 on damage."""
     problems: list[str] = []
     count = 0
     for name, found in _checks(uri):
@@ -86,13 +82,8 @@ def verify_command(uri: Uri) -> int:
     return 2 if problems else 0
 
 
-def export_command(uri: Uri, output: Output) -> int:
-    """Write the decoded tensors of a packed network, named as in its state dict, as a safetensors file.
-
-    Args:
-        uri: a .clq file or a run directory
-        output: path or URI of the file to write; an existing one is replaced
-    """
+def export_command(uri: str, output: str) -> int:
+    """Write the decoded tensors of a packed network, named as in its state dict, as a safetensors file."""
     if not output.endswith(".safetensors"):
         raise ConfigError(f"expected an output that ends in .safetensors, got {output!r}; add the ending")
     store, name = Store.of_file(output)

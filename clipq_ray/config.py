@@ -54,6 +54,12 @@ class Config(BaseModel):
     input_size: int | None = Field(
         None, ge=8, le=4096, description="height and width of the input [pixels]; default: the network's"
     )
+    resize: int | None = Field(
+        None,
+        ge=8,
+        le=8192,
+        description="shorter side before the centre crop [pixels]; default: 256/224 of the input, none where images have its size",
+    )
     mean: tuple[float, ...] | None = Field(
         None, description="mean per channel, of values in 0..1; default: the data's usual"
     )

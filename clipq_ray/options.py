@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic.fields import FieldInfo
 
 from clipq_ray.config import Config, make, unknown
-from clipq_ray.errors import ClipqError, ConfigError
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are a `ConfigError`: one line, with the nearest option's name."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise ConfigError(f"{message}; see --help")
+from clipq_ray.console import OneLineParser
+from clipq_ray.errors import ConfigError
 
 
 def parser(description: str) -> OneLineParser:
@@ -111,19 +103,3 @@ def read_yaml(path: str) -> dict[str, Any]:
             f"--config: expected options as 'name: value' lines in {path!r}, got {type(content).__name__}"
         )
     return {str(key).replace("-", "_"): tuple(v) if isinstance(v, list) else v for key, v in content.items()}
-
-
-def run(program: str, main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Call `main` with the command line's arguments; a named error is one line and its exit code."""
-    try:
-        code = main(sys.argv[1:]) or 0
-    except ClipqError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr, flush=True)
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
-    sys.exit(code)

@@ -8,8 +8,6 @@ the report. Sizes come from the file, accuracies from the decoded file. Not cove
 from __future__ import annotations
 
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import logging
 import time
@@ -21,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import codec, loading, manifest, models, network, packing, results, search
+from clipq_ray import codec, identity, loading, manifest, models, network, packing, results, search
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
-from clipq_ray.errors import RunError, StorageError
+from clipq_ray.errors import RunError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.finetune import Schedule
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
-from clipq_ray.storage import MANIFEST, WORK, Store, run_store, stage_store
+from clipq_ray.storage import WORK, Store, run_store, stage_store
 from clipq_ray.work import (
     CURVE,
     WEIGHTS,
@@ -46,8 +44,7 @@ from clipq_ray.work import (
 )
 
 log = logging.getLogger(__name__)
-STAGE_VERSIONS = {"baseline": 1, "search": 1, "finetune": 1, "control": 1}
-"""Raised when a change of the code changes what a stage makes of the same inputs."""
+_DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4}
 _TAIL_SECONDS = 60.0  # kept free before a deadline for packing, verification and commit
 
 
@@ -88,7 +85,7 @@ class Run:
         self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
     ) -> Store:
         """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
-        key = _key({"stage": name, "version": STAGE_VERSIONS[name], **_platform(self.config), **inputs})
+        key = identity.stage_key(name, self.config, inputs)
         store = stage_store(self.storage, name, key)
         started, reused = time.monotonic(), store.exists(finished)
         if reused:
@@ -99,42 +96,6 @@ class Run:
         seconds = round(time.monotonic() - started, 1)
         self.stages.append({"stage": name, "key": key, "seconds": seconds, "reused": reused})
         return store
-
-
-def _key(inputs: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _platform(config: Config) -> dict[str, Any]:
-    """What besides inputs decides bytes: versions, threads, world size."""
-    return {
-        "torch": torch.__version__,
-        "threads": config.threads_per_worker,
-        "workers": config.workers,
-        "device": config.device,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    wanted = (
-        "clipq_ray",
-        "torch",
-        "torchvision",
-        "numpy",
-        "constriction",
-        "bayesian-optimization",
-        "ray",
-        "pyarrow",
-    )
-    found = {}
-    for name in wanted:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
@@ -153,8 +114,8 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     run = Run(source, engine, reporter, storage, data, started, notes=list(data.notes))
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(run)
-    identity = _identity(run, state_given)
-    run_id, committed = _run_id(storage, name, identity, force=config.force)
+    inputs = identity.of_run(source, data, state_given)
+    run_id, committed = identity.run_id(storage, name, inputs, force=config.force)
     target = run_store(storage, name, run_id)
     if committed is not None:
         reporter.say(f"run {run_id} is committed already at {target.uri}; --force makes a new one")
@@ -169,14 +130,15 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     choice, trials = _search(run, weights, model, inventory)
     reference_error = _search_reference(run, model)
     plan = make_plan(model.cpu(), {layer: trial.theta for layer, trial in choice.trials.items()})
-    tuned = _train(run, "finetune", weights, plan, work)
-    control = _control(run, weights, work)
+    schedule = _schedule(config, config.epochs, config.learning_rate)
+    tuned = _train(run, "finetune", schedule, weights, plan, work)
+    control = _train(run, "control", schedule, weights, None, work) if wants_control(run.source) else None
     with reporter.stage("pack and verify"):
-        packed = packing.pack(run.source, tuned, plan, inventory, data, identity["weights"])
+        packed = packing.pack(run.source, tuned, plan, inventory, data, inputs["weights"])
         run.notes += packed.notes
         scores = _scores(run, packed.file, baseline, control)
     document = results.document(
-        name=name, run_id=run_id, run=asdict_run(run), identity=identity, inventory=inventory, choice=choice,
+        name=name, run_id=run_id, run=asdict_run(run), identity=inputs, inventory=inventory, choice=choice,
         packed=packed, scores=scores, curves=_curves(tuned, control, run),
     )  # fmt: skip
     files = results.files(document, packed, inventory, plan, choice, trials, scores, reference_error)
@@ -191,7 +153,7 @@ def asdict_run(run: Run) -> dict[str, Any]:
         "created_utc": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(
             timespec="seconds"
         ),
-        "versions": versions(),
+        "versions": identity.versions(),
         "config": run.config.model_dump(mode="json"),
         "stages": run.stages,
         "notes": run.notes,
@@ -207,7 +169,7 @@ def asdict_run(run: Run) -> dict[str, Any]:
     }
 
 
-# -- identity ----------------------------------------------------------------------------------------------------------------
+# -- stages ------------------------------------------------------------------------------------------------------------------
 def _given(run: Run) -> tuple[dict[str, Tensor] | None, str]:
     """The state dict that the user gave (None: trained first) and where it is from."""
     origin = run.source.weights_origin()
@@ -220,87 +182,21 @@ def _given(run: Run) -> tuple[dict[str, Tensor] | None, str]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}, origin
 
 
-def _identity(run: Run, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    """What decides the run: weights, data, configuration without where and how fast."""
-    config, source = run.config, run.source
-    architecture = source.architecture()
-    free = {"storage", "name", "force", "dry_run", "engine", "search_parallel", "max_failures", "data", "data_root", "weights",
-            "validation_data", "memory_limit_gib", "expect_top1_percent"}  # fmt: skip
-    return {
-        "architecture": architecture.to_json()
-        if architecture
-        else {"name": None, "module": repr(type(source.module))},
-        "weights": models.weights_sha256(state) if state is not None else "trained",
-        "data": [
-            run.data.train.fingerprint,
-            run.data.validation.fingerprint,
-            run.data.preprocessing.to_json(),
-        ],
-        "test": run.data.test.fingerprint if run.data.test else None,
-        "config": {key: value for key, value in config.model_dump(mode="json").items() if key not in free},
-        **_platform(config),
-        "versions": STAGE_VERSIONS,
-    }
-
-
-def _run_id(
-    storage: Store, name: str, identity: Mapping[str, Any], *, force: bool
-) -> tuple[str, dict[str, Any] | None]:
-    """The run's id, and its manifest if it is committed; with `force` the first id that is not."""
-    base = "r-" + hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    for attempt in range(1, 10_000):
-        run_id = base if attempt == 1 else f"{base}-{attempt}"
-        store = run_store(storage, name, run_id)
-        if not store.exists(MANIFEST):
-            return run_id, None
-        if not force:
-            return run_id, manifest.read_manifest(store)
-    raise StorageError(
-        f"expected fewer than 10,000 forced runs of {base} in {storage.uri}; use another --storage"
-    )
-
-
-# -- stages ------------------------------------------------------------------------------------------------------------------
 def _baseline(
     run: Run, state: dict[str, Tensor] | None, origin: str, work: Store
 ) -> tuple[Store, dict[str, Evaluation | None]]:
     """Store the original's weights (trained first if there are none) and score them; stop near chance."""
     config = run.config
-    architecture = run.source.architecture()
-    inputs: dict[str, Any] = {
-        "architecture": architecture.to_json() if architecture else repr(type(run.source.module))
-    }
-    if state is not None:
-        inputs["weights"] = models.weights_sha256(state)
+    if state is None:
+        schedule = _schedule(config, config.baseline_epochs, config.baseline_learning_rate)
+        store = _train(run, "baseline", schedule, None, None, work)
+    else:
 
         def make(store: Store, progress: Any) -> None:
             write_state(store, WEIGHTS, state)
             store.write(CURVE, json.dumps({"curve": [], "notes": []}).encode())
-    else:
-        schedule = _schedule(config, epochs=config.baseline_epochs, rate=config.baseline_learning_rate)
-        inputs |= {
-            "schedule": asdict(schedule),
-            "data": _data_key(run),
-            "seed": config.seed,
-            "precision": config.precision,
-            "deadline": config.deadline_hours,
-        }
 
-        def make(store: Store, progress: Any) -> None:
-            task = TrainTask(
-                run.source,
-                "baseline",
-                None,
-                None,
-                schedule,
-                store.uri,
-                work.child("baseline").uri,
-                run.deadline,
-            )
-            run.engine.train(task, progress)
-
-    store = run.stage("baseline", inputs, CURVE, make)
-    run.notes += json.loads(store.read(CURVE))["notes"]
+        store = run.stage("baseline", {"weights": models.weights_sha256(state)}, CURVE, make)
     model = run.source.network()
     model.load_state_dict(read_state(store))
     scores = {split: _evaluate(run, model, images) for split, images in _splits(run).items()}
@@ -337,20 +233,11 @@ def _refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], orig
         )
 
 
-def _data_key(run: Run) -> list[Any]:
-    return [run.data.train.fingerprint, run.data.validation.fingerprint, run.data.preprocessing.to_json()]
-
-
-def _schedule(config: Config, *, epochs: int, rate: float) -> Schedule:
+def _schedule(config: Config, epochs: int, rate: float) -> Schedule:
     return Schedule(
-        epochs=epochs,
-        batch_size=config.batch_size,
-        learning_rate=rate,
-        warmup_epochs=config.warmup_epochs,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        label_smoothing=config.label_smoothing,
-    )
+        epochs, config.batch_size, rate, config.warmup_epochs, config.momentum, config.weight_decay,
+        config.label_smoothing,
+    )  # fmt: skip
 
 
 def _search(
@@ -362,15 +249,15 @@ def _search(
     settings = search.Settings(config.search_evaluations, config.search_start, tradeoffs, config.seed)
     layers = tuple(layer.name for layer in inventory.layers)
     inputs = {
-        "weights": models.weights_sha256(read_state(weights)), "data": _data_key(run), "settings": asdict(settings),
+        "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
         "layers": layers, "images": config.search_images, "bytes": inventory.bytes_before,
-        "batch": config.evaluation_batch_size,
+        "batch": config.evaluation_batch_size, "deadline": config.deadline_hours,
     }  # fmt: skip
 
     def task_at(store: Store) -> SearchTask:
         return SearchTask(
             run.source, weights.uri, layers, settings, min(config.search_images, len(run.data.train)),
-            inventory.bytes_before, store.uri,
+            inventory.bytes_before, store.uri, _share(run, "search"),
         )  # fmt: skip
 
     def make(store: Store, progress: Any) -> None:
@@ -379,6 +266,11 @@ def _search(
 
     store = run.stage("search", inputs, "done.json", make)
     trials = read_trials(task_at(store))
+    fewest = min(len(points) for points in trials.values())
+    if fewest < settings.evaluations:
+        run.notes.append(
+            f"search: shortened from {settings.evaluations} to {fewest} or more evaluations per layer by --deadline-hours"
+        )
     if config.tradeoff is not None:
         choice = search.choose(trials, config.tradeoff)
     else:
@@ -414,31 +306,23 @@ def _choice_for_ratio(
     return choice
 
 
-def _train(run: Run, stage: str, weights: Store, plan: Plan | None, work: Store) -> Store:
-    """Fine-tune with the operator (`plan`) or without (the control)."""
-    config = run.config
-    schedule = _schedule(config, epochs=config.epochs, rate=config.learning_rate)
+def _train(
+    run: Run, stage: str, schedule: Schedule, initial: Store | None, plan: Plan | None, work: Store
+) -> Store:
+    """Train with the operator (`plan`) or without, from `initial` weights or from the network's own start."""
+    config, architecture = run.config, run.source.architecture()
     inputs = {
-        "weights": models.weights_sha256(read_state(weights)),
-        "data": _data_key(run),
-        "plan": plan.to_json() if plan else None,
-        "schedule": asdict(schedule),
-        "seed": config.seed,
-        "precision": config.precision,
-        "deadline": config.deadline_hours,
-    }
+        "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
+        "weights": models.weights_sha256(read_state(initial)) if initial else None,
+        "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
+        "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
+    }  # fmt: skip
 
     def make(store: Store, progress: Any) -> None:
         task = TrainTask(
-            run.source,
-            stage,
-            weights.uri,
-            plan,
-            schedule,
-            store.uri,
-            work.child(stage).uri,
-            _share(run, stage),
-        )
+            run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
+            work.child(stage).uri, _share(run, stage),
+        )  # fmt: skip
         run.engine.train(task, progress)
 
     store = run.stage(stage, inputs, CURVE, make)
@@ -447,10 +331,12 @@ def _train(run: Run, stage: str, weights: Store, plan: Plan | None, work: Store)
 
 
 def _share(run: Run, stage: str) -> float | None:
-    """The deadline of one training: fine-tuning leaves half of what is left to a control that is still to come."""
-    if run.deadline is None or stage == "control" or not wants_control(run.source):
-        return run.deadline
-    return time.time() + (run.deadline - time.time()) / 2
+    """The time of `time.time()` by which `stage` should end: its share of what is left before the deadline."""
+    if run.deadline is None:
+        return None
+    control_comes = stage == "finetune" and wants_control(run.source)
+    share = 0.5 if control_comes else _DEADLINE_SHARES.get(stage, 1.0)
+    return time.time() + max(0.0, run.deadline - time.time()) * share
 
 
 def wants_control(source: Source) -> bool:
@@ -458,10 +344,6 @@ def wants_control(source: Source) -> bool:
     wanted = source.config.control
     seen = source.data().validation_held_out and source.weights_origin() not in ("train", "random")
     return wanted == "always" or (wanted == "auto" and seen)
-
-
-def _control(run: Run, weights: Store, work: Store) -> Store | None:
-    return _train(run, "control", weights, None, work) if wants_control(run.source) else None
 
 
 def _scores(

@@ -84,7 +84,12 @@ TRIALS: pa.Schema = pa.schema(
             "",
             "lambda, with which the objective weighs saved_fraction against error",
         ),
-        _column("objective", pa.float64(), "", "error - lambda x saved_fraction; the search minimises it"),
+        _column(
+            "objective",
+            pa.float64(),
+            "",
+            "error_percent / 100 - lambda x saved_fraction; the search minimises it",
+        ),
         _column("chosen", pa.bool_(), "", "whether the plan took this point"),
         _column("seconds", pa.float64(), "s", "wall time of the evaluation"),
         _column("node", pa.string(), "", "host that evaluated it"),

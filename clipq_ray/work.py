@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from clipq_ray import models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, open_data
+from clipq_ray.data.listing import few
 from clipq_ray.errors import FormatError
 from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
 from clipq_ray.plan import Plan
@@ -90,7 +92,7 @@ class Source:
 
 
 _DATA_OPTIONS = (
-    "data", "data_root", "mean", "std", "validation_images", "validation_data", "seed", "memory_limit_gib",
+    "data", "data_root", "resize", "mean", "std", "validation_images", "validation_data", "seed", "memory_limit_gib",
     "bad_image_limit", "limit_images",
 )  # fmt: skip
 
@@ -110,6 +112,7 @@ def _opened_once(options: str, input_shape: tuple[int, int, int]) -> Data:
         input_shape=input_shape,
         mean=config.mean,
         std=config.std,
+        resize="auto" if config.resize is None else config.resize,
         validation_images=config.validation_images,
         validation_uri=config.validation_data,
         seed=config.seed,
@@ -181,6 +184,11 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
     )
     trainer.run(progress, report)
     if rank.rank == 0:
+        if data.train.unreadable:  # met while training; the driver has not read these images
+            trainer.notes.append(
+                f"{task.stage}: {len(data.train.unreadable)} unreadable images were replaced by their next ones: "
+                f"{few(data.train.unreadable)}"
+            )
         output = Store(task.output)
         write_state(output, WEIGHTS, model.state_dict())
         rows = [asdict(row) for row in trainer.curve]
@@ -189,7 +197,10 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
 
 @dataclass(frozen=True)
 class SearchTask:
-    """The search of one network: one object of trials per layer is written to `output`."""
+    """The search of one network: one object of trials per layer is written to `output`.
+
+    After `deadline`, a time of `time.time()`, a layer ends with what it has, at least one trial.
+    """
 
     source: Source
     weights: str
@@ -198,6 +209,7 @@ class SearchTask:
     images: int
     network_bytes: int
     output: str
+    deadline: float | None = None
 
     def open_layers(self) -> list[tuple[int, str]]:
         """Index and name of the layers whose trials are not there yet."""
@@ -250,7 +262,8 @@ class Searcher:
     def step(self, index: int, trials: list[Trial]) -> bool:
         """One more trial of layer `index`; True when the layer is done, and then its trials are stored."""
         step_layer(self._evaluator, self.task.layers[index], trials, self.task.settings)
-        if len(trials) < self.task.settings.evaluations:
+        late = self.task.deadline is not None and time.time() > self.task.deadline
+        if len(trials) < self.task.settings.evaluations and not late:
             return False
         write_trials(self.task, index, trials)
         return True

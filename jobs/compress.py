@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a checkout runs without being installed, as in a Ray job's working directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clipq_ray import options
+from clipq_ray import console, options
 from clipq_ray.api import make_engine
 from clipq_ray.pipeline import compress
 from clipq_ray.planning import dry_run
@@ -37,4 +37,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    options.run("compress", main)
+    sys.exit(console.run("compress", main))

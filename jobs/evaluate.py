@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import torch
 
-from clipq_ray import codec, options
+from clipq_ray import codec, console
 from clipq_ray.data import open_data
 from clipq_ray.errors import ConfigError, FormatError, ModelError
 from clipq_ray.evaluate import evaluate
@@ -23,7 +23,7 @@ from clipq_ray.summary import bytes_before
 
 def main(arguments: list[str]) -> int:
     """The job, from its arguments to its lines."""
-    parser = options.OneLineParser(description=__doc__)
+    parser = console.OneLineParser(description=__doc__)
     parser.add_argument("file", metavar="FILE", help=".clq file or run directory")
     parser.add_argument(
         "--data", required=True, metavar="URI", help="data as for compress.py; its test set is used"
@@ -69,4 +69,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    options.run("evaluate", main)
+    sys.exit(console.run("evaluate", main))

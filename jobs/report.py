@@ -9,8 +9,6 @@ the manifest first. Not covered: measuring anything anew (`jobs/evaluate.py` doe
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import os
 import re
 import sys
@@ -20,16 +18,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipq_ray import tables
-from clipq_ray.errors import ClipqError, ConfigError, FormatError, StorageError
-from clipq_ray.manifest import read_manifest
+from clipq_ray import console, tables
+from clipq_ray.errors import ConfigError, StorageError
+from clipq_ray.manifest import checked, read_manifest
 from clipq_ray.report import render
 from clipq_ray.storage import LAYERS, MANIFEST, PREDICTIONS, TRIALS, Store
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, make the page, say where it lies. Returns the exit code: 2 for a mistake in the input."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def main(arguments: list[str]) -> int:
+    """Parse, make the page, say where it lies."""
+    parser = console.OneLineParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "run_uri", metavar="RUN_URI", help="a committed run directory, local or any fsspec URI"
     )
@@ -37,11 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", metavar="FILE", type=Path, help="local file (default: ./report-{model}-{run}.html)"
     )
     given = parser.parse_args(arguments)
-    try:
-        print(make(given.run_uri, given.output))
-    except ClipqError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    print(make(given.run_uri, given.output))
     return 0
 
 
@@ -59,14 +53,8 @@ def make(run_uri: str, output: Path | None = None) -> Path:
 
 def _table(run: Store, manifest: dict[str, Any], name: str) -> pa.Table:
     """A table of the run; `FormatError` if it is not the one that was committed."""
-    data = run.read(name)
-    expected = (manifest.get("files") or {}).get(name, {}).get("sha256")
-    found = hashlib.sha256(data).hexdigest()
-    if expected != found:
-        raise FormatError(
-            f"expected {name} of {run.uri} with SHA-256 {expected}, got {found}: run `clipq verify {run.uri}`"
-        )
-    return tables.from_bytes(data)
+    stated = (manifest.get("files") or {}).get(name, {})
+    return tables.from_bytes(checked(run.read(name), stated, f"{run.uri}/{name}"))
 
 
 def _trials(run: Store, manifest: dict[str, Any]) -> pa.Table:
@@ -116,4 +104,4 @@ def _umask() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run("report", main))

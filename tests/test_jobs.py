@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clipq_ray import codec, manifest, models, options
+from clipq_ray import codec, console, manifest, models
 from clipq_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,12 +48,8 @@ def called(
 ) -> tuple[int, list[str]]:
     """Exit code and the job's lines on stderr without progress, in this process: the same path without an import's seconds."""
     monkeypatch.setattr(sys, "argv", [job, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        options.run(job, imported(job).main)
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, [
-        line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")
-    ]
+    code = console.run(job, imported(job).main)
+    return code, [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
 
 
 def weights(path: Path, change: str = "") -> str:
@@ -181,9 +177,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compress", "--dry-run", "--storage", "s", "--search-evaluations", "9"])
-    with pytest.raises(SystemExit) as ended:
-        options.run("compress", imported("compress").main)
-    assert ended.value.code == 0
+    assert console.run("compress", imported("compress").main) == 0
     printed = capfd.readouterr().out
     assert "61,706 parameters, 5 layers" in printed
     assert "45 evaluations" in printed
@@ -227,9 +221,7 @@ def test_evaluate_prints_the_numbers_of_the_manifest(
     metrics = manifest.read_manifest(Store(run))["metrics"]
     uri = str(run / "model.clq" if given == "file" else run)
     monkeypatch.setattr(sys, "argv", ["evaluate", uri, "--data", "digits"])
-    with pytest.raises(SystemExit) as ended:
-        options.run("evaluate", imported("evaluate").main)
-    assert ended.value.code == 0
+    assert console.run("evaluate", imported("evaluate").main) == 0
     printed = capfd.readouterr().out
     assert f"bytes       {metrics['bytes_after']:,}\n" in printed
     assert f"ratio       {metrics['ratio']:.2f}x (of {metrics['bytes_before']:,} bytes)" in printed

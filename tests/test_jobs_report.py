@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from clipq_ray import tables
+from clipq_ray import console, tables
 from clipq_ray.manifest import commit
 from clipq_ray.report import render
 from clipq_ray.storage import LAYERS, PREDICTIONS, TRIALS, Store
@@ -88,7 +88,7 @@ def test_a_run_without_search_and_predictions_has_a_page(tmp_path: Path) -> None
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert job.main(arguments) == 2
+    assert console.run("report", job.main, arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
@@ -107,7 +107,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_changed_table_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / LAYERS).write_bytes((run / TRIALS).read_bytes())
-    assert "SHA-256" in refused([str(run)], capsys)
+    assert LAYERS in refused([str(run)], capsys)
     assert list(Path.cwd().iterdir()) == []
 
 

@@ -72,6 +72,10 @@ class ParquetRows:
         self.groups: Rows | None = np.repeat(np.arange(len(counts)), counts)
         self._group: Rows = self.groups
         self._group_bytes: Rows = np.array(sizes, dtype=np.int64)
+        if (
+            sum(sizes) > cache_bytes // 2
+        ):  # then an epoch's order, and so what is trained, depends on the window
+            self.fingerprint = content_hash(self.fingerprint, str(cache_bytes // 2))
         self._group_starts: Rows = np.cumsum([0, *counts])[:-1]
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._cached_bytes = 0

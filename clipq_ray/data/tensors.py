@@ -36,7 +36,7 @@ class TensorSplit(Split):
         size = tuple(images.shape[2:])
         if preprocessing.resize is None and size != preprocessing.input_shape[1:]:
             raise DataError(
-                f"expected images of {preprocessing.input_shape[1:]} pixels, got {size}; give --resize PIXELS or auto"
+                f"expected images of {preprocessing.input_shape[1:]} pixels, got {size}; give --resize PIXELS"
             )
         self.images = with_channels(images, preprocessing.input_shape[0])
         self.labels = labels

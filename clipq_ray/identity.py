@@ -1,0 +1,113 @@
+"""What decides a run and a stage: two of them with the same inputs, versions and machine type are the same one.
+
+Keys are hashes of JSON. Where things lie and how many trials run at a time decide nothing and are left out. Not covered: whether a stored
+output is whole (`storage`, `manifest`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipq_ray import manifest, models
+from clipq_ray.config import Config
+from clipq_ray.data import Data
+from clipq_ray.errors import StorageError
+from clipq_ray.storage import MANIFEST, Store, run_store
+from clipq_ray.work import Source
+
+STAGE_VERSIONS = {"baseline": 1, "search": 1, "finetune": 1, "control": 1}
+"""Raised when a change of the code changes what a stage makes of the same inputs."""
+
+_DECIDES_NOTHING = {
+    "storage", "name", "force", "dry_run", "engine", "search_parallel", "max_failures", "data", "data_root", "weights",
+    "validation_data", "memory_limit_gib", "expect_top1_percent",
+}  # fmt: skip
+"""Options that are not part of a run's identity; weights and data count by their content."""
+
+_VERSIONED = (
+    "clipq_ray",
+    "torch",
+    "torchvision",
+    "numpy",
+    "constriction",
+    "bayesian-optimization",
+    "ray",
+    "pyarrow",
+)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a result."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def of_data(data: Data) -> list[Any]:
+    """What decides training: the images that train and decide, and how they are prepared."""
+    return [data.train.fingerprint, data.validation.fingerprint, data.preprocessing.to_json()]
+
+
+def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """What decides a run: weights (`state`; None: trained first), data, configuration without where and how fast."""
+    architecture = source.architecture()
+    options = source.config.model_dump(mode="json")
+    return {
+        "architecture": architecture.to_json()
+        if architecture
+        else {"name": None, "module": repr(type(source.module))},
+        "weights": models.weights_sha256(state) if state is not None else "trained",
+        "data": of_data(data),
+        "test": data.test.fingerprint if data.test else None,
+        "config": {name: value for name, value in options.items() if name not in _DECIDES_NOTHING},
+        **_platform(source.config),
+        "versions": STAGE_VERSIONS,
+    }
+
+
+def stage_key(stage: str, config: Config, inputs: Mapping[str, Any]) -> str:
+    """16 hex digits for the outputs of `stage` on `inputs`."""
+    return _sha256({"stage": stage, "version": STAGE_VERSIONS[stage], **_platform(config), **inputs})[:16]
+
+
+def run_id(
+    storage: Store, name: str, inputs: Mapping[str, Any], *, force: bool
+) -> tuple[str, dict[str, Any] | None]:
+    """The run's id, and its manifest if it is committed; with `force` the first id that is not."""
+    base = "r-" + _sha256(inputs)[:12]
+    for attempt in range(1, 10_000):
+        candidate = base if attempt == 1 else f"{base}-{attempt}"
+        store = run_store(storage, name, candidate)
+        if not store.exists(MANIFEST):
+            return candidate, None
+        if not force:
+            return candidate, manifest.read_manifest(store)
+    raise StorageError(
+        f"expected fewer than 10,000 forced runs of {base} in {storage.uri}; use another --storage"
+    )
+
+
+def _platform(config: Config) -> dict[str, Any]:
+    """What besides inputs decides bytes: versions, threads, world size."""
+    return {
+        "torch": torch.__version__,
+        "threads": config.threads_per_worker,
+        "workers": config.workers,
+        "device": config.device,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _sha256(inputs: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
