@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
     """The mirror of `write_state`."""
     try:
         return dict(load_tensors(store.read(name)))
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise FormatError(
             f"expected safetensors at {store.uri}/{name}, got {error}; remove it and run again"
         ) from error

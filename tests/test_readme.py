@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipq_ray import options
+from clipq_ray import cli, options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,3 +52,13 @@ def test_the_record_scores_what_the_readme_says(shared: Path) -> None:
     ).stdout
     assert "69,903" in printed
     assert "91.31 %" in printed
+
+
+def test_the_commands_on_a_file_run(tmp_path: Path) -> None:
+    commands = re.findall(r"`clipq (\w+) ([^`]+)`", README)
+    assert [name for name, _ in commands] == ["inspect", "verify", "export"]
+    file, out = str(ROOT / "bench" / "records" / "resnet20-cifar10.clq"), str(tmp_path / "out.safetensors")
+    for name, arguments in commands:
+        words = arguments.replace("FILE", file).replace("URI", file).replace("OUT.safetensors", out).split()
+        assert cli.main([name, *words]) == 0
+    assert Path(out).stat().st_size > 1_000_000

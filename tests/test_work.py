@@ -1,0 +1,107 @@
+"""Units of work: what they leave in their stores, and what a deadline or a bad image changes."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipq_ray import network
+from clipq_ray.cluster.engine import LocalEngine
+from clipq_ray.config import make
+from clipq_ray.errors import FormatError
+from clipq_ray.finetune import Rank, Schedule
+from clipq_ray.search import Settings
+from clipq_ray.storage import Store
+from clipq_ray.work import (
+    CURVE,
+    WEIGHTS,
+    SearchTask,
+    Source,
+    TrainTask,
+    read_state,
+    read_trials,
+    train,
+    write_state,
+)
+
+
+def silent(*_: Any) -> None:
+    return None
+
+
+def search_task(tmp_path: Path, deadline: float | None) -> SearchTask:
+    source = Source(make(model="lenet5", weights="random", engine="local"))
+    model, weights = source.network(), Store(tmp_path / "weights")
+    write_state(weights, WEIGHTS, model.state_dict())
+    found = network.inventory(model, torch.zeros(2, 1, 28, 28), ())
+    layers = tuple(layer.name for layer in found.layers)
+    settings = Settings(4, 3, (8.0,), 0)
+    return SearchTask(
+        source, weights.uri, layers, settings, 40, found.bytes_before, Store(tmp_path / "out").uri, deadline
+    )
+
+
+def test_a_search_without_a_deadline_makes_all_its_evaluations(tmp_path: Path) -> None:
+    task = search_task(tmp_path, None)
+    LocalEngine().search(task, silent)
+    assert {len(trials) for trials in read_trials(task).values()} == {4}
+    assert task.open_layers() == []
+
+
+def test_a_search_whose_deadline_has_passed_still_measures_every_layer_once(tmp_path: Path) -> None:
+    task = search_task(tmp_path, time.time() - 1)
+    LocalEngine().search(task, silent)
+    assert {len(trials) for trials in read_trials(task).values()} == {1}
+    assert len(read_trials(task)) == 5
+
+
+def photographs(root: Path) -> str:
+    """A folder of JPEG files larger than the network's input, so that they are read when a batch needs them; one is broken."""
+    random = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for label in ("a", "b"):
+            (root / split / label).mkdir(parents=True)
+            for index in range(6):
+                file = io.BytesIO()
+                Image.fromarray(random.integers(0, 255, (40, 40), dtype=np.uint8)).save(file, "JPEG")
+                (root / split / label / f"{index}.jpg").write_bytes(file.getvalue())
+    (root / "train" / "b" / "3.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
+    return str(root)
+
+
+def test_an_image_that_cannot_be_read_while_training_is_named_in_the_notes(tmp_path: Path) -> None:
+    uri = photographs(tmp_path / "images")
+    source = Source(make(model="lenet5", weights="random", data=uri, bad_image_limit=1, engine="local"))
+    schedule = Schedule(1, 4, 0.01, 0.0, 0.9, 0.0, 0.0)
+    out = Store(tmp_path / "out")
+    task = TrainTask(source, "baseline", None, None, schedule, out.uri, Store(tmp_path / "checkpoints").uri)
+    train(task, Rank(0, 1, torch.device("cpu")), silent, silent)
+    (note,) = json.loads(out.read(CURVE))["notes"]
+    assert "1 unreadable" in note
+    assert "3.jpg" in note
+
+
+def test_a_state_dict_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = {"a": torch.randn(3, 4), "n": torch.tensor(5), "h": torch.randn(2).to(torch.bfloat16)}
+    store = Store(tmp_path)
+    write_state(store, WEIGHTS, state)
+    back = read_state(store)
+    assert back.keys() == state.keys()
+    assert all(
+        torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in state.items()
+    )
+
+
+def test_weights_that_are_damaged_are_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(WEIGHTS, b"no tensors")
+    with pytest.raises(FormatError, match=r"expected safetensors at .*weights\.safetensors"):
+        read_state(store)
