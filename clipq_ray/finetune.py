@@ -28,7 +28,7 @@ from clipq_ray import seeds
 from clipq_ray.data import Split, batches
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
-from clipq_ray.operator import Operator
+from clipq_ray.operator import Operator, Recovery
 from clipq_ray.plan import Plan
 from clipq_ray.storage import Store
 
@@ -91,6 +91,10 @@ class Checkpoints:
         return load_tensors(data), json.loads(header["__metadata__"]["state"])
 
 
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _checkpoint_name(epoch: int) -> str:
     return f"epoch-{epoch:05d}.safetensors"
 
@@ -138,6 +142,7 @@ class Trainer:
         if found:
             self._load_model(found[0])
         self.operator = Operator(model, plan) if plan else None
+        self.recovery: dict[str, Recovery] = {}
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=schedule.learning_rate,
@@ -147,14 +152,15 @@ class Trainer:
         )
         if found:
             self._load_progress(*found)
+            if self.operator:
+                self.operator.load_state(_under("operator/", found[0]))
         # buffers follow rank 0; parameters were equal from the start and stay so
         self.wrapped = DistributedDataParallel(model) if rank.world > 1 else model
         self.micro_batch = self._fitting_micro_batch()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
     def _load_model(self, tensors: dict[str, Tensor]) -> None:
-        state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model/")}
-        self.model.load_state_dict(state, strict=True)
+        self.model.load_state_dict(_under("model/", tensors), strict=True)
 
     def _load_progress(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.curve = [Epoch(**row) for row in state["curve"]]
@@ -173,6 +179,8 @@ class Trainer:
                 buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
                 if buffer is not None:
                     tensors[f"momentum/{name}"] = buffer
+            if self.operator:
+                tensors |= {f"operator/{name}": tensor for name, tensor in self.operator.state().items()}
             state = {
                 "curve": [asdict(row) for row in self.curve],
                 "notes": self.notes,
@@ -193,11 +201,28 @@ class Trainer:
             row = Epoch(epoch + 1, loss, top1, time.monotonic() - started)
             self.curve.append(row)
             self._fit_deadline(row.seconds)
+            self._compare_ranks()
             self._save()
             report(asdict(row))
         if self.operator:
+            self.recovery = self.operator.recovery()
             self.operator.detach()
             self.operator = None
+
+    def _compare_ranks(self) -> None:
+        """All ranks compute codes by themselves; that they are the same is checked once an epoch."""
+        if self.operator is None or self.rank.world == 1:
+            return
+        hashes = self.operator.code_hashes()
+        mine = torch.tensor(list(hashes.values()), dtype=torch.int64, device=self.rank.device)
+        all_ranks = [torch.empty_like(mine) for _ in range(self.rank.world)]
+        dist.all_gather(all_ranks, mine)
+        for number, layer in enumerate(hashes):
+            if len({int(hashed[number]) for hashed in all_ranks}) > 1:
+                raise RunError(
+                    f"{self.stage}: workers hold different codes in layer {layer} after epoch {len(self.curve)}; use machines of one "
+                    "CPU or GPU type with the same library versions"
+                )
 
     def _index_batches(self, epoch: int) -> list[Tensor]:
         """This rank's rows of every global batch; the last, smaller one is left out unless it is the only one."""

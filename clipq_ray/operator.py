@@ -12,15 +12,28 @@ Not covered: which parameters (`network`), the schedule (`finetune`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from clipq_ray.errors import ModelError
 from clipq_ray.plan import LayerPlan, Plan, Theta
-from clipq_ray.quantizer import Quantized, decide_share, quantize
+from clipq_ray.quantizer import NonFinite, Quantized, decide_share, quantize, requantizer
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One layer: weights that the first pass clipped, how many of them are not clipped now, and how often any weight changed sides."""
+
+    clipped_first: int
+    recovered: int
+    changes: int
 
 
 class Operator:
@@ -37,7 +50,11 @@ class Operator:
         self._other = [parameter.detach().clone() for _, parameter in self._layers]
         self._full_in_place = True  # whether the parameters hold the full-precision weights now
         self._swap()
+        planned = [(layer.theta, layer.share) for layer, _ in self._layers]
+        self._requantizer = requantizer(planned, self._other)
+        self._changes_before = torch.zeros(len(planned), dtype=torch.int64)
         self.requantize()
+        self._clipped_first = [np.packbits(zero) for zero in self._clipped()]
 
     def _swap(self) -> None:
         for index, (_, parameter) in enumerate(self._layers):
@@ -47,8 +64,14 @@ class Operator:
     @torch.no_grad()
     def requantize(self) -> None:
         """Clips, levels and assignments anew from the full-precision weights, into the parameters."""
-        for (layer, parameter), full in zip(self._layers, self._other, strict=True):
-            parameter.data.copy_(_named(layer, full).values)
+        try:
+            self._requantizer.run(self._other, [parameter.data for _, parameter in self._layers])
+        except NonFinite as error:
+            number: int = error.args[0]
+            raise ModelError(
+                f"layer {self._layers[number][0].layer}: expected finite weights, got NaN or infinity; use another checkpoint "
+                "or a lower learning rate"
+            ) from error
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -68,6 +91,45 @@ class Operator:
             yield
         finally:
             self._swap()
+
+    def _clipped(self) -> list[npt.NDArray[np.bool_]]:
+        """Which weights have the code 0, in memory order."""
+        return [
+            index.cpu().numpy() == layer.share.negative
+            for (layer, _), index in zip(self._layers, self._requantizer.indices, strict=True)
+        ]
+
+    def code_hashes(self) -> dict[str, int]:
+        """A CRC-32 of every layer's codes: equal where ranks hold the same quantized weights."""
+        return {
+            layer.layer: zlib.crc32(index.cpu().numpy().tobytes())
+            for (layer, _), index in zip(self._layers, self._requantizer.indices, strict=True)
+        }
+
+    def recovery(self) -> dict[str, Recovery]:
+        """What became of the weights that the first pass clipped, by layer."""
+        changes = self._changes_before + self._requantizer.changes.cpu()
+        result = {}
+        for number, (now, first) in enumerate(zip(self._clipped(), self._clipped_first, strict=True)):
+            then = np.unpackbits(first, count=now.size).view(bool)
+            name = self._layers[number][0].layer
+            result[name] = Recovery(int(then.sum()), int((then & ~now).sum()), int(changes[number]))
+        return result
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs for `recovery`, besides the full-precision weights."""
+        first = {
+            f"clipped_first/{number}": torch.from_numpy(bits)
+            for number, bits in enumerate(self._clipped_first)
+        }
+        return {**first, "changes": self._changes_before + self._requantizer.changes.cpu()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The mirror of `state`, on an operator that was made from the checkpoint's full-precision weights."""
+        self._clipped_first = [
+            state[f"clipped_first/{number}"].numpy() for number in range(len(self._layers))
+        ]
+        self._changes_before = state["changes"] - self._requantizer.changes.cpu()
 
     def detach(self) -> None:
         """Leave the full-precision weights in the parameters; the operator is done."""

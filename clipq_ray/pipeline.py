@@ -141,7 +141,10 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
         name=name, run_id=run_id, run=asdict_run(run), identity=inputs, inventory=inventory, choice=choice,
         packed=packed, scores=scores, curves=_curves(tuned, control, run),
     )  # fmt: skip
-    files = results.files(document, packed, inventory, plan, choice, trials, scores, reference_error)
+    recovery = json.loads(tuned.read(CURVE))["recovery"]
+    files = results.files(
+        document, packed, inventory, plan, choice, trials, scores, reference_error, recovery
+    )
     manifest.commit(target, files, document)
     work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)

@@ -94,10 +94,12 @@ def document(
 def files(
     document: dict[str, Any], packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: search.Choice,
     trials: Mapping[str, Sequence[search.Trial]], scores: Scores,
-    reference_error: float,
+    reference_error: float, recovery: Mapping[str, Mapping[str, int]],
 ) -> dict[str, bytes]:  # fmt: skip
     """Every file of the run by name; the report only where `[report]` is installed, else a note says so."""
-    layers = tables.to_bytes(_layer_rows(packed, inventory, plan, choice, reference_error), tables.LAYERS)
+    layers = tables.to_bytes(
+        _layer_rows(packed, inventory, plan, choice, reference_error, recovery), tables.LAYERS
+    )
     trial_rows = tables.to_bytes(_trial_rows(trials, choice), tables.TRIALS)
     result = {MODEL: packed.file, LAYERS: layers, TRIALS: trial_rows}
     if scores.compressed["test"] is not None:
@@ -121,7 +123,12 @@ def _entropy_bits(codes: npt.NDArray[np.int16]) -> float:
 
 
 def _layer_rows(
-    packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: search.Choice, reference_error: float
+    packed: PackedNetwork,
+    inventory: Inventory,
+    plan: Plan,
+    choice: search.Choice,
+    reference_error: float,
+    recovery: Mapping[str, Mapping[str, int]],
 ) -> list[dict[str, Any]]:
     entries = {entry.name: entry for entry in codec.entries(packed.file)}
     decoded = codec.decode(packed.file, [layer.name for layer in inventory.layers]).tensors
@@ -155,6 +162,9 @@ def _layer_rows(
                 "entropy_bits_per_weight": _entropy_bits(coded.codes),
                 "ratio": 4 * layer.weights / entry.bytes,
                 "quantization_error_percent": 100 * error / norm if norm else 0.0,
+                "clipped_first": recovery[layer.name]["clipped_first"],
+                "recovered": recovery[layer.name]["recovered"],
+                "state_changes": recovery[layer.name]["changes"],
                 "search_error_percent": 100 * trial.error,
                 "search_reference_error_percent": 100 * reference_error,
                 "coder": entry.coder,

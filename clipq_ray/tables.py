@@ -49,6 +49,9 @@ LAYERS: pa.Schema = pa.schema(
         _column("entropy_bits_per_weight", pa.float64(), "bits/weight", "entropy of the codes without context, levels not counted"),
         _column("ratio", pa.float64(), "", "bytes_before / bytes"),
         _column("quantization_error_percent", pa.float64(), "%", "100 x |w - q| / |w| (Euclidean norms) after fine-tuning"),
+        _column("clipped_first", pa.int64(), "weights", "weights that were zero when fine-tuning started"),
+        _column("recovered", pa.int64(), "weights", "those of them that are not zero after fine-tuning"),
+        _column("state_changes", pa.int64(), "changes", "how often a weight went between zero and non-zero during fine-tuning"),
         _column(
             "search_error_percent", pa.float64(), "%",
             "top-1 error on the search's images with only this layer compressed, untrained; null if not searched", null=True,

@@ -193,7 +193,9 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
         output = Store(task.output)
         write_state(output, WEIGHTS, model.state_dict())
         rows = [asdict(row) for row in trainer.curve]
-        output.write(CURVE, json.dumps({"curve": rows, "notes": trainer.notes}).encode())
+        recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
+        content = {"curve": rows, "notes": trainer.notes, "recovery": recovery}
+        output.write(CURVE, json.dumps(content).encode())
 
 
 @dataclass(frozen=True)

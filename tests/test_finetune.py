@@ -331,3 +331,44 @@ def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
     made = trainer(tmp_path, plan=make_plan(network(), PLAN), precision="bfloat16")
     assert run(made)[-1]["validation_top1_percent"] > 60
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
+
+
+def one_of_two(rank: int, folder: str, differing: bool) -> None:
+    """A process of two gloo ranks; with `differing`, rank 1 begins with other weights in the last layer."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = network()
+    plan = make_plan(model, PLAN)
+    made = trainer(Path(folder) / "c", model, plan, rank=Rank(rank, 2, torch.device("cpu")))
+    if differing and rank:  # after DDP has made the ranks equal
+        assert made.operator is not None
+        with made.operator.full_precision(), torch.no_grad():
+            model.get_parameter("head.weight").mul_(-1)
+    result = Path(folder) / f"rank-{rank}"
+    try:
+        run(made)
+        result.write_text("ended")
+    except RunError as error:
+        result.write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differing", [False, True], ids=["equal", "differing"])
+def test_ranks_with_other_codes_are_found_after_one_epoch(differing: bool, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), differing), nprocs=2)
+    for rank in range(2):
+        said = (tmp_path / f"rank-{rank}").read_text()
+        assert ("layer head.weight after epoch 1" in said) if differing else (said == "ended")
+
+
+def test_recovery_of_a_killed_training_is_that_of_an_undisturbed_one(tmp_path: Path) -> None:
+    plan = make_plan(network(), PLAN)
+    whole = trainer(tmp_path / "a", plan=plan)
+    run(whole)
+    with pytest.raises(Killed):
+        run(trainer(tmp_path / "b", plan=plan), killed_after=2)
+    again = trainer(tmp_path / "b", plan=plan)
+    run(again)
+    assert again.recovery == whole.recovery
+    assert set(whole.recovery) == set(PLAN)

@@ -28,7 +28,7 @@ def layer(index: int, size: int, weights: int) -> dict[str, Any]:
         "index": index, "layer": f"conv{index}.weight", "kind": "conv", "shape": [weights], "weights": weights, "p": 0.5, "bits": 2,
         "share_negative": 2, "share_positive": 1, "clip_negative": 0.1, "clip_positive": 0.2, "levels": 3, "level_values": [-1.0, 0.0, 1.0],
         "nonzeros": 5, "nonzero_percent": 50.0, "bytes_before": 4 * weights, "bytes": size, "bits_per_weight": 8 * size / weights,
-        "entropy_bits_per_weight": 1.5, "ratio": 4 * weights / size, "quantization_error_percent": 30.0,
+        "entropy_bits_per_weight": 1.5, "ratio": 4 * weights / size, "quantization_error_percent": 30.0, "clipped_first": 5, "recovered": 1, "state_changes": 9,
         "search_error_percent": None, "search_reference_error_percent": None, "coder": "static",
     }  # fmt: skip
 

@@ -231,3 +231,109 @@ def test_weights_that_diverged_are_named() -> None:
     with pytest.raises(ModelError, match=r"layer 2\.weight") as caught:
         diverge()
     assert "\n" not in str(caught.value)
+
+
+def stepped(model: nn.Module, operator: Operator, steps: range, rate: float = 0.5) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        with operator.full_precision():
+            optimizer.step()
+
+
+def test_recovery_counts_what_came_back_and_every_change_of_state() -> None:
+    model = network()
+    operator = Operator(model, make_plan(model, THETAS))
+    first = {name: model.get_parameter(name) == 0 for name in THETAS}
+    before, changes = first, dict.fromkeys(THETAS, 0)
+    for step in range(8):
+        stepped(model, operator, range(step, step + 1))
+        now = {name: model.get_parameter(name) == 0 for name in THETAS}
+        for name in THETAS:
+            changes[name] += int((now[name] != before[name]).sum())
+        before = now
+    for name, found in operator.recovery().items():
+        assert found.clipped_first == int(first[name].sum())
+        assert found.recovered == int((first[name] & ~before[name]).sum())
+        assert found.changes == changes[name]
+    assert sum(found.recovered for found in operator.recovery().values()) > 0
+
+
+def test_recovery_goes_on_from_a_checkpoint() -> None:
+    whole = network()
+    operator = Operator(whole, make_plan(whole, THETAS))
+    stepped(whole, operator, range(6))
+    model = network()
+    plan = make_plan(model, THETAS)
+    first = Operator(model, plan)
+    stepped(model, first, range(3))
+    state = {name: tensor.clone() for name, tensor in first.state().items()}
+    first.detach()
+    second = Operator(model, plan)
+    second.load_state(state)
+    stepped(model, second, range(3, 6))
+    assert second.recovery() == operator.recovery()
+
+
+def test_hashes_of_codes_are_equal_where_codes_are_and_name_the_layer_where_not() -> None:
+    one, other = network(), network()
+    plan = make_plan(one, THETAS)
+    first, second = Operator(one, plan), Operator(other, plan)
+    assert first.code_hashes() == second.code_hashes()
+    assert list(first.code_hashes()) == list(THETAS)
+    with second.full_precision(), torch.no_grad():
+        other.get_parameter("2.weight").neg_()
+    differing = [name for name, hashed in first.code_hashes().items() if hashed != second.code_hashes()[name]]
+    assert differing == ["2.weight"]
+
+
+def test_a_compiled_network_sees_every_new_quantization() -> None:
+    plain, model = network(), network()
+    plan = make_plan(plain, THETAS)
+    first, second = Operator(plain, plan), Operator(model, plan)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.3, momentum=0.9) for one in (plain, model)]
+    for step in range(4):
+        for net, operator, optimizer in ((plain, first, optimizers[0]), (compiled, second, optimizers[1])):
+            optimizer.zero_grad()
+            loss_of(net, step).backward()
+            with operator.full_precision():
+                optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+def test_an_average_of_the_weights_is_taken_of_full_precision() -> None:
+    model = network()
+    operator = Operator(model, make_plan(model, THETAS))
+    with operator.reading_full_precision():
+        average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+        )
+        wanted = model.get_parameter("0.weight").detach().clone()
+    for step in range(3):
+        stepped(model, operator, range(step, step + 1))
+        with operator.reading_full_precision():
+            average.update_parameters(model)
+            full = model.get_parameter("0.weight").detach()
+            wanted = full.clone() if step == 0 else 0.5 * wanted + 0.5 * full
+    assert torch.allclose(average.module.get_parameter("0.weight"), wanted)
+    assert average.module.get_parameter("0.weight").unique().numel() == 12 * 9
+
+
+def test_clipped_gradients_and_gradients_of_several_batches_are_those_of_plain_torch() -> None:
+    model, twin = network(), network()
+    operator = Operator(model, make_plan(model, THETAS))
+    bake(twin, make_plan(twin, THETAS))  # the same quantized weights, without the operator
+    for step in range(3):
+        (loss_of(model, step) / 3).backward()
+        (loss_of(twin, step) / 3).backward()
+    norms = [torch.nn.utils.clip_grad_norm_(one.parameters(), 0.05) for one in (model, twin)]
+    assert torch.equal(*norms)
+    assert float(norms[0]) > 0.05
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+    with operator.full_precision():
+        torch.optim.SGD(model.parameters(), lr=0.1).step()

@@ -81,7 +81,7 @@ class Quantized:
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """One side in magnitudes: the threshold c and the largest weight; both 0 if the side is empty."""
 
     clip: float
@@ -89,6 +89,7 @@ class _Side:
 
     @property
     def length(self) -> float:
+        """What the side's intervals divide."""
         return self.largest - self.clip
 
 
@@ -99,7 +100,7 @@ def thresholds(weight: Tensor, p: float) -> tuple[float, float]:
     `ConfigError` for another p.
     """
     p = Theta(p, BITS_MIN).p
-    negative, positive = _sides(_flat(_in_memory_order(weight)[0]), p)
+    negative, positive = _sides(_flat(_dense(weight)), p)
     return negative.clip, positive.clip
 
 
@@ -108,7 +109,7 @@ def decide_share(weight: Tensor, theta: Theta) -> Share:
 
     weight: as for `thresholds`, with the same errors.
     """
-    return _share(_sides(_flat(_in_memory_order(weight)[0]), theta.p), theta.intervals)
+    return share_of(_sides(_flat(_dense(weight)), theta.p), theta.intervals)
 
 
 def quantize(weight: Tensor, theta: Theta, share: Share | None = None) -> Quantized:
@@ -118,10 +119,10 @@ def quantize(weight: Tensor, theta: Theta, share: Share | None = None) -> Quanti
     share: the layer's share of intervals, decided once; None decides it from this weight
     Errors: `ModelError` (NaN, infinity, another dtype), `ConfigError` (a share of more than 2^b - 1 intervals).
     """
-    dense, inverse = _in_memory_order(weight)
+    dense, inverse = _dense(weight), back(in_memory_order(weight))
     flat = _flat(dense)
     sides = _sides(flat, theta.p)
-    share = _share(sides, theta.intervals) if share is None else _fitting(share, theta)
+    share = share_of(sides, theta.intervals) if share is None else fitting(share, theta)
     negative, positive = _edges(sides[0], share.negative), _edges(sides[1], share.positive)
 
     codes = torch.empty(dense.shape, dtype=torch.int16, device=weight.device)
@@ -134,8 +135,8 @@ def quantize(weight: Tensor, theta: Theta, share: Share | None = None) -> Quanti
     )
 
 
-def _in_memory_order(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The weight with its dimensions permuted to the order in memory, contiguous, and the permutation back.
+def in_memory_order(weight: Tensor) -> tuple[int, ...]:
+    """The dimensions in their order in memory, the slowest first; `ModelError` for another dtype than the three.
 
     So a channels-last weight is read without a copy and its quantized values are channels-last too.
     """
@@ -144,9 +145,17 @@ def _in_memory_order(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
             f"expected weights of float32, float16 or bfloat16, got {weight.dtype}; convert them with .float()"
         )
     strides = weight.stride()
-    order = sorted(range(weight.dim()), key=lambda dim: -strides[dim])
-    inverse = tuple(order.index(dim) for dim in range(weight.dim()))
-    return weight.detach().permute(order).contiguous(), inverse
+    return tuple(sorted(range(weight.dim()), key=lambda dim: -strides[dim]))
+
+
+def back(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes `order`."""
+    return tuple(order.index(dim) for dim in range(len(order)))
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """The weight in memory order, contiguous."""
+    return weight.detach().permute(in_memory_order(weight)).contiguous()
 
 
 def _flat(dense: Tensor) -> Tensor:
@@ -163,19 +172,19 @@ def _on_cpu(flat: Tensor) -> bool:
     return flat.device.type == "cpu"
 
 
-def _sides(flat: Tensor, p: float) -> tuple[_Side, _Side]:
+def _sides(flat: Tensor, p: float) -> tuple[Side, Side]:
     """Step 1: negative and positive side of float32 (n,)."""
     if flat.numel() == 0:
-        return _Side(0.0, 0.0), _Side(0.0, 0.0)
+        return Side(0.0, 0.0), Side(0.0, 0.0)
     smallest, largest = _extremes(flat)  # NaN propagates
     if not (math.isfinite(smallest) and math.isfinite(largest)):
-        _refuse(flat)
+        refuse(flat)
     below, above = _count(flat, -1), _count(flat, 1)
     k_below, k_above = math.floor(p * below + 0.5), math.floor(p * above + 0.5)
     # Ascending order has the negatives first, their smallest magnitude last; the positives end the row.
     clip_below = -_ranked(flat, below - k_below) if k_below else 0.0
     clip_above = _ranked(flat, flat.numel() - above + k_above - 1) if k_above else 0.0
-    return _Side(clip_below, max(0.0, -smallest)), _Side(clip_above, max(0.0, largest))
+    return Side(clip_below, max(0.0, -smallest)), Side(clip_above, max(0.0, largest))
 
 
 def _extremes(flat: Tensor) -> tuple[float, float]:
@@ -186,7 +195,8 @@ def _extremes(flat: Tensor) -> tuple[float, float]:
     return float(smallest), float(largest)
 
 
-def _refuse(flat: Tensor) -> None:
+def refuse(flat: Tensor) -> None:
+    """Raise the `ModelError` for NaN or infinity among the weights."""
     nans, infinite = int(flat.isnan().sum()), int(flat.isinf().sum())
     raise ModelError(
         f"expected finite weights, got {nans} NaN and {infinite} infinite of {flat.numel()}; "
@@ -227,7 +237,7 @@ def _bracketed(array: _Row, rank: int) -> tuple[_Row, int]:
     return (inside, rank_inside) if 0 <= rank_inside < inside.size else (array, rank)
 
 
-def _share(sides: tuple[_Side, _Side], intervals: int) -> Share:
+def share_of(sides: tuple[Side, Side], intervals: int) -> Share:
     """Step 2."""
     negative, positive = (side.length for side in sides)
     if negative == 0 or positive == 0:
@@ -237,7 +247,8 @@ def _share(sides: tuple[_Side, _Side], intervals: int) -> Share:
     return Share(intervals - kept, kept)
 
 
-def _fitting(share: Share, theta: Theta) -> Share:
+def fitting(share: Share, theta: Theta) -> Share:
+    """`share`, if b allows that many intervals; else a `ConfigError`."""
     if share.negative + share.positive > theta.intervals:
         raise ConfigError(
             f"expected a share of at most {theta.intervals} intervals at b = {theta.b}, "
@@ -246,7 +257,7 @@ def _fitting(share: Share, theta: Theta) -> Share:
     return share
 
 
-def _edges(side: _Side, intervals: int) -> _Row:
+def _edges(side: Side, intervals: int) -> _Row:
     """Step 3: edge_0..edge_s, float32 (s + 1,); for s = 0 the largest magnitude alone, so that all of the side is clipped."""
     if intervals == 0:
         return np.array([side.largest], np.float32)

@@ -19,7 +19,7 @@ from torch import Tensor
 import clipq_ray.quantizer.reference as reference
 from clipq_ray.errors import ConfigError, ModelError
 from clipq_ray.plan import Share, Theta
-from clipq_ray.quantizer import Quantized, decide_share, quantize, thresholds
+from clipq_ray.quantizer.reference import Quantized, decide_share, quantize, thresholds
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 WORKED = [0.1, -0.1, 0.7, -0.4, 0.7, -0.5, 0.9, -0.1, -1.0, -0.6, -1.6, 0.8, -0.5, 1.1, 0.2, 1.2]
@@ -66,7 +66,7 @@ def looked_up(quantized: Quantized, share: Share) -> Tensor:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).numpy().tobytes()
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same(one: Quantized, other: Quantized) -> bool:

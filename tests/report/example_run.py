@@ -31,7 +31,7 @@ def layers(count: int = 20, seed: int = 0) -> pa.Table:
                 "clip_negative": 0.0123, "clip_positive": 0.0217, "levels": 2**bits, "level_values": [-0.1, 0.0, 0.1],
                 "nonzeros": int(weights * (1 - p)), "nonzero_percent": 100 * (1 - p), "bytes_before": 4 * weights, "bytes": size,
                 "bits_per_weight": 8 * size / weights, "entropy_bits_per_weight": 7.9 * size / weights, "ratio": 4 * weights / size,
-                "quantization_error_percent": 31.25, "search_error_percent": 12.5, "search_reference_error_percent": 8.5,
+                "quantization_error_percent": 31.25, "clipped_first": 30, "recovered": 4, "state_changes": 55, "search_error_percent": 12.5, "search_reference_error_percent": 8.5,
                 "coder": "ans-context",
             }
         )  # fmt: skip

@@ -1,0 +1,245 @@
+"""The loops of the CPU operator, compiled by numba: walls, assignment, level sums and look-up in chunks that stay in cache.
+
+`reference` defines what they compute; every step here is a comparison or integer arithmetic, or float64 arithmetic in the order of the
+definition (numba contracts nothing without `fastmath`), so results are the same bits on every machine and for any split into ranges.
+All functions release the GIL. Not covered: thresholds (`selection`) and who calls these functions (`on_cpu`).
+"""
+
+# numba compiles these functions; their types are those of the arguments, which the docstrings state.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import float64, int32, int64, njit, uint8
+
+from clipq_ray.quantizer.selection import CHUNK, SURVEY, guess, rank_of, select, settle, survey, track
+
+_CELLS = 4096
+_COMPARED = 15
+"""Up to so many boundaries, comparing with each costs less than a look-up (measured)."""
+_STEPS = 4
+
+
+@njit(nogil=True, cache=True)
+def prepare(clips, largest, share, n, edges, walls, numbers):
+    """Edges and walls of a layer of n elements; fills numbers float32 (2,) with the clips, gives 2^t."""
+    most = largest.view(np.float32)
+    below = clips.view(np.float32)
+    for side in range(2):
+        numbers[side] = (
+            below[side] if share[side] else most[side]
+        )  # a side without intervals is clipped as a whole
+    boundaries(numbers, most, share, edges, walls)
+    return scale_of(n, max(most[0], most[1]))
+
+
+@njit(nogil=True, cache=True)
+def boundaries(clips, largest, share, edges, walls):
+    """Step 3: fills edges float32 (2, 257) in magnitudes and walls float32 (K,), the boundaries on the signed axis; gives K.
+
+    clips, largest: float32 (2,); share: int64 (2,). code + share[0] = how many walls are below w. An interval is closed away from
+    zero, which on the negative side is its left end: w < -edge is w <= the next float below.
+    """
+    for side in range(2):
+        intervals = share[side]
+        clip, length = float64(clips[side]), float64(largest[side]) - float64(clips[side])
+        for j in range(intervals):
+            edges[side, j] = clip + length * (j / intervals)
+        edges[side, intervals] = largest[side]
+    negative, positive = share[0], share[1]
+    for j in range(negative):
+        walls[negative - 1 - j] = edges[0, j]
+    next_up = walls.view(np.int32)
+    for j in range(negative):
+        next_up[j] += 1
+        walls[j] = -walls[j]
+    for j in range(positive):
+        walls[negative + j] = edges[1, j]
+    return negative + positive
+
+
+@njit(nogil=True, cache=True)
+def scale_of(n, largest):
+    """2^t of step 4 for n elements with the largest magnitude `largest`."""
+    bits = 0
+    while n >> bits:
+        bits += 1
+    return math.ldexp(1.0, 62 - bits - math.frexp(float64(largest))[1])
+
+
+@njit(nogil=True, cache=True)
+def _compare(part, wall, index):
+    """Adds one to index uint8 (m,) where part float32 (m,) is above wall; gives how many; vectorised."""
+    above = int32(0)
+    for i in range(part.shape[0]):
+        hit = uint8(part[i] > wall)
+        index[i] = uint8(index[i] + hit)
+        above = int32(above + hit)
+    return above
+
+
+@njit(nogil=True, cache=True)
+def _cell(x, first, per_cell):
+    """The cell of x; monotone in x, as subtraction, product and truncation are, so equal cells are all that needs comparing."""
+    return min(max(int64((x - first) * per_cell), 0), _CELLS - 1)
+
+
+@njit(nogil=True, cache=True)
+def cells(walls, first, per_cell, table):
+    """Fills table uint8 (_CELLS,): how many walls lie in earlier cells; gives the most walls in one cell."""
+    most, j = 0, 0
+    for cell in range(_CELLS):
+        table[cell] = j
+        here = 0
+        while j < walls.shape[0] and _cell(float64(walls[j]), first, per_cell) == cell:
+            j += 1
+            here += 1
+        most = max(most, here)
+    return most
+
+
+@njit(nogil=True, cache=True)
+def _look_for(part, walls, first, per_cell, table, steps, index, counts):
+    """As `_compare` over all walls, by cell; counts int64 (>= K + 1,) counts per index."""
+    last = walls.shape[0]
+    for i in range(part.shape[0]):
+        at = int64(table[_cell(float64(part[i]), first, per_cell)])
+        if steps <= _STEPS:
+            for _ in range(steps):
+                at += int64(at < last and part[i] > walls[min(at, last - 1)])
+        else:
+            at, end = 0, last  # by bisection: how many walls are below
+            while at < end:
+                middle = (at + end) // 2
+                if walls[middle] < part[i]:
+                    at = middle + 1
+                else:
+                    end = middle
+        index[i] = at
+        counts[at] += 1
+
+
+@njit(nogil=True, cache=True)
+def _integers(part, scale, whole):
+    """Fills whole int64 (m,) with round(w scale), ties to even; vectorised."""
+    for i in range(part.shape[0]):
+        whole[i] = int64(np.rint(float64(part[i]) * scale))
+
+
+@njit(nogil=True, cache=True)
+def _scatter(whole, index, sums):
+    """Adds whole by index; four rows of sums int64 (4, 256), since one would wait for its own last store."""
+    rest = whole.shape[0] & ~3
+    for i in range(0, rest, 4):
+        sums[0, index[i]] += whole[i]
+        sums[1, index[i + 1]] += whole[i + 1]
+        sums[2, index[i + 2]] += whole[i + 2]
+        sums[3, index[i + 3]] += whole[i + 3]
+    for i in range(rest, whole.shape[0]):
+        sums[0, index[i]] += whole[i]
+
+
+@njit(nogil=True, cache=True)
+def _changed(before, now, zero):
+    """How many went between code 0 and another; vectorised."""
+    changes = int32(0)
+    for i in range(now.shape[0]):
+        changes = int32(changes + int32((before[i] == zero) != (now[i] == zero)))
+    return changes
+
+
+@njit(nogil=True, cache=True)
+def assign(weights, walls, zero, scale, index, sums, counts):
+    """Steps 3 and 4 on a range: index, and the integer sum and the count per index; gives how many weights changed their state.
+
+    weights: float32 (n,); walls: float32 (K,) ascending; zero: the index of code 0; index: uint8 (n,), that of the last pass on
+    entry; sums, counts: int64 (K + 1,), set.
+    """
+    k = walls.shape[0]
+    rows, whole, fresh = np.zeros((4, 256), np.int64), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.uint8)
+    above, by_cell = np.zeros(k, np.int64), np.zeros(256, np.int64)
+    table, steps, first, per_cell = np.empty(_CELLS, np.uint8), 0, 0.0, 0.0
+    if k > _COMPARED:
+        first = float64(walls[0])
+        width = float64(walls[k - 1]) - first
+        per_cell = (_CELLS - 1) / width if width > 0 else 0.0
+        steps = cells(walls, first, per_cell, table)
+    changes = 0
+    for start in range(0, weights.shape[0], CHUNK):
+        part = weights[start : start + CHUNK]
+        now, before = fresh[: part.shape[0]], index[start : start + CHUNK]
+        if k > _COMPARED:
+            _look_for(part, walls, first, per_cell, table, steps, now, by_cell)
+        else:
+            for i in range(now.shape[0]):
+                now[i] = 0
+            for j in range(k):
+                above[j] += _compare(part, walls[j], now)
+        _integers(part, scale, whole[: part.shape[0]])
+        _scatter(whole[: part.shape[0]], now, rows)
+        changes += _changed(before, now, zero)
+        for i in range(now.shape[0]):
+            before[i] = now[i]
+    for j in range(k + 1):
+        sums[j] = rows[0, j] + rows[1, j] + rows[2, j] + rows[3, j]
+        if k > _COMPARED:
+            counts[j] = by_cell[j]
+        else:
+            counts[j] = (above[j - 1] if j else weights.shape[0]) - (above[j] if j < k else 0)
+    return changes
+
+
+@njit(nogil=True, cache=True)
+def levels(sums, counts, scale, edges, share, result):
+    """Step 4: fills result float32 (K + 1,): means, moved into their intervals; nan where an interval is empty."""
+    negative, positive = share[0], share[1]
+    wall = np.empty(1, np.float32)
+    bits = wall.view(np.int32)
+    for at in range(negative + 1 + positive):
+        if at == negative or counts[at] == 0:
+            result[at] = 0.0 if at == negative else np.nan
+            continue
+        side, j = (0, negative - at) if at < negative else (1, at - negative)
+        sign = -1.0 if side == 0 else 1.0
+        wall[0] = edges[side, j - 1]
+        bits[0] += 1  # the next float: the interval is open towards zero
+        mean = np.float32(sign * (float64(sums[at]) / float64(counts[at]) * (1.0 / scale)))
+        result[at] = np.float32(sign) * min(max(mean, wall[0]), edges[side, j])
+
+
+@njit(nogil=True, cache=True)
+def look_up(index, table, values):
+    """values[i] = table[index[i]]; float32."""
+    for i in range(index.shape[0]):
+        values[i] = table[index[i]]
+
+
+@njit(nogil=True, cache=True)
+def whole_layer(
+    weights, values, index, fresh, p, share, lo, hi, halves, inside, walls, edges, numbers, table, counts
+):
+    """All steps on one layer by one thread; -1 for NaN or infinity, else how many weights changed their state.
+
+    The arrays are those of `on_cpu._Layer`; `fresh` is 1 in the first pass, which has nothing to compare with.
+    """
+    bits = weights.view(np.int32)
+    results, clips, largest = np.empty((1, SURVEY), np.int64), np.empty(2, np.int32), np.empty(2, np.int32)
+    if fresh and bits.shape[0] > inside.shape[2]:
+        guess(bits, p, lo, hi)
+    survey(bits, lo, hi, results[0], inside[0])
+    missing = settle(results, inside, p, clips, largest)
+    if missing < 0:
+        return -1
+    for side in range(2):
+        if missing & (1 + side):
+            clips[side] = select(bits, side, rank_of(results, side, p))
+    if bits.shape[0] > inside.shape[2]:
+        track(clips, halves, missing, lo, hi)
+    scale = prepare(clips, largest, share, bits.shape[0], edges, walls, numbers)
+    sums = np.empty(walls.shape[0] + 1, np.int64)
+    changes = assign(weights, walls, share[0], scale, index, sums, counts)
+    levels(sums, counts, scale, edges, share, table)
+    look_up(index, table, values)
+    return 0 if fresh else changes
