@@ -1,8 +1,9 @@
 # The commands that people and CI run. Everything that is needed is installed into .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
+CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-models check ci install
+.PHONY: demo test test-models check ci install bench bench-operator bench-joint
 
 install: .venv/installed
 
@@ -26,3 +27,13 @@ check: install
 	$(BIN)/mypy
 
 ci: check test
+
+# Benches write bench/results/NAME.json; `make bench` prints what falls short of its goal.
+bench: install
+	$(BIN)/python bench/record.py
+
+bench-operator: install
+	$(BIN)/python bench/operator_speed.py
+
+bench-joint: install
+	$(BIN)/python bench/joint.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors

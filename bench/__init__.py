@@ -1,0 +1,1 @@
+"""Benches: every number in the README, by one command each."""
