@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -30,10 +31,10 @@ THETAS = {"p0.6 b2": Theta(0.6, 2), "p0.8 b4": Theta(0.8, 4), "p0.3 b8": Theta(0
 HEADLINE = "p0.8 b4"
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[..., object], *arguments: Any) -> float:
     """Wall time of one call."""
     started = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - started
 
 
@@ -53,8 +54,8 @@ def operator_rows(name: str, repeats: int) -> list[Row]:
         copies, passes, ratios = [], [], []
         for _ in range(repeats):
             torch._foreach_add_(weights, drift)
-            copies.append(seconds(lambda: torch._foreach_copy_(values, weights)))
-            passes.append(seconds(lambda fast=fast: fast.run(weights, values)))
+            copies.append(seconds(torch._foreach_copy_, values, weights))
+            passes.append(seconds(fast.run, weights, values))
             ratios.append(passes[-1] / copies[-1])
         place = f"operator/cpu/{name}/{label.replace(' ', '-')}"
         rows += [
@@ -63,7 +64,7 @@ def operator_rows(name: str, repeats: int) -> list[Row]:
             row(f"{place}/over_copy", ratios, "copies", goal=8.0),
         ]
         if label == HEADLINE:
-            plain = [seconds(lambda: _reference(weights, layers)) for _ in range(3)]
+            plain = [seconds(_reference, weights, layers) for _ in range(3)]
             rows.append(row(f"{place}/reference", [1e3 * t for t in plain], "ms"))
     return rows
 
@@ -108,7 +109,7 @@ def step_rows(name: str, shape: tuple[int, int, int], batch: int, pairs: int, go
         times = [0.0, 0.0]
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
             model, optimizer, operator = sides[side]
-            times[side] = seconds(lambda m=model, o=optimizer, p=operator: step(m, o, images, labels, p))
+            times[side] = seconds(step, model, optimizer, images, labels, operator)
         plain.append(times[0])
         differences.append(times[1] - times[0])
     share = [100 * difference / statistics.median(plain) for difference in differences]
