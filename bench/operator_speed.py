@@ -98,7 +98,7 @@ def step_rows(name: str, shape: tuple[int, int, int], batch: int, pairs: int, go
     sides = []
     for with_operator in (False, True):
         torch.manual_seed(0)
-        model = models.build(models.architecture(name, 10, {})).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = models.build(models.architecture(name, 10, {})).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         theta = {n: THETAS[HEADLINE] for n, p in model.named_parameters() if p.dim() > 1}
         operator = Operator(model, make_plan(model, theta)) if with_operator else None
