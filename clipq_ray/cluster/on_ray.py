@@ -32,7 +32,15 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-from clipq_ray.errors import ClipqError, ConfigError, RunError
+from clipq_ray.errors import (
+    ClipqError,
+    ConfigError,
+    DataError,
+    FormatError,
+    ModelError,
+    RunError,
+    StorageError,
+)
 from clipq_ray.finetune import Progress, Rank
 from clipq_ray.search import Trial
 from clipq_ray.storage import Store
@@ -40,6 +48,7 @@ from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
+_ERROR = "error.json"  # what a worker says to the driver before it fails
 
 
 @ray.remote(num_cpus=0)
@@ -105,7 +114,13 @@ class _LayerTrial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        finished = self._searcher.step(self._index, self._trials)
+        try:
+            finished = self._searcher.step(self._index, self._trials)
+        except StorageError:
+            raise  # may pass: Ray tries again
+        except ClipqError as error:
+            _tell(Store(self._task.output), error)
+            return {"done": True, "trials": len(self._trials)}
         each = self._task.settings.evaluations
         layer = self._task.layers[self._index]
         self._board.write.remote(layer, len(self._trials), len(self._task.layers) * each, layer)
@@ -129,6 +144,9 @@ def _train_loop(given: dict[str, Any]) -> None:
     """What every worker of a training runs."""
     task: TrainTask = given["task"]
     board = given["board"]
+    output = Store(task.output)
+    if output.exists(_ERROR):
+        return  # a named error ended the attempt before and would end this one; the driver says so
     context = ray.train.get_context()
     wanted = task.source.config.device
     device = ray.train.torch.get_device() if wanted != "cpu" else torch.device("cpu")
@@ -140,13 +158,30 @@ def _train_loop(given: dict[str, Any]) -> None:
 
     try:
         train(task, rank, progress, lambda row: ray.train.report(row))
+    except StorageError:
+        raise  # may pass: Ray tries again
     except ClipqError as error:
-        # named errors cross to the driver as text: Ray would wrap them beyond recognition
-        if rank.rank == 0:
-            Store(task.output).write("error.json", json.dumps({"error": str(error)}).encode())
+        _tell(output, error)
         raise
     if rank.world > 1:
         dist.barrier()
+
+
+def _tell(output: Store, error: ClipqError) -> None:
+    """Leave a named error for the driver as text: Ray would wrap it beyond recognition."""
+    output.write(_ERROR, json.dumps({"kind": type(error).__name__, "error": str(error)}).encode())
+
+
+def _raise_told(output: Store, cause: Exception | None) -> None:
+    """Raise the named error that a worker left, if one did."""
+    if not output.exists(_ERROR):
+        return
+    told = json.loads(output.read(_ERROR))
+    output.remove(_ERROR)
+    kind = {one.__name__: one for one in (ConfigError, ModelError, DataError, FormatError)}.get(
+        told["kind"], RunError
+    )
+    raise kind(told["error"]) from cause
 
 
 class RayEngine:
@@ -208,7 +243,10 @@ class RayEngine:
                     **self._ray_storage(Store(task.output)),
                 ),
             )
+            output = Store(task.output)
+            output.remove(_ERROR)  # of a job that was killed
             errors = tuner.fit().errors
+        _raise_told(output, None)
         if errors:
             raise RunError(
                 f"the search of {len(errors)} layers failed: {_last_line(errors[0])}; run again to continue"
@@ -234,15 +272,17 @@ class RayEngine:
                     **self._ray_storage(Store(task.checkpoints)),
                 ),
             )
+            output, failure = Store(task.output), None
+            output.remove(_ERROR)  # of a job that was killed
             try:
                 trainer.fit()
             except Exception as error:
-                output = Store(task.output)
-                if output.exists("error.json"):
-                    text = json.loads(output.read("error.json"))["error"]
-                    output.remove("error.json")
-                    raise RunError(text) from error
-                raise RunError(f"{task.stage} failed: {_last_line(error)}; run again to continue") from error
+                failure = error
+            _raise_told(output, failure)
+            if failure is not None:
+                raise RunError(
+                    f"{task.stage} failed: {_last_line(failure)}; run again to continue"
+                ) from failure
 
 
 def _cluster_has_gpu(wanted: str) -> bool:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float64, int32, int64, njit, uint8
+from numba import float64, int32, int64, njit, uint8, uint32
 
 from clipq_ray.quantizer.selection import CHUNK, SURVEY, guess, rank_of, select, settle, survey, track
 
 _CELLS = 4096
-_COMPARED = 15
-"""Up to so many boundaries, comparing with each costs less than a look-up (measured)."""
+_FIRST, _LAST = np.float32(0), np.float32(_CELLS - 1)
+_NARROW, _WIDE = 1e-30, 1e30  # between them the width of a cell is far from float32's limits
+_COMPARED = 16
+"""Up to so many walls, comparing with each costs less than a look-up by cell (measured: 0.055 ns against 1.2 ns)."""
 _STEPS = 4
 
 
@@ -71,29 +73,25 @@ def scale_of(n, largest):
 
 @njit(nogil=True, cache=True)
 def _compare(part, wall, index):
-    """Adds one to index uint8 (m,) where part float32 (m,) is above wall; gives how many; vectorised."""
-    above = int32(0)
+    """Adds one to index uint8 (m,) where part float32 (m,) is above wall; vectorised."""
     for i in range(part.shape[0]):
-        hit = uint8(part[i] > wall)
-        index[i] = uint8(index[i] + hit)
-        above = int32(above + hit)
-    return above
+        index[i] = uint8(index[i] + uint8(part[i] > wall))
 
 
 @njit(nogil=True, cache=True)
 def _cell(x, first, per_cell):
-    """The cell of x; monotone in x, as subtraction, product and truncation are, so equal cells are all that needs comparing."""
-    return min(max(int64((x - first) * per_cell), 0), _CELLS - 1)
+    """The cell of x, float32: monotone in x, as difference, product and truncation are; so only walls in the same cell need comparing."""
+    return uint32(min(max((x - first) * per_cell, _FIRST), _LAST))
 
 
 @njit(nogil=True, cache=True)
-def cells(walls, first, per_cell, table):
-    """Fills table uint8 (_CELLS,): how many walls lie in earlier cells; gives the most walls in one cell."""
+def _cells(walls, k, first, per_cell, table):
+    """Fills table uint32 (_CELLS,): how many of k walls lie in earlier cells; gives the most walls in one cell."""
     most, j = 0, 0
     for cell in range(_CELLS):
         table[cell] = j
         here = 0
-        while j < walls.shape[0] and _cell(float64(walls[j]), first, per_cell) == cell:
+        while j < k and _cell(walls[j], first, per_cell) == cell:
             j += 1
             here += 1
         most = max(most, here)
@@ -101,24 +99,32 @@ def cells(walls, first, per_cell, table):
 
 
 @njit(nogil=True, cache=True)
-def _look_for(part, walls, first, per_cell, table, steps, index, counts):
-    """As `_compare` over all walls, by cell; counts int64 (>= K + 1,) counts per index."""
-    last = walls.shape[0]
+def _look_for(part, walls, first, per_cell, table, steps, index):
+    """As `_compare` over all walls float32 (K + 1,), the last one infinite, by cell."""
+    if steps == 1:
+        for i in range(part.shape[0]):
+            at = table[_cell(part[i], first, per_cell)]
+            index[i] = uint8(uint32(at + uint32(part[i] > walls[at])))
+        return
     for i in range(part.shape[0]):
-        at = int64(table[_cell(float64(part[i]), first, per_cell)])
-        if steps <= _STEPS:
-            for _ in range(steps):
-                at += int64(at < last and part[i] > walls[min(at, last - 1)])
-        else:
-            at, end = 0, last  # by bisection: how many walls are below
-            while at < end:
-                middle = (at + end) // 2
-                if walls[middle] < part[i]:
-                    at = middle + 1
-                else:
-                    end = middle
+        at = table[_cell(part[i], first, per_cell)]
+        for _ in range(steps):
+            at = uint32(at + uint32(part[i] > walls[at]))
+        index[i] = uint8(at)
+
+
+@njit(nogil=True, cache=True)
+def _bisect(part, walls, k, index):
+    """As `_compare` over all k walls, where they are too close together for cells."""
+    for i in range(part.shape[0]):
+        at, end = 0, k
+        while at < end:
+            middle = (at + end) // 2
+            if walls[middle] < part[i]:
+                at = middle + 1
+            else:
+                end = middle
         index[i] = at
-        counts[at] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -130,15 +136,18 @@ def _integers(part, scale, whole):
 
 @njit(nogil=True, cache=True)
 def _scatter(whole, index, sums):
-    """Adds whole by index; four rows of sums int64 (4, 256), since one would wait for its own last store."""
+    """Adds whole and 1 by index, to columns 2 index and 2 index + 1; four rows of sums int64 (4, 512), since one row would wait for
+    its own last store, and pairs, since the count then costs next to nothing (both measured)."""
     rest = whole.shape[0] & ~3
     for i in range(0, rest, 4):
-        sums[0, index[i]] += whole[i]
-        sums[1, index[i + 1]] += whole[i + 1]
-        sums[2, index[i + 2]] += whole[i + 2]
-        sums[3, index[i + 3]] += whole[i + 3]
+        for row in range(4):
+            at = 2 * int64(index[i + row])
+            sums[row, at] += whole[i + row]
+            sums[row, at + 1] += 1
     for i in range(rest, whole.shape[0]):
-        sums[0, index[i]] += whole[i]
+        at = 2 * int64(index[i])
+        sums[0, at] += whole[i]
+        sums[0, at + 1] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -158,36 +167,41 @@ def assign(weights, walls, zero, scale, index, sums, counts):
     entry; sums, counts: int64 (K + 1,), set.
     """
     k = walls.shape[0]
-    rows, whole, fresh = np.zeros((4, 256), np.int64), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.uint8)
-    above, by_cell = np.zeros(k, np.int64), np.zeros(256, np.int64)
-    table, steps, first, per_cell = np.empty(_CELLS, np.uint8), 0, 0.0, 0.0
+    rows, whole, fresh = np.zeros((4, 512), np.int64), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.uint8)
+    table, padded, steps = np.empty(_CELLS, np.uint32), np.empty(k + 1, np.float32), 0
+    first, per_cell = np.float32(0), np.float32(0)
     if k > _COMPARED:
-        first = float64(walls[0])
-        width = float64(walls[k - 1]) - first
-        per_cell = (_CELLS - 1) / width if width > 0 else 0.0
-        steps = cells(walls, first, per_cell, table)
+        for j in range(k):
+            padded[j] = walls[j]
+        padded[k] = np.inf
+        first = walls[0]
+        width = float64(walls[k - 1]) - float64(first)
+        if _NARROW < width < _WIDE:
+            per_cell = np.float32((_CELLS - 1) / width)
+            steps = _cells(padded, k, first, per_cell, table)
+        if steps > _STEPS:
+            steps = 0
     changes = 0
     for start in range(0, weights.shape[0], CHUNK):
         part = weights[start : start + CHUNK]
         now, before = fresh[: part.shape[0]], index[start : start + CHUNK]
-        if k > _COMPARED:
-            _look_for(part, walls, first, per_cell, table, steps, now, by_cell)
+        if steps:
+            _look_for(part, padded, first, per_cell, table, steps, now)
+        elif k > _COMPARED:
+            _bisect(part, walls, k, now)
         else:
             for i in range(now.shape[0]):
                 now[i] = 0
             for j in range(k):
-                above[j] += _compare(part, walls[j], now)
+                _compare(part, walls[j], now)
         _integers(part, scale, whole[: part.shape[0]])
         _scatter(whole[: part.shape[0]], now, rows)
         changes += _changed(before, now, zero)
         for i in range(now.shape[0]):
             before[i] = now[i]
     for j in range(k + 1):
-        sums[j] = rows[0, j] + rows[1, j] + rows[2, j] + rows[3, j]
-        if k > _COMPARED:
-            counts[j] = by_cell[j]
-        else:
-            counts[j] = (above[j - 1] if j else weights.shape[0]) - (above[j] if j < k else 0)
+        sums[j] = rows[0, 2 * j] + rows[1, 2 * j] + rows[2, 2 * j] + rows[3, 2 * j]
+        counts[j] = rows[0, 2 * j + 1] + rows[1, 2 * j + 1] + rows[2, 2 * j + 1] + rows[3, 2 * j + 1]
     return changes
 
 

@@ -162,6 +162,8 @@ class CpuRequantizer:
     def _run_ranged(self) -> None:
         if not self._ranged:
             return
+        for layer in self._ranged if self._fresh else ():
+            selection.guess(layer.weights.view(np.int32), layer.p, layer.lo, layer.hi)
         self._everywhere(lambda rank: _each(_Layer.survey, self._ranged, rank))
         for layer in self._ranged:
             if not layer.settle():

@@ -21,7 +21,7 @@ NOT_FINITE = np.int32(0x7F800000)
 """Magnitude bits from here on are those of infinity and NaN."""
 _ZERO = np.int32(0)
 _SAMPLE = 1 << 14
-_NARROWEST = 16
+_NARROWEST, _WIDEST = 16, 1 << 16  # half a bracket in units of the last place; 2^16 is 1 % of a threshold
 
 # Columns of a survey's result, for the negative and then the positive side.
 SIZE, LARGEST, BELOW, INSIDE = 0, 2, 4, 6
@@ -220,11 +220,12 @@ def track(clips, halves, missing, lo, hi):
     for side in range(2):
         middle = (int64(lo[side]) + hi[side]) // 2
         moved = abs(int64(clips[side]) - middle)
-        if halves[side] == 0:
-            halves[side] = max(_NARROWEST, (int64(hi[side]) - lo[side]) // 8)
+        if halves[side] == 0:  # after a bracket from a sample, or none
+            halves[side] = min((int64(hi[side]) - lo[side]) // 8, _WIDEST)
         elif missing & (1 + side):
-            halves[side] = max(_NARROWEST, 4 * moved if moved > halves[side] else halves[side] // 4)
+            halves[side] = 4 * moved if moved > halves[side] else halves[side] // 4
         else:
-            halves[side] = max(_NARROWEST, 2 * moved, halves[side] * 3 // 4)
+            halves[side] = max(2 * moved, halves[side] // 2)
+        halves[side] = max(halves[side], _NARROWEST)
         lo[side] = max(0, clips[side] - halves[side])
         hi[side] = min(int64(_MAGNITUDE), clips[side] + halves[side]) if clips[side] else 0

@@ -1,0 +1,280 @@
+"""The Ray engine on this machine: two gloo workers, a worker or the driver lost in mid-training, mistakes that only a worker finds.
+
+Processes are found through /proc and the session of the job that a test started, so nothing else on the machine is ever touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from clipq_ray import manifest, models
+from clipq_ray.data import open_data
+from clipq_ray.errors import StorageError
+from clipq_ray.finetune import Checkpoints
+from clipq_ray.storage import Store
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+EPOCHS = 12
+LIMIT_SECONDS = 240.0
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LeNet-5 that knows the digits a little, so that no job has to train one first."""
+    torch.manual_seed(0)
+    model = models.build(models.architecture("lenet5", 10, {}))
+    data = open_data("digits", input_shape=(1, 28, 28)).train
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    for _ in range(3):
+        for rows in data.order(torch.Generator().manual_seed(0)).split(32):
+            images, labels = data.batch(rows, None)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    path = tmp_path_factory.mktemp("weights") / "lenet5.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def command(storage: Path, weights: Path, **changes: Any) -> list[str]:
+    given = {
+        "storage": storage, "weights": weights, "epochs": EPOCHS, "workers": 2, "batch_size": 32, "control": "never",
+        "search_evaluations": 4, "search_start": 3, "search_images": 60, "learning_rate": 0.01, **changes,
+    }  # fmt: skip
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return [sys.executable, str(ROOT / "jobs" / "compress.py"), *words]
+
+
+class Ended(NamedTuple):
+    """A job that has ended; `lines`: what it wrote to stderr apart from progress."""
+
+    code: int
+    lines: list[str]
+
+
+class Process(NamedTuple):
+    pid: int
+    title: str
+
+
+def processes(session: int) -> list[Process]:
+    """The live processes of a session, by /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if int(fields[3]) == session and fields[0] not in "ZX":
+            found.append(Process(int(entry.name), title))
+    return found
+
+
+def end(session: int) -> None:
+    """End what is left of a session that a test started."""
+    for process in processes(session):
+        with suppress(ProcessLookupError):  # it was faster
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def train_workers(session: int) -> set[int]:
+    return {process.pid for process in processes(session) if "RayTrainWorker" in process.title}
+
+
+class Job:
+    """A job under way in a session of its own."""
+
+    def __init__(self, arguments: list[str], errors: Path) -> None:
+        self._errors = errors
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        with errors.open("w") as stream:
+            self.process = subprocess.Popen(
+                arguments,
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
+        self.session = self.process.pid
+
+    def wait(self) -> Ended:
+        code = self.process.wait(LIMIT_SECONDS)
+        lines = self._errors.read_text().splitlines()
+        return Ended(code, [line for line in lines if not line.startswith("[")])
+
+    def until(self, what: Callable[[], Any]) -> Any:
+        """What `what` gives as soon as it is true; the job must not end before."""
+        limit = time.monotonic() + LIMIT_SECONDS
+        while not (found := what()):
+            assert self.process.poll() is None, f"the job ended early: {self._errors.read_text()[-2000:]}"
+            assert time.monotonic() < limit, "it took too long"
+            time.sleep(0.02)
+        return found
+
+
+@contextmanager
+def started(arguments: list[str], errors: Path) -> Iterator[Job]:
+    job = Job(arguments, errors)
+    try:
+        yield job
+    finally:
+        end(job.session)
+        job.process.wait()
+
+
+def finished(arguments: list[str], errors: Path) -> Ended:
+    with started(arguments, errors) as job:
+        return job.wait()
+
+
+def curve_so_far(storage: Path) -> list[dict[str, Any]]:
+    """The rows of fine-tuning's last checkpoint, wall seconds included; empty before the third epoch's."""
+    for place in storage.glob("model=*/run=*/_work/finetune"):
+        try:
+            last = Checkpoints(Store(place)).latest()
+        except StorageError:  # removed while it was read: the next look finds its successor
+            return []
+        if last is not None and len(last[1]["curve"]) >= 3:
+            rows: list[dict[str, Any]] = last[1]["curve"]
+            return rows
+    return []
+
+
+def unfinished(storage: Path) -> bool:
+    return not list(storage.glob("_stages/finetune-*/curve.json"))
+
+
+def committed(storage: Path) -> dict[str, Any]:
+    (run,) = manifest.committed(Store(storage))
+    assert manifest.verify(run.store) == []
+    return manifest.read_manifest(run.store)
+
+
+def sha256(document: dict[str, Any]) -> str:
+    digest: str = document["files"]["model.clq"]["sha256"]
+    return digest
+
+
+@pytest.fixture(scope="module")
+def undisturbed_storage(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
+    """The storage of a job with two workers that nothing disturbs."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    ended = finished(command(place / "s", weights), place / "errors")
+    assert ended == (0, [])
+    return place / "s"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_storage: Path) -> dict[str, Any]:
+    """The manifest of that job."""
+    return committed(undisturbed_storage)
+
+
+@pytest.fixture
+def searched(undisturbed_storage: Path, tmp_path: Path) -> Path:
+    """A storage in which the search of that job is finished and no training is begun."""
+    shutil.copytree(
+        undisturbed_storage / "_stages",
+        tmp_path / "s" / "_stages",
+        ignore=shutil.ignore_patterns("finetune-*"),
+    )
+    return tmp_path / "s"
+
+
+def test_two_workers_end_with_a_committed_run(undisturbed: dict[str, Any]) -> None:
+    assert undisturbed["config"]["workers"] == 2
+    assert [row["epoch"] for row in undisturbed["curves"]["finetune"]] == list(range(1, EPOCHS + 1))
+    assert undisturbed["metrics"]["test"]["compressed"]["top1_percent"] > 80
+
+
+def test_a_training_whose_worker_is_killed_ends_by_itself_with_the_same_bytes(
+    undisturbed: dict[str, Any], weights: Path, searched: Path, tmp_path: Path
+) -> None:
+    with started(command(searched, weights), tmp_path / "errors") as job:
+        before = job.until(lambda: curve_so_far(searched))
+        first = train_workers(job.session)
+        assert len(first) == 2
+        os.kill(min(first), signal.SIGKILL)
+        assert unfinished(searched)
+        # others took over: the kill did hit the training
+        job.until(lambda: train_workers(job.session) - first)
+        ended = job.wait()
+    assert ended == (0, [])
+    after = committed(searched)
+    assert sha256(after) == sha256(undisturbed)
+    curve = after["curves"]["finetune"]
+    assert len(before) < len(curve) == EPOCHS
+    assert curve[: len(before)] == before  # seconds and all: these epochs were not trained a second time
+
+
+def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
+    undisturbed: dict[str, Any], weights: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "s"
+    with started(command(storage, weights), tmp_path / "errors") as job:
+        job.until(lambda: curve_so_far(storage))
+        os.kill(job.process.pid, signal.SIGKILL)
+        assert job.process.wait(10) == -signal.SIGKILL
+    assert unfinished(storage)
+    before = curve_so_far(storage)
+    assert 3 <= len(before) < EPOCHS
+    assert list(manifest.committed(Store(storage))) == []
+    assert finished(command(storage, weights), tmp_path / "errors") == (0, [])
+    after = committed(storage)
+    assert {stage["stage"]: stage["reused"] for stage in after["stages"]} == {
+        "baseline": True, "search": True, "finetune": False,
+    }  # fmt: skip
+    assert after["curves"]["finetune"][: len(before)] == before
+    assert sha256(after) == sha256(undisturbed)
+
+
+def test_more_workers_than_the_machine_has_cpus_is_one_line_and_exit_code_2(
+    weights: Path, tmp_path: Path
+) -> None:
+    workers = (os.cpu_count() or 1) + 1
+    given = command(tmp_path / "s", weights, workers=workers)
+    code, lines = finished(given, tmp_path / "errors")
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("compress: ")
+    assert "--workers" in lines[0]
+    assert str(workers) in lines[0]
+
+
+def test_a_training_that_diverges_in_its_workers_is_one_line_that_names_the_option(
+    weights: Path, searched: Path, tmp_path: Path
+) -> None:
+    groups: list[set[int]] = []
+    with started(command(searched, weights, learning_rate=1e9), tmp_path / "errors") as job:
+        while job.process.poll() is None:
+            workers = train_workers(job.session)
+            if len(workers) == 2 and workers not in groups:
+                groups.append(workers)
+            time.sleep(0.02)
+        code, lines = job.wait()
+    assert code == 1
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("compress: finetune diverged in epoch 1 ")
+    assert "lower --learning-rate (now 1000000000.0)" in lines[0]
+    assert not list(tmp_path.rglob("model.clq"))
+    assert len(groups) <= 2, "a mistake that comes again was tried again and again"
