@@ -84,7 +84,7 @@ class _Layer:
             if missing & (1 + side):
                 rank = selection.rank_of(self.results, side, self.p)
                 clips[side] = selection.select(self.weights.view(np.int32), side, rank)
-        selection.track(clips, self.halves, missing, self.lo, self.hi)
+        selection.track(clips, self.halves, missing, self.n, self.results, self.lo, self.hi)
         self.scale = kernels.prepare(clips, largest, self.share, self.n, self.edges, self.walls, self.clips)
         return True
 

@@ -229,10 +229,11 @@ def test_a_bracket_narrows_to_what_the_thresholds_move_and_is_left_only_by_jumps
     for _ in range(12):
         selection.survey(bits, lo, hi, results[0], inside[0])
         assert selection.settle(results, inside, 0.6, clips, largest) == 0
-        selection.track(clips, halves, 0, lo, hi)
+        selection.track(clips, halves, 0, len(bits), results, lo, hi)
         widths.append(int(hi[0]) - int(lo[0]))
         weight *= 1.0 + 1e-6
-    assert widths[-1] < widths[0] / 4
+    assert widths[-1] < widths[0]
+    assert 100 < results[0, selection.INSIDE] < 500
     weight *= 3.0
     selection.survey(bits, lo, hi, results[0], inside[0])
     assert selection.settle(results, inside, 0.6, clips, largest) == 3
