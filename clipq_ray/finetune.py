@@ -252,6 +252,11 @@ class Trainer:
             except _NotFinite as error:
                 raise self._diverged(epoch, "weights NaN or infinite") from error
             progress(epoch * steps + step + 1, self.epochs * steps, f"epoch {epoch + 1} of {self.epochs}")
+        if self.operator:
+            try:
+                self.operator.check()
+            except ModelError as error:
+                raise self._diverged(epoch, "weights NaN or infinite") from error
         mean = total / steps
         if self.rank.world > 1:
             dist.all_reduce(mean)

@@ -64,8 +64,18 @@ class Operator:
     @torch.no_grad()
     def requantize(self) -> None:
         """Clips, levels and assignments anew from the full-precision weights, into the parameters."""
-        try:
+        with self._naming_layers():
             self._requantizer.run(self._other, [parameter.data for _, parameter in self._layers])
+
+    def check(self) -> None:
+        """`ModelError` if a weight was NaN or infinite; on a GPU this is found here, at the price of waiting for it."""
+        with self._naming_layers():
+            self._requantizer.check()
+
+    @contextmanager
+    def _naming_layers(self) -> Iterator[None]:
+        try:
+            yield
         except NonFinite as error:
             number: int = error.args[0]
             raise ModelError(

@@ -5,6 +5,8 @@ Codes and levels are those of `reference` to the bit. Not covered: the definitio
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -31,8 +33,11 @@ class Requantizer(Protocol):
     def run(self, weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Quantize `weights` into `values`: the shapes, strides, dtypes and device that the object was made for.
 
-        `NonFinite` with the layer's number where a weight is NaN or infinite.
+        `NonFinite` with the layer's number where a weight is NaN or infinite; on a GPU only `check` raises it.
         """
+
+    def check(self) -> None:
+        """`NonFinite` with the layer's number if any pass met NaN or infinity; waits for the device."""
 
 
 class PlainRequantizer:
@@ -62,12 +67,30 @@ class PlainRequantizer:
             self.indices[number].copy_(index)
         self._fresh = False
 
+    def check(self) -> None:
+        """Nothing is left to find: `run` raises at once."""
+
 
 def requantizer(layers: Sequence[tuple[Theta, Share]], weights: Sequence[Tensor]) -> Requantizer:
     """The fastest `Requantizer` for weights that lie where `weights` do."""
     if all(weight.device.type == "cpu" for weight in weights):
         return CpuRequantizer(layers, weights)
+    if all(weight.device.type == "cuda" for weight in weights):
+        try:
+            from clipq_ray.quantizer.on_gpu import GpuRequantizer
+        except ImportError as error:
+            _warn_slow(str(error))
+        else:
+            return GpuRequantizer(layers, weights)
     return PlainRequantizer(layers, weights)
+
+
+@functools.cache
+def _warn_slow(why: str) -> None:
+    warnings.warn(
+        f"the operator runs by plain torch, slowly, since Triton is missing ({why}); install triton",
+        stacklevel=3,
+    )
 
 
 def decide_share(weight: Tensor, theta: Theta) -> Share:
