@@ -32,16 +32,20 @@ HEADLINE = "p0.8 b4"
 
 
 def seconds(work: Callable[..., object], *arguments: Any) -> float:
-    """Wall time of one call."""
+    """Wall time of one call; on a GPU, until the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     started = time.perf_counter()
     work(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def operator_rows(name: str, repeats: int) -> list[Row]:
+def operator_rows(name: str, repeats: int, device: str, goal: float) -> list[Row]:
     """Copy, reference and fast operator over all conv and linear weights of a torchvision network."""
     torch.manual_seed(0)
-    network = torchvision.models.get_model(name, weights=None)
+    network = torchvision.models.get_model(name, weights=None).to(device)
     weights = [parameter.detach() for parameter in network.parameters() if parameter.dim() > 1]
     values = [torch.empty_like(weight) for weight in weights]
     drift = [1e-5 * torch.randn_like(weight) for weight in weights]
@@ -57,11 +61,11 @@ def operator_rows(name: str, repeats: int) -> list[Row]:
             copies.append(seconds(torch._foreach_copy_, values, weights))
             passes.append(seconds(fast.run, weights, values))
             ratios.append(passes[-1] / copies[-1])
-        place = f"operator/cpu/{name}/{label.replace(' ', '-')}"
+        place = f"operator/{device}/{name}/{label.replace(' ', '-')}"
         rows += [
             row(f"{place}/copy", [1e3 * t for t in copies], "ms"),
             row(f"{place}/fast", [1e3 * t for t in passes], "ms"),
-            row(f"{place}/over_copy", ratios, "copies", goal=8.0),
+            row(f"{place}/over_copy", ratios, "copies", goal=goal),
         ]
         if label == HEADLINE:
             plain = [seconds(_reference, weights, layers) for _ in range(3)]
@@ -78,7 +82,9 @@ def step(
 ) -> None:
     """One step of SGD."""
     optimizer.zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(model(images), labels).backward()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        output = model(images)
+    nn.functional.cross_entropy(output.float(), labels).backward()
     if operator is None:
         optimizer.step()
     else:
@@ -91,14 +97,17 @@ def _reference(weights: list[Tensor], layers: list[tuple[Theta, Share]]) -> None
         reference.quantize(weight, theta, share)
 
 
-def step_rows(name: str, shape: tuple[int, int, int], batch: int, pairs: int, goal: float) -> list[Row]:
-    """A training step plainly and with the operator, alternating."""
-    images, labels = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+def step_rows(
+    name: str, shape: tuple[int, int, int], batch: int, pairs: int, goal: float, device: str
+) -> list[Row]:
+    """A training step plainly and with the operator, alternating; with bfloat16 autocast on a GPU."""
+    images, labels = torch.randn(batch, *shape, device=device), torch.randint(0, 10, (batch,), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     sides = []
     for with_operator in (False, True):
         torch.manual_seed(0)
-        model = models.build(models.architecture(name, 10, {})).to(memory_format=torch.channels_last)
+        model = models.build(models.architecture(name, 10, {})).to(device)
+        model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         theta = {n: THETAS[HEADLINE] for n, p in model.named_parameters() if p.dim() > 1}
         operator = Operator(model, make_plan(model, theta)) if with_operator else None
@@ -114,7 +123,7 @@ def step_rows(name: str, shape: tuple[int, int, int], batch: int, pairs: int, go
         differences.append(times[1] - times[0])
     share = [100 * difference / statistics.median(plain) for difference in differences]
     low, high = interval(share)
-    place = f"operator/cpu/step/{name}-batch{batch}"
+    place = f"operator/{device}/step/{name}-batch{batch}"
     return [
         row(f"{place}/plain", [1e3 * t for t in plain], "ms"),
         row(f"{place}/slower", share, "%", goal=goal),
@@ -137,9 +146,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few repeats; the result is not stored")
     quick = parser.parse_args().quick
     torch.set_num_threads(2)
-    rows = [one for name in ("resnet50", "alexnet") for one in operator_rows(name, 5 if quick else 30)]
-    rows += step_rows("resnet20", (3, 32, 32), 128, 4 if quick else 60, 3.0)
-    rows += step_rows("resnet50", (3, 224, 224), 32, 2 if quick else 30, 5.0)
+    repeats = 5 if quick else 30
+    networks = ("resnet50", "alexnet")
+    rows = [one for name in networks for one in operator_rows(name, repeats, "cpu", 8.0)]
+    rows += step_rows("resnet20", (3, 32, 32), 128, 4 if quick else 60, 3.0, "cpu")
+    rows += step_rows("resnet50", (3, 224, 224), 32, 2 if quick else 30, 5.0, "cpu")
+    if torch.cuda.is_available():
+        rows += [one for name in networks for one in operator_rows(name, repeats, "cuda", 2.5)]
+        rows += step_rows("resnet50", (3, 224, 224), 256, repeats, 3.0, "cuda")
+    else:
+        print("no GPU here: its rows are not measured")
     if quick:
         from bench.record import table
 
