@@ -29,7 +29,7 @@ from clipq_ray.finetune import Schedule
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
-from clipq_ray.storage import WORK, Store, run_store, stage_store
+from clipq_ray.storage import MANIFEST, WORK, Store, run_store, stage_store
 from clipq_ray.work import (
     CURVE,
     WEIGHTS,
@@ -111,6 +111,7 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     name = config.name or config.model.replace(":", ".")
     reporter.say(f"data: opening {config.data}")
     data = source.data()
+    source.check_fit()
     run = Run(source, engine, reporter, storage, data, started, notes=list(data.notes))
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(run)
@@ -145,6 +146,11 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     files = results.files(
         document, packed, inventory, plan, choice, trials, scores, reference_error, recovery
     )
+    if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
+        reporter.say(
+            f"run {run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
+        )
+        return Result(target.uri, manifest.read_manifest(target), True)
     manifest.commit(target, files, document)
     work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)

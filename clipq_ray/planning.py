@@ -26,6 +26,7 @@ def dry_run(source: Source) -> str:
     config = source.config
     prepare_process(config.threads_per_worker)
     data = source.data()
+    source.check_fit()
     model, device = source.network().to(source.device()), source.device()
     sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0].to(device)
     found = network.inventory(model, sample, config.keep)

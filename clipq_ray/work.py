@@ -25,7 +25,8 @@ from clipq_ray import models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, open_data
 from clipq_ray.data.listing import few
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ConfigError, DataError, FormatError
+from clipq_ray.evaluate import logits
 from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
 from clipq_ray.plan import Plan
 from clipq_ray.search import LayerEvaluator, Settings, Trial, step_layer
@@ -86,9 +87,28 @@ class Source:
             if self.weights_origin() not in ("train", "random"):
                 self.architecture()
 
+    def check_fit(self) -> None:
+        """One image through the network: it must take the data's size and have an output for every label."""
+        data = self.data()
+        images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
+        try:
+            with torch.inference_mode():
+                outputs = logits(self.network().eval()(images)).shape[-1]
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"expected a network that takes images of {tuple(images.shape[1:])}, got: {reason}; check --model and --input-size"
+            ) from error
+        if outputs < data.classes:
+            raise DataError(
+                f"expected labels below the network's {outputs} outputs, got {data.classes} classes; check --model-args and --data"
+            )
+
     def device(self) -> torch.device:
         """The device for work that is not placed by a cluster."""
         wanted = self.config.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device: expected a GPU on this machine, got none; use --device cpu")
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
 

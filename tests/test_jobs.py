@@ -121,6 +121,12 @@ def case(name: str, tmp_path: Path) -> tuple[list[str], list[str]]:
         return ["--weights", str(path)], ["w.safetensors"]
     if name == "wrong arguments of the network":
         return ["--model-args", '{"depth": 3}'], ["--model-args"]
+    if name == "fewer outputs than classes":
+        return ["--model-args", '{"num_classes": 3}'], ["3 outputs", "10 classes"]
+    if name == "input too small":
+        return ["--input-size", "9"], ["(1, 9, 9)", "--input-size"]
+    if name == "no GPU":
+        return ["--device", "cuda"], ["--device", "GPU"]
     if name == "nothing matches --keep":
         return ["--keep", "nothing.*"], ["nothing.*"]
     assert name == "unwritable storage"
@@ -131,7 +137,8 @@ BY_ITSELF = ["unknown network", "contradiction", "unreadable image"]
 CASES = [
     "unknown option", "out of range", "missing data", "unknown data", "empty data", "more labels than outputs",
     "missing weights", "weights of another network", "weights of another shape", "nan in weights", "truncated weights",
-    "wrong arguments of the network", "unwritable storage",
+    "wrong arguments of the network", "unwritable storage", "fewer outputs than classes", "input too small",
+    pytest.param("no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ]  # fmt: skip
 
 

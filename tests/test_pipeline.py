@@ -197,3 +197,27 @@ def test_both_engines_give_the_same_bytes_at_one_worker(
     (other,) = manifest.committed(Store(tmp_path))
     ours = finished[1].manifest["files"]["model.clq"]["sha256"]
     assert manifest.read_manifest(other.store)["files"]["model.clq"]["sha256"] == ours
+
+
+def test_of_two_equal_jobs_at_once_the_slower_one_returns_the_others_run(
+    finished: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from clipq_ray import pipeline
+
+    _, first = finished
+    there = Path(first.uri.removeprefix("file://"))
+    original = pipeline.results.files
+
+    def other_job_commits_first(*given: Any) -> dict[str, bytes]:
+        place = tmp_path / "model=lenet5" / there.name
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(there, place, dirs_exist_ok=True)
+        return original(*given)
+
+    monkeypatch.setattr(pipeline.results, "files", other_job_commits_first)
+    result = run(tmp_path)
+    assert result.reused
+    assert result.manifest["created_utc"] == first.manifest["created_utc"]
+    assert manifest.verify(Store(result.uri)) == []
