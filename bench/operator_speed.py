@@ -144,13 +144,20 @@ def main() -> int:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few repeats; the result is not stored")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=30,
+        help="pairs of ResNet-50 steps, eleven seconds each on two cores (default: 30)",
+    )
+    given = parser.parse_args()
+    quick = given.quick
     torch.set_num_threads(2)
     repeats = 5 if quick else 30
     networks = ("resnet50", "alexnet")
     rows = [one for name in networks for one in operator_rows(name, repeats, "cpu", 8.0)]
     rows += step_rows("resnet20", (3, 32, 32), 128, 4 if quick else 60, 3.0, "cpu")
-    rows += step_rows("resnet50", (3, 224, 224), 32, 2 if quick else 30, 5.0, "cpu")
+    rows += step_rows("resnet50", (3, 224, 224), 32, 2 if quick else given.pairs, 5.0, "cpu")
     if torch.cuda.is_available():
         rows += [one for name in networks for one in operator_rows(name, repeats, "cuda", 2.5)]
         rows += step_rows("resnet50", (3, 224, 224), 256, repeats, 3.0, "cuda")
