@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-models check ci install bench bench-operator bench-joint
+.PHONY: demo test test-models check ci install bench bench-operator bench-joint bench-codec
 
 install: .venv/installed
 
@@ -37,3 +37,6 @@ bench-operator: install
 
 bench-joint: install
 	$(BIN)/python bench/joint.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
+
+bench-codec: install
+	$(BIN)/python bench/codec_size.py --weights $(CLIPQ_SHARED)/weights

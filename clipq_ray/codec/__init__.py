@@ -1,6 +1,6 @@
 """The .clq file: bytes first, files second. `SPEC.md` beside this module is the format; the code follows it.
 
-`encode` and `decode` are mirrors, as are `CodedLayer.from_quantized` and `CodedLayer.values`. Not covered: adaptive models.
+`encode` and `decode` are mirrors, as are `CodedLayer.from_quantized` and `CodedLayer.values`.
 """
 
 from clipq_ray.codec.container import Entry, Packed, decode, encode, entries, metadata

@@ -70,7 +70,8 @@ def encode(packed: Packed) -> bytes:
     table, blobs = [], []
     for name, tensor in packed.tensors.items():
         if isinstance(tensor, CodedLayer):
-            coder, blob, shape = "q", layers.write(tensor), tensor.codes.shape
+            coder, blob = layers.smallest(tensor)
+            shape = tensor.codes.shape
         else:
             coder, blob = plain.write(tensor)
             shape = tensor.shape
@@ -181,8 +182,8 @@ def _tensor(data: bytes, entry: Entry) -> CodedLayer | npt.NDArray[np.generic]:
         raise FormatError(f"tensor {entry.name} of the .clq file is damaged (checksum); fetch the file again")
     try:
         return (
-            layers.read(blob, entry.shape)
-            if entry.coder == "q"
+            layers.read(blob, entry.shape, entry.coder)
+            if entry.coder in layers.CODERS
             else plain.read(entry.coder, blob, entry.shape)
         )
     except FormatError as error:

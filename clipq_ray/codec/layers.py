@@ -1,7 +1,8 @@
-"""One CLIP-Q layer as bytes: level table, frequencies, and the codes by a static entropy model on constriction's ANS coder.
+"""One CLIP-Q layer as bytes: the level table, then the codes by the static coder "q" or the adaptive coder "m" of SPEC.md.
 
-The frequencies are integers that sum to 2^14 and travel in the file, so the probabilities that reach the coder are exact in binary and
-decoding does not depend on rounding. Coder "q" in SPEC.md. Not covered: contexts; every code of a layer has the same model.
+Coder "q" is here: frequencies on constriction's ANS coder. They are integers that sum to 2^14 and travel in the file, so the
+probabilities that reach the coder are exact in binary and decoding does not depend on rounding; every code of a layer has the same
+model. Coder "m" is in `mixing`, which is imported when it is first needed. Not covered: which tensors are layers (`container`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from clipq_ray.errors import FormatError
 from clipq_ray.plan import Share
 from clipq_ray.quantizer import Quantized
 
+CODERS = ("q", "m")
+MIXED_MOST = 1 << 20
+"""Larger layers are written by "q" alone: "m" codes 2 to 4 million weights a second (measured), so each would take a second or more."""
 TOTAL_BITS = 14
 TOTAL = 1 << TOTAL_BITS
 _MOST_PER_BYTE = 1 << 19
@@ -62,7 +66,27 @@ def coded(quantized: Quantized, share: Share) -> CodedLayer:
 
 def layer_bytes(layer: CodedLayer) -> int:
     """The bytes that `encode` writes into the payload for this layer, checksum included."""
-    return len(write(layer)) + 4
+    return len(smallest(layer)[1]) + 4
+
+
+def smallest(layer: CodedLayer) -> tuple[str, bytes]:
+    """The coder that takes fewer bytes for `layer`, "q" where both take the same, and its blob without checksum."""
+    static = write(layer)
+    if layer.codes.size > MIXED_MOST:
+        return "q", static
+    from clipq_ray.codec import mixing
+
+    adaptive = _head(layer) + mixing.encode(layer.codes, layer.negative, _positive(layer))
+    return ("m", adaptive) if len(adaptive) < len(static) else ("q", static)
+
+
+def _positive(layer: CodedLayer) -> int:
+    return len(layer.levels) - 1 - layer.negative
+
+
+def _head(layer: CodedLayer) -> bytes:
+    levels = np.delete(layer.levels, layer.negative).astype("<f4").tobytes()
+    return bytes((layer.negative, _positive(layer))) + levels
 
 
 def frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -88,12 +112,10 @@ def _model(table: npt.NDArray[np.int64]) -> constriction.stream.model.Categorica
 
 
 def write(layer: CodedLayer) -> bytes:
-    """The blob of `layer`, without checksum."""
+    """The blob of `layer` by coder "q", without checksum."""
     symbols = layer.codes.reshape(-1).astype(np.int32) + layer.negative
-    positive = len(layer.levels) - 1 - layer.negative
-    levels = np.delete(layer.levels, layer.negative).astype("<f4").tobytes()
     counts = np.bincount(symbols, minlength=len(layer.levels)).astype(np.int64)
-    head = bytes((layer.negative, positive)) + levels
+    head = _head(layer)
     if not len(symbols):
         return head
     table = frequencies(counts)
@@ -108,16 +130,20 @@ def write(layer: CodedLayer) -> bytes:
     return head + bytes(coder.get_compressed().astype("<u4").tobytes())
 
 
-def read(blob: bytes, shape: tuple[int, ...]) -> CodedLayer:
-    """The mirror of `write`; `FormatError` where the blob cannot be one."""
+def read(blob: bytes, shape: tuple[int, ...], coder: str = "q") -> CodedLayer:
+    """The mirror of `write`, and of what `smallest` gives for its coder; `FormatError` where the blob cannot be one."""
     n = int(np.prod(shape, dtype=np.int64))
-    if len(blob) < 2 or (n > _MOST_PER_BYTE * len(blob) * 8 and not _constant(blob)):
+    if len(blob) < 2 or (coder == "q" and n > _MOST_PER_BYTE * len(blob) * 8 and not _constant(blob)):
         raise FormatError("a layer holds more codes than its bytes can carry")
     negative, positive = blob[0], blob[1]
     at = 2 + 4 * (negative + positive)
     if len(blob) < at:
         raise FormatError("a level table is cut off")
     levels = np.insert(np.frombuffer(blob[2:at], "<f4"), negative, 0.0).astype(np.float32)
+    if coder == "m":
+        from clipq_ray.codec import mixing
+
+        return CodedLayer(mixing.decode(blob[at:], shape, negative, positive), levels, negative)
     if n == 0:
         _refuse_rest(blob, at)
         return CodedLayer(np.zeros(shape, np.int16), levels, negative)

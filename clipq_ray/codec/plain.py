@@ -47,7 +47,7 @@ def write(array: npt.NDArray[np.generic]) -> tuple[str, bytes]:
 def read(kind: str, blob: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
     """The mirror of `write`; float16 comes back as float32."""
     if kind not in _TYPES:
-        raise FormatError(f"the coder {kind!r} is unknown; this file needs a newer version")
+        raise FormatError(f"this file needs coder {kind}; use a newer clipq_ray")
     dtype = np.dtype(_TYPES[kind])
     if len(blob) != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         raise FormatError("a tensor's bytes do not fit its shape")
