@@ -23,7 +23,7 @@ from clipq_ray import codec, identity, loading, manifest, models, network, packi
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
-from clipq_ray.errors import RunError
+from clipq_ray.errors import FormatError, RunError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.finetune import Schedule
 from clipq_ray.operator import make_plan
@@ -119,6 +119,10 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     run_id, committed = identity.run_id(storage, name, inputs, force=config.force)
     target = run_store(storage, name, run_id)
     if committed is not None:
+        if problems := manifest.verify(target):
+            raise FormatError(
+                f"the committed run at {target.uri} is damaged: {problems[0]}; use --force for a new one"
+            )
         reporter.say(f"run {run_id} is committed already at {target.uri}; --force makes a new one")
         return Result(target.uri, committed, True)
     work = target.child(WORK)

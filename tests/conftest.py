@@ -23,3 +23,22 @@ def shared() -> Path:
             f"no shared data at {folder}; set CLIPQ_SHARED to the folder that holds data/ and weights/"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_weights() -> dict[str, torch.Tensor]:
+    """The weights of a LeNet-5 that knows the digits a little; not to be changed in place."""
+    from clipq_ray import models
+    from clipq_ray.data import open_data
+
+    torch.manual_seed(0)
+    model = models.build(models.architecture("lenet5", 10, {}))
+    data = open_data("digits", input_shape=(1, 28, 28)).train
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    for _ in range(3):
+        for rows in data.order(torch.Generator().manual_seed(0)).split(32):
+            images, labels = data.batch(rows, None)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}

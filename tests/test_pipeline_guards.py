@@ -43,22 +43,6 @@ def run(storage: Path | str, **changes: Any) -> Result:
     return compress(Source(config), LocalEngine(), Reporter(quiet=True))
 
 
-@pytest.fixture(scope="module")
-def trained() -> dict[str, Tensor]:
-    """The weights of a LeNet-5 that knows the digits."""
-    torch.manual_seed(0)
-    model = models.build(models.architecture("lenet5", 10, {}))
-    data = open_data("digits", input_shape=(1, 28, 28)).train
-    optimizer = torch.optim.Adam(model.parameters(), 0.003)
-    for _ in range(3):
-        for rows in data.order(torch.Generator().manual_seed(0)).split(32):
-            images, labels = data.batch(rows, None)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def top1_percent(state: dict[str, Tensor]) -> float:
     model = models.build(models.architecture("lenet5", 10, {}))
     model.load_state_dict(state)
@@ -134,11 +118,11 @@ def searched(storage: Path) -> bool:
 
 
 def test_a_given_network_near_chance_stops_before_the_search(
-    trained: dict[str, Tensor], tmp_path: Path
+    digits_weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    state = dict(trained)
+    state = dict(digits_weights)
     for name in ("fc3.weight", "fc3.bias"):  # the labels of another order
-        state[name] = trained[name].roll(1, dims=0).contiguous()
+        state[name] = digits_weights[name].roll(1, dims=0).contiguous()
     weights = saved(state, tmp_path / "w.safetensors")
     with pytest.raises(RunError) as caught:
         run(tmp_path / "s", weights=weights)
@@ -153,9 +137,9 @@ def test_a_given_network_near_chance_stops_before_the_search(
 
 
 def test_a_network_far_from_the_expected_top1_stops_before_the_search(
-    trained: dict[str, Tensor], tmp_path: Path
+    digits_weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    weights, percent = saved(trained, tmp_path / "w.safetensors"), top1_percent(trained)
+    weights, percent = saved(digits_weights, tmp_path / "w.safetensors"), top1_percent(digits_weights)
     assert percent > 60
     for expected in (percent - 2.5, 5.0):
         with pytest.raises(RunError) as caught:
@@ -167,8 +151,8 @@ def test_a_network_far_from_the_expected_top1_stops_before_the_search(
     assert not searched(tmp_path / "s")
 
 
-def test_a_network_near_the_expected_top1_goes_on(trained: dict[str, Tensor], tmp_path: Path) -> None:
-    weights, percent = saved(trained, tmp_path / "w.safetensors"), top1_percent(trained)
+def test_a_network_near_the_expected_top1_goes_on(digits_weights: dict[str, Tensor], tmp_path: Path) -> None:
+    weights, percent = saved(digits_weights, tmp_path / "w.safetensors"), top1_percent(digits_weights)
     result = run(tmp_path / "s", weights=weights, expect_top1_percent=percent - 1.5, epochs=1)
     assert result.manifest["metrics"]["test"]["original"]["top1_percent"] == pytest.approx(percent)
 
@@ -191,8 +175,8 @@ def test_without_time_every_training_has_one_epoch_and_the_run_is_committed(tmp_
         assert result.manifest["notes"].count(note) == 1
 
 
-def test_with_enough_time_no_epoch_is_left_out(trained: dict[str, Tensor], tmp_path: Path) -> None:
-    weights = saved(trained, tmp_path / "w.safetensors")
+def test_with_enough_time_no_epoch_is_left_out(digits_weights: dict[str, Tensor], tmp_path: Path) -> None:
+    weights = saved(digits_weights, tmp_path / "w.safetensors")
     result = run(tmp_path / "s", weights=weights, deadline_hours=2.0, epochs=3, control="always")
     assert epochs(result) == {"finetune": [1, 2, 3], "control": [1, 2, 3]}
     assert not [note for note in result.manifest["notes"] if "--deadline-hours" in note]

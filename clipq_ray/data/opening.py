@@ -142,9 +142,9 @@ def _class_names(names: tuple[str, ...], sources: dict[str, Source]) -> tuple[st
         if not len(source.labels):
             raise DataError(f"expected {split} images, found files without any; check the data")
         lowest, most = int(source.labels.min()), int(source.labels.max())
-        if lowest < 0 or (names and most >= len(names)):
+        if lowest < 0 or most >= (len(names) or 1_000_000):  # more classes than that are no class numbers
             raise DataError(
-                f"expected {split} labels in 0..{len(names) - 1 if names else 'classes - 1'}, got {lowest}..{most}; correct the labels"
+                f"expected {split} labels in 0..{len(names) - 1 if names else 'classes - 1 (at most 999,999)'}, got {lowest}..{most}; correct the labels"
             )
         highest = max(highest, most)
     return names or tuple(str(number) for number in range(highest + 1))

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
-from clipq_ray import manifest, models
-from clipq_ray.data import open_data
+from clipq_ray import manifest
 from clipq_ray.errors import StorageError
 from clipq_ray.finetune import Checkpoints
 from clipq_ray.storage import Store
@@ -35,20 +33,10 @@ LIMIT_SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(digits_weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LeNet-5 that knows the digits a little, so that no job has to train one first."""
-    torch.manual_seed(0)
-    model = models.build(models.architecture("lenet5", 10, {}))
-    data = open_data("digits", input_shape=(1, 28, 28)).train
-    optimizer = torch.optim.Adam(model.parameters(), 0.003)
-    for _ in range(3):
-        for rows in data.order(torch.Generator().manual_seed(0)).split(32):
-            images, labels = data.batch(rows, None)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
     path = tmp_path_factory.mktemp("weights") / "lenet5.safetensors"
-    save_file(model.state_dict(), path)
+    save_file(digits_weights, path)
     return path
 
 

@@ -205,6 +205,7 @@ def test_images_of_another_size_than_stated_count_as_unreadable(tmp_path: Path) 
         ("train.parquet", parquet([png(0), png(1)], [0, None]), "a label in every row, found 1"),
         ("train.parquet", parquet([png(0)] * 3, [0, 1, 5]), "expected train labels in 0..2, got 0..5"),
         ("train.parquet", parquet([png(0)] * 3, [0, -1, 1], ()), "got -1..1"),
+        ("train.parquet", parquet([png(0)] * 3, [0, 10**12, 1], ()), "at most 999,999.*got 0..1000000000000"),
         ("test.parquet", numbered(0, 5), "expected training images .* found only test"),
         ("part-0.parquet", numbered(0, 5), "found only files that name no split"),
         ("train.txt", b"x", "expected Parquet files"),
