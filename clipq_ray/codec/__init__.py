@@ -4,7 +4,7 @@
 """
 
 from clipq_ray.codec.container import Entry, Packed, decode, encode, entries, metadata
-from clipq_ray.codec.layers import CodedLayer, coded, layer_bytes
+from clipq_ray.codec.layers import CodedLayer, Profile, coded, layer_bytes
 from clipq_ray.codec.plain import stored
 
 __all__ = [

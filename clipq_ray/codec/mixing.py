@@ -13,17 +13,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from clipq_ray.codec import codes as common
 from clipq_ray.codec import mixing_kernels as kernels
 from clipq_ray.errors import FormatError
 
-MOST_PER_BYTE = 1 << 15
-"""A code costs at least log2(65536 / 65520) = 0.00035 bits, so no byte of a blob can hold more codes than this."""
-SIDE_MOST = 255
-"""A side has at most so many levels."""
-KERNEL_MOST = 1024
-"""A larger kernel is coded as if each of its codes was an input channel."""
-
-_HEAD = 2  # bytes before the range coder's
 _KNOTS = (
     22, 36, 60, 98, 162, 267, 439, 720, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743, 32768, 40793, 47911, 53581, 57724,
     60565, 62428, 63615, 64357, 64816, 65097, 65269, 65374, 65438, 65476, 65500, 65514,
@@ -52,13 +45,6 @@ _LENGTH_OF = np.array([n.bit_length() for n in range(1024)])
 _TABLES = np.concatenate([*_log_odds(), _STEPS_OF, _LENGTH_OF]).astype(np.int32)
 
 
-def _geometry(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Rows (output channels), columns (input channels), codes of a kernel, its width."""
-    rows, columns = (*shape, 1, 1)[:2]
-    kernel, width = math.prod(shape[2:]), shape[-1] if len(shape) > 2 else 1
-    return (rows, columns * kernel, 1, 1) if kernel > KERNEL_MOST else (rows, columns, kernel, width)
-
-
 def _neighbours(kernel: int, width: int) -> npt.NDArray[np.int64]:
     """How far before a code its neighbours lie: left, up, up-left, up-right, 2 left, 2 up, 1 and 2 channels; 0 where there is none."""
     k = np.arange(kernel)
@@ -76,7 +62,7 @@ def _run(
     *, decoding: bool,
 ) -> int:  # fmt: skip
     """The start of all that learns, then `kernels.layer`."""
-    rows, columns, kernel, width = _geometry(shape)
+    rows, columns, kernel, width = common.geometry(shape)
     density, typical = head
     counters = np.zeros((kernels.COLUMN + columns) * kernels.NODES, np.uint32)
     counters[1 : kernels.NODES] = 1 << 31 | 1
@@ -103,16 +89,11 @@ def _run(
 
 def encode(codes: npt.NDArray[np.int16], negative: int, positive: int) -> bytes:
     """The bytes of `codes`, each in -negative .. positive (at most 255); no bytes where there are no codes."""
-    _check(negative, positive)
+    common.check_codes(codes, negative, positive)
     if not codes.size:
         return b""
-    if codes.min() < -negative or codes.max() > positive:
-        raise FormatError(f"expected codes in -{negative} .. {positive}, got {codes.min()} .. {codes.max()}")
-    used = np.abs(codes[codes != 0].astype(np.int64))
-    density = min(256 * len(used) // codes.size, 255)
-    typical = int(used.sum()) // len(used) if len(used) else 1
     flat = codes.astype(np.int16, order="C").reshape(-1)
-    head, size, done = bytes((density, typical)), codes.size + 64, kernels.FULL
+    head, size, done = bytes(common.start(codes)), codes.size + 64, kernels.FULL
     while done < 0:
         data = np.zeros(size, np.uint8)
         done = _run(flat, data, codes.shape, head, negative, positive, decoding=False)
@@ -122,23 +103,15 @@ def encode(codes: npt.NDArray[np.int16], negative: int, positive: int) -> bytes:
 
 def decode(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) -> npt.NDArray[np.int16]:
     """The mirror of `encode`; `FormatError` where no encoder writes `blob` for such a shape and such sides."""
-    _check(negative, positive)
+    common.check_sides(negative, positive)
     n = math.prod(shape)
     if n == 0:
         if blob:
             raise FormatError("a layer leaves bytes over")
         return np.zeros(shape, np.int16)
-    if len(blob) < _HEAD or n > MOST_PER_BYTE * len(blob):
-        raise FormatError("a layer holds more codes than its bytes can carry")
-    if blob[1] == 0:
-        raise FormatError("a layer's typical magnitude is 0")
+    head = common.open_blob(blob, n)
     codes = np.zeros(n, np.int16)
-    data = np.frombuffer(blob, np.uint8)[_HEAD:].copy()
-    if _run(codes, data, shape, blob[:_HEAD], negative, positive, decoding=True) < 0:
+    data = np.frombuffer(blob, np.uint8)[common.HEAD:].copy()
+    if _run(codes, data, shape, bytes(head), negative, positive, decoding=True) < 0:
         raise FormatError("coded weights are damaged, cut off or leave bytes over")
     return codes.reshape(shape)
-
-
-def _check(negative: int, positive: int) -> None:
-    if not (0 <= negative <= SIDE_MOST and 0 <= positive <= SIDE_MOST):
-        raise FormatError(f"expected sides of 0 .. {SIDE_MOST} levels, got {negative} and {positive}")
