@@ -64,9 +64,8 @@ def _measured(source: Source) -> tuple[str, dict[str, Any] | None, str]:
     run = source.run or {}
     metrics = run.get("metrics") or {}
     described = str((run.get("data") or {}).get("description", "unnamed data"))
-    data = re.sub(
-        r" at \S*/([^/\s]+)/?$", r" \1", described
-    )  # a card is published: no paths of whoever wrote it
+    # a card is published: no paths of whoever wrote it
+    data = re.sub(r" at .*/([^/]+)/?$", r" at \1", described)
     for split in ("test", "validation"):
         if scores := metrics.get(split):
             return split, scores, data
