@@ -38,5 +38,11 @@ bench-operator: install
 bench-joint: install
 	$(BIN)/python bench/joint.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 
-bench-codec: install
-	$(BIN)/python bench/codec_size.py --weights $(CLIPQ_SHARED)/weights
+bench-codec: install .venv-nncodec/installed
+	$(BIN)/python bench/codec.py --weights $(CLIPQ_SHARED)/weights
+
+# NNCodec needs numpy 1 and a C++ compiler; none of the packages that its networks' part asks for is needed here.
+.venv-nncodec/installed: bench/codec_peers.txt
+	test -x .venv-nncodec/bin/python || $(PYTHON) -m venv .venv-nncodec
+	.venv-nncodec/bin/python -m pip install --quiet --no-deps --requirement bench/codec_peers.txt
+	touch $@

@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,12 +50,16 @@ def row(name: str, values: Sequence[float], unit: str, **more: Any) -> Row:
     return Row(name, statistics.median(values), unit, n=len(values), spread=spread, **more)
 
 
-def write(bench: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
-    """Store the rows whole and print them."""
-    from clipq_ray.identity import versions
+def write(
+    bench: str, rows: Sequence[Row], folder: Path = RESULTS, *, notes: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """Store the rows whole and print them; `notes` are what no row can say (settings), `versions` those of peers."""
+    from clipq_ray import identity
 
-    content = {
-        "bench": bench, "commit": _commit(), "machine": machine(), "versions": versions(),
+    content: dict[str, Any] = {
+        "bench": bench, "commit": _commit(), "machine": machine(), "versions": {**identity.versions(), **(versions or {})},
+        **({"notes": dict(notes)} if notes else {}),
         "rows": [asdict(one) for one in rows],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,7 @@ def write(bench: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
 def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text."""
     cells = [
-        (one.name, f"{one.value:.5g}", one.unit, "" if one.goal is None else f"{'<=' if one.better == 'lower' else '>='} {one.goal:g}",
+        (one.name, f"{one.value:,.0f}" if one.unit == "bytes" else f"{one.value:.5g}", one.unit, "" if one.goal is None else f"{'<=' if one.better == 'lower' else '>='} {one.goal:g}",
          "" if one.goal is None else ("met" if one.met else "SHORT"), f"n={one.n} iqr={one.spread:.3g}")
         for one in rows
     ]  # fmt: skip

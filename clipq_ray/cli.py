@@ -2,7 +2,7 @@
 
     clipq inspect URI                     the table of a packed network, from the file alone
     clipq verify URI                      every hash of a file, a run or a whole storage
-    clipq export URI OUT.safetensors      the decoded tensors for other tools
+    clipq export URI OUT                  dense for other tools: OUT.safetensors, OUT.onnx, or a Hugging Face style folder OUT/
 
 URIs are local paths or anything that fsspec opens. Exit code 0: all is well; 2: damage, or a mistake in the input (one line on stderr,
 no traceback). Not covered: making compressed networks and evaluating them (`jobs/`).
@@ -10,12 +10,13 @@ no traceback). Not covered: making compressed networks and evaluating them (`job
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipq_ray import console
-from clipq_ray.errors import ConfigError, StorageError
+from clipq_ray.errors import StorageError
 from clipq_ray.manifest import checked, committed, read_manifest, verify, verify_clq
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
@@ -49,15 +50,26 @@ def _dispatch(arguments: list[str]) -> int:
         one = commands.add_parser(name, help=about.partition(";")[0].partition(".")[0], description=about)
         one.add_argument("uri", metavar="URI", help=_URIS[name])
         if name == "export":
-            one.add_argument(
-                "output",
-                metavar="OUT.safetensors",
-                help="path or URI of the file to write; an existing one is replaced",
-            )
+            _add_export_arguments(one)
         one.set_defaults(command=command)
     given = vars(parser.parse_args(arguments))
     code: int = given.pop("command")(**given)
     return code
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "output",
+        metavar="OUT",
+        help="path or URI to write: OUT.safetensors, OUT.onnx (an existing file is replaced) or a folder OUT/",
+    )
+    parser.add_argument(
+        "--format", metavar="NAME", help="safetensors, onnx or huggingface (default: by OUT's ending)"
+    )
+    parser.add_argument(
+        "--base-model", metavar="ID", help="the Hub's name of the uncompressed network, for the model card"
+    )
+    parser.add_argument("--force", action="store_true", help="write into a folder that holds files already")
 
 
 def inspect_command(uri: str) -> int:
@@ -82,27 +94,18 @@ def verify_command(uri: str) -> int:
     return 2 if problems else 0
 
 
-def export_command(uri: str, output: str) -> int:
-    """Write the decoded tensors of a packed network, named as in its state dict, as a safetensors file."""
-    if not output.endswith(".safetensors"):
-        raise ConfigError(f"expected an output that ends in .safetensors, got {output!r}; add the ending")
-    store, name = Store.of_file(output)
-    # The decoder and torch take seconds to import; what only reads hashes does without.
-    from safetensors import torch as safetensors
+def export_command(uri: str, output: str, **options: Any) -> int:
+    """Write a packed network for other tools, with dense weights: tensors as safetensors, the network as ONNX (checked by onnxruntime), or a Hugging Face style folder with a model card; the output's ending decides."""
+    from clipq_ray.export import export
 
-    from clipq_ray.loading import load_state_dict
-
-    # Copies: the format refuses tensors that share memory, as tied weights do.
-    state = {key: tensor.detach().clone().contiguous() for key, tensor in load_state_dict(uri).items()}
-    data: bytes = safetensors.save(state)
-    store.write(name, data)
-    print(f"{output}: {len(state)} tensors, {len(data):,} bytes")
+    print(export(uri, output, **options))
     return 0
 
 
 def describe(data: bytes, origin: str) -> Iterator[str]:
     """The lines that `clipq inspect` prints for the bytes of a .clq file; `FormatError` if it is damaged."""
     from clipq_ray import codec
+    from clipq_ray.deep_compression import network_bytes
 
     packed, entries = codec.decode(data), codec.entries(data)
     yield from _headline(packed.metadata, origin)
@@ -112,6 +115,11 @@ def describe(data: bytes, origin: str) -> Iterator[str]:
     weights = sum(entry.elements for entry in entries)
     coded = [entry for entry in entries if isinstance(packed.tensors[entry.name], codec.CodedLayer)]
     yield from _totals(coded, entries, weights, len(data))
+    layers = [tensor for tensor in packed.tensors.values() if isinstance(tensor, codec.CodedLayer)]
+    yield (
+        f"for comparison with the literature only: as Deep Compression counts them, the layers would take {network_bytes(layers):,} bytes "
+        "(relative index, Huffman, float32 codebooks)"
+    )
 
 
 def _headline(metadata: dict[str, Any], origin: str) -> Iterator[str]:

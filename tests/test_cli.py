@@ -16,6 +16,7 @@ from safetensors.torch import load as load_safetensors
 from clipq_ray import codec
 from clipq_ray import manifest as manifests
 from clipq_ray.cli import main
+from clipq_ray.deep_compression import network_bytes
 from clipq_ray.loading import load_state_dict
 from clipq_ray.storage import MANIFEST, MODEL, REPORT, Store, run_store
 
@@ -96,6 +97,9 @@ def test_inspect_prints_a_row_per_tensor_and_totals_that_add_up(
     )
     assert parts is not None
     assert sum(int(part.replace(",", "")) for part in parts.groups()) == len(data)
+    layers = [tensor for tensor in packed().tensors.values() if isinstance(tensor, codec.CodedLayer)]
+    literature = f"for comparison with the literature only: as Deep Compression counts them, the layers would take {network_bytes(layers):,} bytes"
+    assert literature in text
 
 
 def test_inspect_reads_a_committed_run_and_a_file_on_any_storage(

@@ -1,0 +1,64 @@
+"""What is exported: a packed network's bytes and content, and what its run says where there is one. Not covered: evaluating it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from clipq_ray import codec, loading, manifest
+from clipq_ray.errors import ModelError
+from clipq_ray.storage import Store
+
+
+@dataclass(frozen=True)
+class Source:
+    """A .clq file: `data` its bytes, `packed` what is in them, `run` the manifest if it was given as a run directory."""
+
+    data: bytes
+    packed: codec.Packed
+    run: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, uri: str | os.PathLike[str]) -> Source:
+        """The file or the committed run at `uri`."""
+        data = loading.read_file(uri)
+        alone = os.fspath(uri).rstrip("/").endswith(".clq")
+        return cls(data, codec.decode(data), None if alone else manifest.read_manifest(Store(uri)))
+
+    @property
+    def name(self) -> str:
+        """The run's name of the network, else its architecture's."""
+        named = (self.packed.metadata.get("architecture") or {}).get("name", "network")
+        return str(self.run["model"] if self.run and "model" in self.run else named)
+
+    def network(self) -> nn.Module:
+        """The network in eval mode; `ModelError` where the file names no registered architecture."""
+        if not self.packed.metadata.get("architecture"):
+            raise ModelError(
+                "expected a file that names a registered network, got one made with a factory; export it as safetensors or folder"
+            )
+        return loading.from_packed(self.packed)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The file's tensors, tied ones under each name."""
+        return loading.state_dict(self.packed)
+
+    def complete(self) -> dict[str, Tensor]:
+        """What the network's `load_state_dict` takes: counters that inference does not read are zero, dropped parameters left out."""
+        if not self.packed.metadata.get("architecture"):
+            return self.stored()
+        dropped = set(self.packed.metadata.get("dropped", ()))
+        return {name: value for name, value in self.network().state_dict().items() if name not in dropped}
+
+    @staticmethod
+    def safetensors(state: Mapping[str, Tensor]) -> bytes:
+        """The tensors as a safetensors file."""
+        # Copies: the format refuses tensors that share memory, as tied weights do.
+        copies = {name: value.detach().clone().contiguous() for name, value in state.items()}
+        data: bytes = safetensors.save(copies, metadata={"format": "pt"})
+        return data
