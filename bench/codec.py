@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.record import ROOT, Row, row, write
 from clipq_ray import codec
-from clipq_ray.codec import layers, mixing
+from clipq_ray.codec import adaptive, layers, mixing
 from clipq_ray.plan import Theta
 from clipq_ray.quantizer import quantize
 
@@ -87,8 +87,17 @@ def _mixing_decode(blob: bytes, layer: codec.CodedLayer) -> Codes:
     return mixing.decode(blob, layer.codes.shape, layer.negative, _positive(layer))
 
 
+def _adaptive_encode(layer: codec.CodedLayer) -> bytes:
+    return adaptive.encode(layer.codes, layer.negative, _positive(layer))
+
+
+def _adaptive_decode(blob: bytes, layer: codec.CodedLayer) -> Codes:
+    return adaptive.decode(blob, layer.codes.shape, layer.negative, _positive(layer))
+
+
 OURS = (
     Coder("static", _static_encode, _static_decode),
+    Coder("adaptive", _adaptive_encode, _adaptive_decode, size=0.97, encoding=5.0, decoding=1.0),
     Coder("mixing", _mixing_encode, _mixing_decode, size=0.97, rate=2e6),
 )
 """All that is measured of ours."""

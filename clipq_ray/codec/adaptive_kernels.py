@@ -15,7 +15,11 @@ from numba import literally, njit
 
 # Where counters begin: zero? by bucket; positive? by three signs; above 1, 3, 7 ...? by step and bucket; the bits below by place.
 ZERO, SIGN, ABOVE, REST, COUNTERS = 0, 32, 64, 320, 1344
-SURE, NEVER, SEEN_MOST = 65520 << 8, 16 << 8, 255  # the ends of a counter's probability in 2^-24, decisions that it counts
+SURE, NEVER, SEEN_MOST = (
+    65520 << 8,
+    16 << 8,
+    255,
+)  # the ends of a counter's probability in 2^-24, decisions that it counts
 ROW, PLACE, CHANNEL, LEFT, UP, TWO_LEFT, TWO_UP, ACROSS = range(8)  # of the weights
 FULL, DAMAGED = -1, -2
 SLACK = 16  # words behind the most that are used: a code has at most 17 decisions of 12 bits
@@ -116,7 +120,21 @@ def _learn(sizes, shift, kernel, place_means, column_means, base, weights):
 
 @njit(no_cpython_wrapper=True)
 def _row(
-    line, data, decoding, sides, weights, near, base, mean, sizes, signs, back, counters, steps, buckets, state
+    line,
+    data,
+    decoding,
+    sides,
+    weights,
+    near,
+    base,
+    mean,
+    sizes,
+    signs,
+    back,
+    counters,
+    steps,
+    buckets,
+    state,
 ):
     """One row, written, or read and given in `line`; the mean behind it, below 0 where a code is damaged or the data are full."""
     literally(decoding)

@@ -6,6 +6,7 @@ last two are compiled by numba and imported when they are first needed. Not cove
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,8 @@ CODERS = ("q", "qh", "a", "ah", "m", "mh")
 """With "h", levels are float16."""
 STATIC_MOST = 1 << 16
 """Larger layers are not tried by "q": there, learning costs less than 0.1 % of what contexts save."""
-MIXED_MOST = 1 << 23
-"""Larger layers are not tried by "m": it codes 3 to 5 million weights a second (measured), so each would take seconds."""
+MIXED_MOST = 1 << 20
+"""Larger layers are not tried by "m": it codes 3 to 5 million weights a second (measured), a tenth of what "a" does."""
 _PIECE = 1 << 20
 
 
@@ -73,41 +74,48 @@ def coded(quantized: Quantized, share: Share) -> CodedLayer:
     return CodedLayer.from_quantized(codes, levels, share.negative)
 
 
-def layer_bytes(layer: CodedLayer, profile: Profile = "fast") -> int:
+def layer_bytes(layer: CodedLayer, profile: Profile = "small") -> int:
     """The bytes that `encode` writes into the payload for this layer, checksum included."""
     return len(smallest(layer, profile)[1]) + 4
 
 
-def smallest(layer: CodedLayer, profile: Profile = "fast") -> tuple[str, bytes]:
+def smallest(layer: CodedLayer, profile: Profile = "small") -> tuple[str, bytes]:
     """The coder that takes fewest bytes for `layer` (of equals the fastest), and its blob without checksum."""
     n, sides = layer.codes.size, (layer.negative, layer.positive)
-    found: list[tuple[str, bytes]] = []
-    if n <= STATIC_MOST or not any(sides):
-        found.append(("q", static.encode(layer.codes, *sides)))
+    coders = ["q"] if n <= STATIC_MOST or not any(sides) else []
     if n and any(sides):
+        coders += ["a", "m"] if profile == "small" and n <= MIXED_MOST else ["a"]
+    half = "h" if _are_half(layer.levels) else ""
+    blobs = {coder + half: write(layer, coder + half) for coder in coders}
+    return min(blobs.items(), key=lambda one: len(one[1]))
+
+
+def _are_half(levels: npt.NDArray[np.float32]) -> bool:
+    """Whether float16 holds every level exactly, and there is one besides zero."""
+    with np.errstate(over="ignore"):
+        return len(levels) > 1 and bool((levels.astype(np.float16).astype(np.float32) == levels).all())
+
+
+def write(layer: CodedLayer, coder: str = "q") -> bytes:
+    """The blob of `layer` by `coder`, one of `CODERS`, without checksum."""
+    levels = np.delete(layer.levels, layer.negative).astype("<f2" if coder.endswith("h") else "<f4").tobytes()
+    codes = _encoder(coder)(layer.codes, layer.negative, layer.positive)
+    return bytes((layer.negative, layer.positive)) + levels + codes
+
+
+def _encoder(coder: str) -> Callable[[npt.NDArray[np.int16], int, int], bytes]:
+    if coder[0] == "q":
+        return static.encode
+    if coder[0] == "a":
         from clipq_ray.codec import adaptive
 
-        found.append(("a", adaptive.encode(layer.codes, *sides)))
-        if profile == "small" and n <= MIXED_MOST:
-            from clipq_ray.codec import mixing
+        return adaptive.encode
+    from clipq_ray.codec import mixing
 
-            found.append(("m", mixing.encode(layer.codes, *sides)))
-    coder, content = min(found, key=lambda one: len(one[1]))
-    half, head = _head(layer)
-    return coder + half, head + content
+    return mixing.encode
 
 
-def _head(layer: CodedLayer) -> tuple[str, bytes]:
-    """ "h" where float16 holds every level exactly, and the level table."""
-    levels = np.delete(layer.levels, layer.negative)
-    with np.errstate(over="ignore"):
-        half = levels.astype("<f2")
-    short = bool((half.astype(np.float32) == levels).all()) and len(levels) > 0
-    table = half.tobytes() if short else levels.astype("<f4").tobytes()
-    return "h" if short else "", bytes((layer.negative, layer.positive)) + table
-
-
-def read(blob: bytes, shape: tuple[int, ...], coder: str) -> CodedLayer:
+def read(blob: bytes, shape: tuple[int, ...], coder: str = "q") -> CodedLayer:
     """What `smallest` wrote by `coder`; `FormatError` where the blob cannot be one."""
     if len(blob) < 2:
         raise FormatError("a level table is cut off")

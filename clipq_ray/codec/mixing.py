@@ -111,7 +111,7 @@ def decode(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) ->
         return np.zeros(shape, np.int16)
     head = common.open_blob(blob, n)
     codes = np.zeros(n, np.int16)
-    data = np.frombuffer(blob, np.uint8)[common.HEAD:].copy()
+    data = np.frombuffer(blob, np.uint8)[common.HEAD :].copy()
     if _run(codes, data, shape, bytes(head), negative, positive, decoding=True) < 0:
         raise FormatError("coded weights are damaged, cut off or leave bytes over")
     return codes.reshape(shape)
