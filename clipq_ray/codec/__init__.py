@@ -11,6 +11,7 @@ __all__ = [
     "CodedLayer",
     "Entry",
     "Packed",
+    "Profile",
     "coded",
     "decode",
     "encode",

@@ -7,7 +7,7 @@ their sides as they are decoded. Not covered: what the arrays start with (`adapt
 """
 
 # numba compiles these functions; their types are those of the arguments, which the docstrings state.
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,assignment,call-overload,operator"
 from __future__ import annotations
 
 import numpy as np
@@ -212,12 +212,13 @@ def _layer(codes, data, decoding, shape, weights, counters, steps, buckets):
         shift = 2 + (1 if row > 1 else 0) + (1 if row > 5 else 0) + (1 if row > 15 else 0)
         _learn(sizes[pad:], shift, kernel, place_means, column_means, base, weights)
         mean += (row_mean - mean) >> 3
-    low, done = state[0], state[3]
-    if not decoding:
-        last = (low + 0xFFFFFFFF) >> 32  # the only value of one word that the span behind low must hold
-        if last > 0:
-            _emit(data, done, last)
-            done += 1 if last & 0xFFFF else 0
+    low, done = state[0], np.int64(state[3])
+    if decoding:  # an encoder ends with the first value in its span that has no lower words
+        return done if state[2] < 1 << 32 else DAMAGED
+    last = (low + 0xFFFFFFFF) >> 32  # the only value of one word that the span behind low must hold
+    if last > 0:
+        _emit(data, done, last)
+        done += 1 if last & 0xFFFF else 0
     return done
 
 
