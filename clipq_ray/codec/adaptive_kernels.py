@@ -7,7 +7,7 @@ their sides as they are decoded. Not covered: what the arrays start with (`adapt
 """
 
 # numba compiles these functions; their types are those of the arguments, which the docstrings state.
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,assignment,call-overload,operator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,assignment,call-overload,operator,attr-defined"
 from __future__ import annotations
 
 import numpy as np
