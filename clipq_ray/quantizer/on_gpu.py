@@ -176,7 +176,7 @@ def _assign(
     zero = tl.load(shares + 2 * layer)
     here = indices + tl.load(starts + layer) + offsets
     before = tl.load(here, mask=inside, other=0).to(tl.int32)
-    changed = inside & ((before == zero) != (index == zero)) & (fresh == 0)
+    changed = inside & ((before == zero) != (index == zero)) & (tl.load(fresh) == 0)
     tl.atomic_add(changes + layer, tl.sum(changed.to(tl.int64), 0))
     tl.store(here, index.to(tl.uint8), mask=inside)
 
@@ -256,7 +256,7 @@ class GpuRequantizer:
         for weight in weights:
             _refuse(weight)
         self._shares = [share for _, share in layers]
-        count, device = len(layers), weights[0].device
+        count, device = len(layers), weights[0].device if weights else torch.device("cpu")
         sizes = [weight.numel() for weight in weights]
         starts = [sum(sizes[:layer]) for layer in range(count)]
 
@@ -282,15 +282,18 @@ class GpuRequantizer:
         self._levels = torch.zeros(count, _INDICES, dtype=torch.float32, device=device)
         self._clips = torch.zeros(count, 2, dtype=torch.float32, device=device)
         self._all = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
-        self.indices = list(self._all.split(sizes))
+        self.indices = list(self._all.split(sizes)) if sizes else []
         self.changes = torch.zeros(count, dtype=torch.int64, device=device)
         self.not_finite = torch.zeros(count, dtype=torch.int32, device=device)
         """int32 (layers,): 1 where a pass met NaN or infinity."""
         self._addresses: dict[tuple[int, ...], Tensor] = {}
-        self._fresh = 1
+        # on the device: every pass launches the same kernels, so one pass is enough before a CUDA graph is captured
+        self._fresh = torch.ones(1, dtype=torch.int32, device=device)
 
     def run(self, weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Quantize `weights` into `values`; nothing waits for the device."""
+        if not self._count:
+            return
         source, target = self._table_of(weights), self._table_of(values)
         self._largest.zero_()
         self._sums.zero_()
@@ -322,7 +325,7 @@ class GpuRequantizer:
             _look_up[(len(blocks),)](
                 blocks, self._sizes, target, self._starts, self._all, self._levels, DTYPE=dtype, INDICES=_INDICES, BLOCK=self._block,
             )  # fmt: skip
-        self._fresh = 0
+        self._fresh.zero_()
 
     def check(self) -> None:
         """`NonFinite` with the number of the first layer in which a pass met NaN or infinity; waits for the device."""

@@ -151,6 +151,15 @@ def what_it_cannot_do_is_refused() -> None:
 
 
 @check
+def a_network_without_layers_is_nothing_to_do() -> None:
+    from clipq_ray.quantizer import on_gpu
+
+    quantizer = on_gpu.GpuRequantizer([], [])
+    quantizer.run([], [])
+    quantizer.check()
+
+
+@check
 def the_number_of_launches_does_not_depend_on_the_layers_and_nothing_is_allocated_again() -> None:
     from clipq_ray.quantizer import on_gpu
 
