@@ -61,14 +61,10 @@ class Coder(NamedTuple):
     rate: float | None = None
 
 
-def _positive(layer: codec.CodedLayer) -> int:
-    return len(layer.levels) - 1 - layer.negative
-
-
 def _levels(layer: codec.CodedLayer) -> bytes:
     """What stands before the codes in a layer's blob: two counts and the levels."""
     values = np.delete(layer.levels, layer.negative).astype("<f4").tobytes()
-    return bytes((layer.negative, _positive(layer))) + values
+    return bytes((layer.negative, layer.positive)) + values
 
 
 def _static_encode(layer: codec.CodedLayer) -> bytes:
@@ -80,19 +76,19 @@ def _static_decode(blob: bytes, layer: codec.CodedLayer) -> Codes:
 
 
 def _mixing_encode(layer: codec.CodedLayer) -> bytes:
-    return mixing.encode(layer.codes, layer.negative, _positive(layer))
+    return mixing.encode(layer.codes, layer.negative, layer.positive)
 
 
 def _mixing_decode(blob: bytes, layer: codec.CodedLayer) -> Codes:
-    return mixing.decode(blob, layer.codes.shape, layer.negative, _positive(layer))
+    return mixing.decode(blob, layer.codes.shape, layer.negative, layer.positive)
 
 
 def _adaptive_encode(layer: codec.CodedLayer) -> bytes:
-    return adaptive.encode(layer.codes, layer.negative, _positive(layer))
+    return adaptive.encode(layer.codes, layer.negative, layer.positive)
 
 
 def _adaptive_decode(blob: bytes, layer: codec.CodedLayer) -> Codes:
-    return adaptive.decode(blob, layer.codes.shape, layer.negative, _positive(layer))
+    return adaptive.decode(blob, layer.codes.shape, layer.negative, layer.positive)
 
 
 OURS = (

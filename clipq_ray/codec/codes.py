@@ -49,8 +49,14 @@ def check_codes(codes: npt.NDArray[np.int16], negative: int, positive: int) -> N
         raise FormatError(f"expected codes in -{negative} .. {positive}, got {codes.min()} .. {codes.max()}")
 
 
-def open_blob(blob: bytes, count: int) -> tuple[int, int]:
-    """Density and typical magnitude of a blob that should hold `count` codes, at least one; refused before anything is allocated."""
+def open_blob(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) -> tuple[int, int] | None:
+    """Density and typical magnitude of an adaptive blob, None where the shape has no elements; refused before anything is allocated."""
+    check_sides(negative, positive)
+    count = math.prod(shape)
+    if count == 0:
+        if blob:
+            raise FormatError("a layer leaves bytes over")
+        return None
     if len(blob) < HEAD or count > MOST_PER_BYTE * len(blob):
         raise FormatError("a layer holds more codes than its bytes can carry")
     if blob[1] == 0:

@@ -24,7 +24,7 @@ CODERS = ("q", "qh", "a", "ah", "m", "mh")
 STATIC_MOST = 1 << 16
 """Larger layers are not tried by "q": there, learning costs less than 0.1 % of what contexts save."""
 MIXED_MOST = 1 << 20
-"""Larger layers are not tried by "m": it codes 3 to 5 million weights a second (measured), a tenth of what "a" does."""
+"""Larger layers are not tried by "m": it codes 2.5 to 4 million weights a second (measured), a tenth of what "a" does."""
 _PIECE = 1 << 20
 
 

@@ -103,13 +103,10 @@ def encode(codes: npt.NDArray[np.int16], negative: int, positive: int) -> bytes:
 
 def decode(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) -> npt.NDArray[np.int16]:
     """The mirror of `encode`; `FormatError` where no encoder writes `blob` for such a shape and such sides."""
-    common.check_sides(negative, positive)
-    n = math.prod(shape)
-    if n == 0:
-        if blob:
-            raise FormatError("a layer leaves bytes over")
+    head = common.open_blob(blob, shape, negative, positive)
+    if head is None:
         return np.zeros(shape, np.int16)
-    head = common.open_blob(blob, n)
+    n = math.prod(shape)
     codes = np.zeros(n, np.int16)
     data = np.frombuffer(blob, np.uint8)[common.HEAD :].copy()
     if _run(codes, data, shape, bytes(head), negative, positive, decoding=True) < 0:
