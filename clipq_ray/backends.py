@@ -38,6 +38,10 @@ class Backend(Protocol):
         """The whole object; `FileNotFoundError` if there is none."""
         ...
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes from `start` to below `stop`, fewer where the object ends."""
+        ...
+
     def write(self, name: str, data: bytes) -> None:
         """Put the whole object, over another one."""
         ...
@@ -80,6 +84,12 @@ class Directory:
     def read(self, name: str) -> bytes:
         """The whole object; `FileNotFoundError` if there is none."""
         return (self.root / name).read_bytes()
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes from `start` to below `stop`, fewer where the object ends."""
+        with (self.root / name).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
 
     def write(self, name: str, data: bytes) -> None:
         """Put the whole object, over another one."""
@@ -179,6 +189,10 @@ class Objects:
     def read(self, name: str) -> bytes:
         """The whole object; `FileNotFoundError` if there is none."""
         return bytes(self.connection.open().cat_file(self._at(name)))
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes from `start` to below `stop`, fewer where the object ends."""
+        return bytes(self.connection.open().cat_file(self._at(name), start=start, end=stop))
 
     def write(self, name: str, data: bytes) -> None:
         """Put the whole object, over another one."""

@@ -110,10 +110,10 @@ def describe(data: bytes, origin: str) -> Iterator[str]:
     packed, entries = codec.decode(data), codec.entries(data)
     yield from _headline(packed.metadata, origin)
     yield ""
-    yield from _aligned([_COLUMNS, *(_row(entry, packed.tensors[entry.name]) for entry in entries)])
+    yield from _aligned([_COLUMNS, *(_row(entry, packed) for entry in entries)])
     yield ""
     weights = sum(entry.elements for entry in entries)
-    coded = [entry for entry in entries if isinstance(packed.tensors[entry.name], codec.CodedLayer)]
+    coded = [entry for entry in entries if isinstance(packed.tensors.get(entry.name), codec.CodedLayer)]
     yield from _totals(coded, entries, weights, len(data))
     layers = [tensor for tensor in packed.tensors.values() if isinstance(tensor, codec.CodedLayer)]
     yield (
@@ -135,16 +135,20 @@ def _headline(metadata: dict[str, Any], origin: str) -> Iterator[str]:
         yield f"not stored, never read at inference: {', '.join(dropped)}"
 
 
-def _row(entry: codec.Entry, tensor: Any) -> tuple[str, ...]:
+def _row(entry: codec.Entry, packed: codec.Packed) -> tuple[str, ...]:
     from clipq_ray import codec
 
-    levels, nonzeros = "", ""
+    name, levels, nonzeros = entry.name, "", ""
+    tensor = packed.tensors.get(entry.name)
+    if entry.members:
+        others = len(entry.members) - len(packed.norms) * len(codec.norm_names(""))
+        name = f"({len(packed.norms)} folded batch norms, {others} other vectors)"
     if isinstance(tensor, codec.CodedLayer):
         levels = str(tensor.levels.size)
         nonzeros = f"{100 * int((tensor.codes != 0).sum()) / max(entry.elements, 1):.1f}"
     shape = "x".join(str(size) for size in entry.shape) or "scalar"
     return (
-        entry.name,
+        name,
         shape,
         entry.coder,
         levels,
@@ -161,7 +165,8 @@ def _totals(
     rest = sum(entry.bytes for entry in entries) - layers
     weights = sum(entry.elements for entry in coded)
     yield f"{len(coded)} layers: {weights:,} weights in {layers:,} bytes, {8 * layers / max(weights, 1):.3f} bits/weight"
-    yield f"{len(entries) - len(coded)} other tensors: {rest:,} bytes; header and index: {size - layers - rest:,} bytes"
+    others = sum(len(entry.tensors) for entry in entries) - len(coded)
+    yield f"{others} other tensors: {rest:,} bytes; header and index: {size - layers - rest:,} bytes"
     yield f"file: {4 * elements:,} bytes before, {size:,} bytes now, ratio {4 * elements / size:.2f}"
 
 

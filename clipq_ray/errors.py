@@ -6,7 +6,8 @@
     │   ├── ModelError       unknown network, wrong weights, NaN in weights
     │   ├── DataError        missing, empty, unreadable or mislabelled data
     │   ├── StorageError     a URI cannot be read or written
-    │   └── FormatError      a .clq file, a table or a manifest is damaged
+    │   └── FormatError      a table or a manifest is damaged
+    │       └── ArtifactError   a .clq file is damaged, or needs a newer version
     └── RunError             the run itself failed, e.g. diverged: exit code 1
 
 A message says what was expected, what came and what to do, in one line. Foreign exceptions are translated once, where they enter
@@ -44,6 +45,10 @@ class StorageError(UserError):
 
 class FormatError(UserError):
     """A stored file is damaged or of an unknown version."""
+
+
+class ArtifactError(FormatError):
+    """A .clq file is damaged, is none, or needs what this version lacks."""
 
 
 class RunError(ClipqError):

@@ -6,10 +6,9 @@ Not covered: executing on codes; weights come back as dense float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,17 @@ from clipq_ray.storage import MODEL, Store
 
 if TYPE_CHECKING:
     import os
+
+    from clipq_ray import models
+
+
+def located(uri: str | os.PathLike[str]) -> tuple[Store, str]:
+    """The store and the name of a .clq file, given by itself or by its run directory."""
+    if str(uri).rstrip("/").endswith(".clq"):
+        return Store.of_file(uri)
+    run = Store(uri)
+    manifest.read_manifest(run)  # without one, the run does not exist
+    return run, MODEL
 
 
 def read_file(uri: str | os.PathLike[str]) -> bytes:
@@ -32,9 +42,25 @@ def read_file(uri: str | os.PathLike[str]) -> bytes:
     return manifest.checked(data, stated, f"{run.uri}/{MODEL}")
 
 
-def load_state_dict(uri: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a compressed network by name, tied ones under each of their names; float32 and integers, on the CPU."""
-    return state_dict(codec.decode(read_file(uri)))
+def load_state_dict(uri: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a compressed network by name, tied ones under each of their names; float32 and integers, on the CPU.
+
+    With `names`, only those: from a .clq file or a run on object storage, the header and the blobs of these tensors are fetched and
+    nothing else; a blob is checked by its own checksum, the file as a whole is not.
+    """
+    if names is None:
+        return state_dict(read_file(uri))
+    store, name = located(uri)
+    size = store.size(name)
+
+    def read(start: int, stop: int) -> bytes:
+        return store.read_range(name, start, stop)
+
+    found = codec.read_header(read, size)
+    ties = found.metadata.get("ties", {})
+    wanted = list(names)
+    arrays = codec.arrays_from(read, found, {ties.get(one, one) for one in wanted})
+    return {one: torch.from_numpy(arrays[ties.get(one, one)]) for one in wanted}
 
 
 def load(
@@ -45,37 +71,35 @@ def load(
     """The compressed network in eval mode.
 
     `uri` is a .clq file or a run directory, local or any fsspec URI. `factory` builds the network where the file names no registered
-    architecture. Parameters that inference never reads (auxiliary heads) are not in the file: they are NaN, so use would be loud.
+    architecture. Parameters that inference never reads (auxiliary heads) are not in the file: they are NaN, so use would be loud. Batch norm
+    may be folded: its running mean is 0 and its variance 1, right for inference and no start for training.
     """
-    return from_packed(codec.decode(read_file(uri)), factory).to(device)
+    return from_bytes(read_file(uri), factory).to(device)
 
 
-def state_dict(packed: codec.Packed) -> dict[str, Tensor]:
-    """The tensors of a decoded file, ties restored."""
-    result = {
-        name: torch.from_numpy(np.ascontiguousarray(t.values() if isinstance(t, codec.CodedLayer) else t))
-        for name, t in packed.tensors.items()
-    }
-    for alias, name in packed.metadata.get("ties", {}).items():
+def state_dict(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a file's bytes, ties restored."""
+    result = {name: torch.from_numpy(array) for name, array in codec.arrays(data).items()}
+    for alias, name in codec.metadata(data).get("ties", {}).items():
         result[alias] = result[name]
     return result
 
 
-def from_packed(packed: codec.Packed, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """The network of a decoded file, in eval mode; `ModelError` where network and file do not fit."""
-    model = factory() if factory is not None else _registered(packed.metadata)
-    state: dict[str, Any] = state_dict(packed)
+def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The network of a file's bytes, in eval mode; `ModelError` where network and file do not fit."""
+    metadata = codec.metadata(data)
+    state: dict[str, Any] = state_dict(data)
+    model = factory() if factory is not None else _registered(metadata)
     wanted = model.state_dict()
-    dropped = set(packed.metadata.get("dropped", []))
+    dropped = set(metadata.get("dropped", []))
     for name, value in wanted.items():
         if name in state:
             continue
         if name.endswith("num_batches_tracked"):
-            state[name] = torch.zeros_like(value)
+            state[name] = torch.zeros_like(value, device="cpu")
         elif name in dropped:
-            state[name] = (
-                torch.full_like(value, torch.nan) if value.is_floating_point() else torch.zeros_like(value)
-            )
+            fill = torch.nan if value.is_floating_point() else 0
+            state[name] = torch.full_like(value, fill, device="cpu")
     if missing := sorted(set(wanted) - set(state)):
         raise ModelError(
             f"the network does not fit the file: it lacks {', '.join(missing[:3])}; pass the factory that it was made with"
@@ -83,13 +107,17 @@ def from_packed(packed: codec.Packed, factory: Callable[[], nn.Module] | None = 
     complete = model.state_dict()  # carries the versions of the modules' state, which some networks ask for
     complete.update(state)
     try:
-        model.load_state_dict(complete)
+        model.load_state_dict(complete, assign=_is_empty(model))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the network does not fit the file: {reason}; pass the factory that it was made with"
         ) from error
     return model.eval()
+
+
+def _is_empty(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _registered(metadata: dict[str, Any]) -> nn.Module:
@@ -99,6 +127,23 @@ def _registered(metadata: dict[str, Any]) -> nn.Module:
     if not named:
         raise ModelError("the file names no registered network; pass factory= that builds it")
     try:
-        return models.build(models.Architecture.from_json(named))
+        architecture = models.Architecture.from_json(named)
+        return _without_memory(architecture) or models.build(architecture)
     except ModelError as error:
         raise ModelError(f"{error}; or pass factory= that builds it") from error
+
+
+def _without_memory(architecture: models.Architecture) -> nn.Module | None:
+    """The network without memory behind its tensors, where all of them come from the file and it can be built so.
+
+    Otherwise it would be held twice, and drawing the weights that are replaced takes longer than decoding.
+    """
+    from clipq_ray import models
+
+    try:
+        with torch.device("meta"):
+            model = models.build(architecture)
+    except ModelError:  # some compute with their first weights
+        return None
+    stored = set(model.state_dict())
+    return model if all(name in stored for name, _ in model.named_buffers()) else None

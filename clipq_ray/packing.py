@@ -1,26 +1,32 @@
 """From a fine-tuned network to the bytes of its file.
 
-Weights are quantized for good, batch-norm statistics re-estimated with them (kept only where validation images say that it is better), and
-all is encoded. Not covered: the format (`codec`) and the report.
+Weights are quantized for good, batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
+batch norm folded and put on the coarsest grids that change no validation result, and all is encoded. What a choice costs is measured on
+the decoded file. Not covered: the format (`codec`) and the report.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from clipq_ray import codec
+from clipq_ray import codec, folding, loading
 from clipq_ray.data import Data
-from clipq_ray.evaluate import evaluate, reestimate_batch_norm
+from clipq_ray.evaluate import Evaluation, evaluate, reestimate_batch_norm
 from clipq_ray.network import Inventory
 from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
 from clipq_ray.quantizer import Quantized
 from clipq_ray.storage import Store
 from clipq_ray.work import Source, read_state
+
+_LOSS_MARGIN = 0.005
+"""A loss on validation images that is higher by this part is a change; top-1 alone may be equal by luck."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class PackedNetwork:
     quantized: dict[str, Quantized]
     full_norms: dict[str, tuple[float, float]]
     batch_norm: str
+    vectors: str
     notes: list[str]
 
 
@@ -47,52 +54,90 @@ def pack(
         name: (float((weight - quantized[name].values.double()).norm()), float(weight.norm()))
         for name, weight in full.items()
     }
+    shares = {layer.layer: layer.share for layer in plan.layers}
+    layers = {name: codec.coded(one, shares[name]) for name, one in quantized.items()}
+    if config.vectors == "auto":
+        layers = {name: layer.halved() for name, layer in layers.items()}
+        for name, layer in layers.items():
+            model.get_parameter(name).data.copy_(torch.from_numpy(layer.values()))
     model.to(device)
+    words, exact = _batch_norm(model, source, data)
+    packed = codec.Packed(
+        _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
+    )
+    file, vectors = _smallest(source, model, inventory, data, packed, exact)
+    return PackedNetwork(file, quantized, norms, words, vectors, [])
+
+
+def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:
+    batch = source.config.evaluation_batch_size
+    return evaluate(model, data.validation, batch_size=batch, device=source.device())
+
+
+def _batch_norm(model: nn.Module, source: Source, data: Data) -> tuple[str, Evaluation]:
+    """Statistics anew where validation images like that better; what was done, and the score."""
+    config = source.config
     kept = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-
-    def score() -> tuple[float, float]:
-        found = evaluate(model, data.validation, batch_size=config.evaluation_batch_size, device=device)
-        return found.top1, -found.loss
-
-    before = score()
+    before = _score(source, model, data)
     reestimate_batch_norm(
         model, data.train, images=config.batch_norm_images, batch_size=config.evaluation_batch_size, seed=config.seed,
-        device=device,
+        device=source.device(),
     )  # fmt: skip
-    changed = any(bool((value.cpu() != kept[name]).any()) for name, value in model.state_dict().items())
-    better = changed and score() > before
-    if not better:
+    if any(bool((value.cpu() != kept[name]).any()) for name, value in model.state_dict().items()):
+        after = _score(source, model, data)
+        if (after.top1, -after.loss) > (before.top1, -before.loss):
+            return "re-estimated", after
         model.load_state_dict(kept)
-    words = "re-estimated" if better else "kept"
-    packed = codec.Packed(
-        _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, plan, quantized)
-    )
-    return PackedNetwork(codec.encode(packed), quantized, norms, words, [])
+    return "kept", before
+
+
+def _smallest(
+    source: Source,
+    model: nn.Module,
+    inventory: Inventory,
+    data: Data,
+    packed: codec.Packed,
+    exact: Evaluation,
+) -> tuple[bytes, str]:
+    """The file with the coarsest grids with which it scores as it does without any, and what they are."""
+    profile = source.config.profile
+    for precision in folding.LADDER if source.config.vectors == "auto" else ():
+        file = codec.encode(_on_grids(model, inventory, packed, precision), profile)
+        network = loading.from_bytes(file, factory=source.network).to(source.device())
+        found = _score(source, network, data)
+        if found.top1 >= exact.top1 and found.loss <= (1 + _LOSS_MARGIN) * exact.loss:
+            return file, str(precision)
+    return codec.encode(packed, profile), "as they are"
+
+
+def _on_grids(
+    model: nn.Module, inventory: Inventory, packed: codec.Packed, precision: folding.Precision
+) -> codec.Packed:
+    """`packed` with folded batch norms and with vectors on grids."""
+    grids, norms = folding.on_grids(model, inventory.kept, precision)
+    gone = {name for module in norms for name in codec.norm_names(module)}
+    tensors = {name: value for name, value in packed.tensors.items() if name not in gone} | grids
+    return replace(packed, tensors=tensors, norms=norms)
 
 
 def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> int:
     """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them."""
-    state = model.state_dict()
-    plain: dict[str, Any] = {
-        name: state[name].detach().cpu().numpy() for name in (*inventory.kept, *inventory.integers)
-    }
     empty = codec.CodedLayer(np.zeros(0, np.int16), np.zeros(1, np.float32), 0)
     blobs = {layer.name: empty for layer in inventory.layers}
-    file = codec.encode(codec.Packed(_metadata(source, inventory, data, "0" * 64), {**blobs, **plain}))
-    # an empty layer still has two bytes and its checksum, and its shape in the header is shorter than a real one
-    return len(file) - 6 * len(blobs) + 6 * len(blobs) // 2
+    packed = codec.Packed(_metadata(source, inventory, data, "0" * 64), _tensors(model, inventory, blobs))
+    if source.config.vectors == "auto":
+        packed = _on_grids(model, inventory, packed, folding.LADDER[1])
+    # an empty layer still has two bytes, and its shape and size in the header are shorter than real ones
+    return len(codec.encode(packed, source.config.profile)) + 2 * len(blobs)
 
 
 def _tensors(
-    model: nn.Module, inventory: Inventory, plan: Plan, quantized: dict[str, Quantized]
-) -> dict[str, Any]:
-    """All stored tensors in the order of the state dict."""
-    shares = {layer.layer: layer.share for layer in plan.layers}
+    model: nn.Module, inventory: Inventory, layers: Mapping[str, codec.CodedLayer]
+) -> dict[str, codec.Tensor]:
+    """All stored tensors in the order of the state dict, those beside the layers as they are."""
     wanted = {layer.name for layer in inventory.layers} | set(inventory.kept) | set(inventory.integers)
     return {
-        name: codec.coded(quantized[name], shares[name])
-        if name in quantized
-        else value.detach().cpu().numpy()
+        name: layers[name] if name in layers else value.detach().cpu().numpy()
         for name, value in model.state_dict().items()
         if name in wanted
     }

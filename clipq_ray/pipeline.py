@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import codec, identity, loading, manifest, models, network, packing, results, search
+from clipq_ray import identity, loading, manifest, models, network, packing, results, search
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
@@ -264,7 +264,7 @@ def _search(
     inputs = {
         "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
         "layers": layers, "images": config.search_images, "bytes": inventory.bytes_before,
-        "batch": config.evaluation_batch_size, "deadline": config.deadline_hours,
+        "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile,
     }  # fmt: skip
 
     def task_at(store: Store) -> SearchTask:
@@ -363,7 +363,7 @@ def _scores(
     run: Run, file: bytes, baseline: Mapping[str, Evaluation | None], control: Store | None
 ) -> results.Scores:
     """Original, control and decoded file on validation and test images."""
-    decoded = loading.from_packed(codec.decode(file), factory=run.source.network)
+    decoded = loading.from_bytes(file, factory=run.source.network)
     compressed = {split: _evaluate(run, decoded, images) for split, images in _splits(run).items()}
     dense: dict[str, Evaluation | None] = {"validation": None, "test": None}
     if control is not None:

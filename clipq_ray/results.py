@@ -85,6 +85,7 @@ def document(
             "bytes_after": size,
             "ratio": inventory.bytes_before / size,
             "batch_norm": packed.batch_norm,
+            "vectors": packed.vectors,
             **_metrics(scores),
         },
         "curves": dict(curves),

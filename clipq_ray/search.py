@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings) -> tuple[Th
 class LayerEvaluator:
     """Measures points of a network's layers; the network's weights are as before after every call.
 
-    `images` is the subset that scores; `network_bytes` is 4 x all elements that inference reads.
+    `images` is the subset that scores; `network_bytes` is 4 x all elements that inference reads; `size` gives the bytes of a layer in the file.
     """
 
     def __init__(
@@ -132,7 +132,9 @@ class LayerEvaluator:
         batch_size: int,
         device: torch.device,
         node: str,
+        size: Callable[[codec.CodedLayer], int] = codec.layer_bytes,
     ) -> None:
+        self._size = size
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
         self._batch_size, self._device, self._node = batch_size, device, node
 
@@ -144,7 +146,7 @@ class LayerEvaluator:
         full = parameter.detach().clone()
         share = decide_share(full, theta)
         quantized = quantize(full, theta, share)
-        size = codec.layer_bytes(codec.coded(quantized, share))
+        size = self._size(codec.coded(quantized, share))
         try:
             parameter.copy_(quantized.values)
             result = evaluate(self._model, self._images, batch_size=self._batch_size, device=self._device)

@@ -70,6 +70,11 @@ class Store:
         with _translated(self._at(name), "read"):
             return self._backend.read(name)
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes of an object from `start` to below `stop`, fewer where it ends; nothing else is fetched."""
+        with _translated(self._at(name), "read"):
+            return self._backend.read_range(name, start, stop) if stop > start else b""
+
     def write(self, name: str, data: bytes) -> None:
         """Put a whole object in place of whatever is there; readers see the old or the new content, never a part."""
         with _translated(self._at(name), "write"):

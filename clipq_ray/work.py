@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from clipq_ray import models, seeds
+from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, open_data
 from clipq_ray.data.listing import few
@@ -280,6 +280,7 @@ class Searcher:
             batch_size=config.evaluation_batch_size,
             device=device,
             node=platform.node(),
+            size=functools.partial(layer_bytes, config),
         )
 
     def step(self, index: int, trials: list[Trial]) -> bool:
@@ -290,6 +291,12 @@ class Searcher:
             return False
         write_trials(self.task, index, trials)
         return True
+
+
+def layer_bytes(config: Config, layer: codec.CodedLayer) -> int:
+    """What `layer` takes in the file that this configuration writes."""
+    stored = layer.halved() if config.vectors == "auto" else layer
+    return codec.layer_bytes(stored, config.profile)
 
 
 def search_images(train_split: Split, images: int, seed: int) -> Split:

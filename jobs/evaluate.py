@@ -17,7 +17,7 @@ from clipq_ray import codec, console
 from clipq_ray.data import open_data
 from clipq_ray.errors import ConfigError, FormatError, ModelError
 from clipq_ray.evaluate import evaluate
-from clipq_ray.loading import from_packed, read_file
+from clipq_ray.loading import from_bytes, read_file
 from clipq_ray.summary import bytes_before
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     split = opened.test if opened.test is not None else opened.validation
     result = evaluate(
-        from_packed(codec.decode(data)), split, batch_size=given.batch_size,
+        from_bytes(data), split, batch_size=given.batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     low, high = result.interval()

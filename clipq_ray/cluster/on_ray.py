@@ -33,6 +33,7 @@ import torch.distributed as dist
 from ray import tune
 
 from clipq_ray.errors import (
+    ArtifactError,
     ClipqError,
     ConfigError,
     DataError,
@@ -178,9 +179,9 @@ def _raise_told(output: Store, cause: Exception | None) -> None:
         return
     told = json.loads(output.read(_ERROR))
     output.remove(_ERROR)
-    kind = {one.__name__: one for one in (ConfigError, ModelError, DataError, FormatError)}.get(
-        told["kind"], RunError
-    )
+    kind = {
+        one.__name__: one for one in (ArtifactError, ConfigError, ModelError, DataError, FormatError)
+    }.get(told["kind"], RunError)
     raise kind(told["error"]) from cause
 
 

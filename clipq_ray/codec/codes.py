@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ArtifactError
 
 MOST_PER_BYTE = 1 << 15
 """A code costs at least log2(65536 / 65520) = 0.00035 bits, so no byte of an adaptive blob can hold more codes than this."""
@@ -39,14 +39,16 @@ def start(codes: npt.NDArray[np.int16]) -> tuple[int, int]:
 def check_sides(negative: int, positive: int) -> None:
     """Whether a layer may have so many levels per side."""
     if not (0 <= negative <= SIDE_MOST and 0 <= positive <= SIDE_MOST):
-        raise FormatError(f"expected sides of 0 .. {SIDE_MOST} levels, got {negative} and {positive}")
+        raise ArtifactError(f"expected sides of 0 .. {SIDE_MOST} levels, got {negative} and {positive}")
 
 
 def check_codes(codes: npt.NDArray[np.int16], negative: int, positive: int) -> None:
     """Whether all `codes` are in -negative .. positive."""
     check_sides(negative, positive)
     if codes.size and (codes.min() < -negative or codes.max() > positive):
-        raise FormatError(f"expected codes in -{negative} .. {positive}, got {codes.min()} .. {codes.max()}")
+        raise ArtifactError(
+            f"expected codes in -{negative} .. {positive}, got {codes.min()} .. {codes.max()}"
+        )
 
 
 def open_blob(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) -> tuple[int, int] | None:
@@ -55,10 +57,10 @@ def open_blob(blob: bytes, shape: tuple[int, ...], negative: int, positive: int)
     count = math.prod(shape)
     if count == 0:
         if blob:
-            raise FormatError("a layer leaves bytes over")
+            raise ArtifactError("a layer leaves bytes over")
         return None
     if len(blob) < HEAD or count > MOST_PER_BYTE * len(blob):
-        raise FormatError("a layer holds more codes than its bytes can carry")
+        raise ArtifactError("a layer holds more codes than its bytes can carry")
     if blob[1] == 0:
-        raise FormatError("a layer's typical magnitude is 0")
+        raise ArtifactError("a layer's typical magnitude is 0")
     return blob[0], blob[1]

@@ -1,194 +1,224 @@
-"""The container of a .clq file: magic, version, checked header, one checked blob per tensor without holes.
+"""The container of a .clq file: prefix, checked header, one checked blob per tensor (one for all vectors), without holes.
 
-The layout is in SPEC.md. Every truncation and every flipped byte is a `FormatError`. Not covered: what stands inside a blob
-(`layers`, `plain`).
+`encode` and `decode` are mirrors; `arrays` gives what a network loads, and holds no more than the network and one layer per thread.
+Blobs are independent, so they decode in parallel, and alone: everything reads through `Read`, so that a range of a remote object serves as
+well as bytes. Every truncation and every flipped byte is an `ArtifactError`. Not covered: what stands inside a blob (`layers`,
+`vectors`, `plain`) and in the header (`header`).
 """
 
 from __future__ import annotations
 
-import json
-import math
+import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clipq_ray.codec import layers, plain
+from clipq_ray.codec import header, layers, plain, vectors
+from clipq_ray.codec.coders import Profile
+from clipq_ray.codec.header import CHECKSUM, Entry, Header, Table, norm_names
 from clipq_ray.codec.layers import CodedLayer
-from clipq_ray.errors import FormatError
+from clipq_ray.codec.vectors import Vector
+from clipq_ray.errors import ArtifactError
 
-MAGIC = b"CLQ"
-VERSION = 1
-HEADER_LIMIT = 1 << 24
-"""A header is at most 16 MiB when unpacked."""
-ELEMENTS_LIMIT = 1 << 34
-"""A file holds at most so many elements."""
-SIDES_LIMIT = 32
-"""A tensor has at most so many dimensions; NumPy before 2 allows no more."""
-_PREFIX = struct.Struct("<3sBII")  # magic, version, bytes of the packed header, its CRC-32
-
-DICTIONARY = (
-    b'{"t":[["features.classifier.downsample.0.weight","linear.weight",[64,64,3,3],"q",'
-    b'["layer3.1.bn2.running_var",[32],"f2",["layer2.1.bn1.running_mean",[16],"f2",["conv2.weight",[16,6,5,5],"q",'
-    b'["fc1.weight",[120,400],"q",["conv1.bias",[6],"f2",]],"m":{"architecture":{"name":"resnet","kwargs":{"num_classes":1000'
-    b',"name":"lenet5","kwargs":{"num_classes":10}},"classes":10,"input":{"shape":[3,224,224],"resize":256,"mean":[0.485,0.456,0.406],'
-    b'"std":[0.229,0.224,0.225]},"input":{"shape":[1,28,28],"resize":null,"mean":[0.1307],"std":[0.3081]},"source":"'
-)
-"""What headers have in common; part of the format, never changed within a version."""
+Array = npt.NDArray[np.generic]
+Tensor = CodedLayer | Vector | Array
+Read = Callable[[int, int], bytes]
+"""`read(start, stop)`: the bytes of a file from `start` to below `stop`, fewer where it ends."""
+_ALONE = 1 << 18
+"""Fewer elements are decoded by one thread: starting others takes longer."""
+_BEGINNING = 1 << 13
+"""Bytes that are asked for first: most headers are smaller."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A compressed network: free JSON `metadata`, and tensors by name in the order of the state dict."""
+    """A compressed network: free JSON `metadata`, and tensors by name.
+
+    `norms` names the modules of folded batch norms: their weight and bias are vectors among the tensors, their running mean is 0 and their
+    running variance 1, which take no bytes.
+    """
 
     metadata: dict[str, Any]
-    tensors: dict[str, CodedLayer | npt.NDArray[np.generic]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor as the header states it; `offset` and `bytes` in the file, the CRC-32 of four bytes included."""
-
-    name: str
-    shape: tuple[int, ...]
-    coder: str
-    offset: int
-    bytes: int
-
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-
-def encode(packed: Packed) -> bytes:
-    """The bytes of a .clq file; the same bytes for the same content."""
-    table, blobs = [], []
+def encode(packed: Packed, profile: Profile = "fast") -> bytes:
+    """The bytes of a .clq file; the same bytes for the same content and profile."""
+    rows, blobs = [], []
     for name, tensor in packed.tensors.items():
-        if isinstance(tensor, CodedLayer):
-            coder, blob = layers.smallest(tensor)
-            shape = tensor.codes.shape
-        else:
-            coder, blob = plain.write(tensor)
-            shape = tensor.shape
-        table.append([name, list(shape), coder, len(blob)])
-        blobs.append(struct.pack("<I", zlib.crc32(blob)) + blob)
-    text = json.dumps({"t": table, "m": packed.metadata}, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) > HEADER_LIMIT:
-        raise FormatError(
-            f"expected a header of at most {HEADER_LIMIT} bytes, got {len(text)}; shorten the metadata"
+        if isinstance(tensor, Vector):
+            continue
+        coder, blob = (
+            layers.smallest(tensor, profile) if isinstance(tensor, CodedLayer) else plain.write(tensor)
         )
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=DICTIONARY)
-    header = squeeze.compress(text) + squeeze.flush()
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), zlib.crc32(header))
-    return b"".join((prefix, header, *blobs))
+        rows.append((name, tuple(tensor.shape), coder))
+        blobs.append(blob)
+    table, grids = _grids(packed)
+    letter = ""
+    if grids:
+        letter, blob = vectors.write(grids, profile)
+        blobs.append(blob)
+    table = Table(rows, table.norms, table.vectors, letter)
+    head = header.build(packed.metadata, table, map(len, blobs))
+    parts = (struct.pack("<I", zlib.crc32(blob)) + blob for blob in blobs)
+    data = b"".join((head, *parts))
+    header.parse(head, len(data))  # what a reader would refuse is not written
+    return data
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], list[Entry]]:
-    if len(data) < _PREFIX.size:
-        raise FormatError(f"expected a .clq file, got {len(data)} bytes; the file is cut off")
-    magic, version, size, crc = _PREFIX.unpack_from(data)
-    if magic != MAGIC:
-        raise FormatError("expected a .clq file (it begins with CLQ), got something else; check the URI")
-    if version != VERSION:
-        raise FormatError(
-            f"expected version {VERSION} of the .clq format, got {version}; use a newer clipq_ray"
-        )
-    packed = data[_PREFIX.size : _PREFIX.size + size]
-    if len(packed) != size or zlib.crc32(packed) != crc:
-        raise FormatError("the header of the .clq file is damaged or cut off; fetch the file again")
-    try:
-        unpack = zlib.decompressobj(-15, zdict=DICTIONARY)
-        text = unpack.decompress(packed, HEADER_LIMIT)
-        if not unpack.eof or unpack.unused_data:
-            raise FormatError("the header of the .clq file does not end where it should")
-        content = json.loads(text)
-        entries_ = _entries(content["t"], _PREFIX.size + size, len(data))
-        if not isinstance(content["m"], Mapping):
-            raise FormatError("the metadata of the .clq file is no object")
-    except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(
-            f"the header of the .clq file cannot be read ({error}); fetch the file again"
-        ) from error
-    return dict(content["m"]), entries_
-
-
-def _entries(table: list[Any], offset: int, end: int) -> list[Entry]:
-    result, names, elements = [], set(), 0
-    for name, shape, coder, size in table:
-        valid = (
-            isinstance(name, str)
-            and name not in names
-            and isinstance(coder, str)
-            and type(size) is int  # JSON's true is an int to Python
-            and size >= 0
-        )
-        if not valid or not _is_shape(shape):
-            raise FormatError(f"the entry of tensor {name!r} is not valid")
-        names.add(name)
-        entry = Entry(name, tuple(shape), coder, offset, size + 4)
-        elements += entry.elements
-        result.append(entry)
-        offset += size + 4
-    if offset != end:
-        raise FormatError(f"expected a .clq file of {offset} bytes, got {end}; fetch the file again")
-    if elements > ELEMENTS_LIMIT:
-        raise FormatError(f"expected at most {ELEMENTS_LIMIT} elements, got {elements}")
-    return result
-
-
-def _is_shape(shape: Any) -> bool:
-    """Whether NumPy can hold this shape; a zero among the sides must not hide the size of the others."""
-    return (
-        isinstance(shape, list)
-        and len(shape) <= SIDES_LIMIT
-        and all(type(side) is int and side >= 0 for side in shape)
-        and math.prod(max(side, 1) for side in shape) <= ELEMENTS_LIMIT
-    )
+def _grids(packed: Packed) -> tuple[Table, list[Vector]]:
+    """Norms and vectors of a file in the order of their blob: all scales, all shifts, then the others."""
+    pairs = [norm_names(module)[:2] for module in packed.norms]
+    inside = {name for pair in pairs for name in pair}
+    order = [scale for scale, _ in pairs] + [shift for _, shift in pairs]
+    order += [name for name, t in packed.tensors.items() if isinstance(t, Vector) and name not in inside]
+    grids = []
+    for name in order:
+        tensor = packed.tensors.get(name)
+        if not isinstance(tensor, Vector) or (name in inside and tensor.codes.ndim != 1):
+            raise ArtifactError(f"expected a vector for {name} of a folded batch norm, got something else")
+        grids.append(tensor)
+    norms = [
+        (module, tensor.codes.size) for module, tensor in zip(packed.norms, grids[: len(pairs)], strict=True)
+    ]
+    others = [(name, packed.tensors[name].shape) for name in order[2 * len(pairs) :]]
+    return Table((), norms, others), grids
 
 
 def entries(data: bytes) -> list[Entry]:
-    """The tensors that a file holds, from its header alone."""
-    return _header(data)[1]
+    """The blobs of a file, from its header alone."""
+    return header.parse(data, len(data)).entries
 
 
 def metadata(data: bytes) -> dict[str, Any]:
     """The metadata of a file, from its header alone."""
-    return _header(data)[0]
+    return header.parse(data, len(data)).metadata
 
 
-def decode(data: bytes, names: Iterable[str] | None = None) -> Packed:
-    """The content of a .clq file, or of the tensors in `names` only; `FormatError` where anything is damaged."""
-    content, table = _header(data)
+def decode(data: bytes, names: Iterable[str] | None = None, threads: int | None = None) -> Packed:
+    """The content of a .clq file, or of the tensors in `names` only; `ArtifactError` where anything is damaged.
+
+    `threads`: at most so many blobs are decoded at a time; default: the CPUs of this process.
+    """
+    return _decode(_reader(data), header.parse(data, len(data)), names, threads, lambda tensor: tensor)
+
+
+def arrays(data: bytes, names: Iterable[str] | None = None, threads: int | None = None) -> dict[str, Array]:
+    """The tensors of a .clq file as a network loads them, by name; layers and vectors as float32."""
+    return arrays_from(_reader(data), header.parse(data, len(data)), names, threads)
+
+
+def arrays_from(
+    read: Read, found: Header, names: Iterable[str] | None = None, threads: int | None = None
+) -> dict[str, Array]:
+    """As `arrays`, of a file whose header was `found` and of which only the blobs of `names` are read."""
+
+    def dense(tensor: Tensor) -> Array:
+        return tensor if isinstance(tensor, np.ndarray) else tensor.values()
+
     wanted = None if names is None else set(names)
-    if wanted is not None and (unknown := wanted - {entry.name for entry in table}):
-        raise FormatError(
+    packed = _decode(read, found, wanted, threads, dense)
+    result: dict[str, Any] = dict(packed.tensors)
+    for module in packed.norms:
+        scale, _, mean, variance = norm_names(module)
+        channels = next(result[name] for name in (scale, norm_names(module)[1]) if name in result)
+        result[mean], result[variance] = np.zeros_like(channels), np.ones_like(channels)
+    return result if wanted is None else {name: result[name] for name in result if name in wanted}
+
+
+def read_header(read: Read, file_bytes: int) -> Header:
+    """The header of a file that is read in ranges."""
+    beginning = read(0, min(_BEGINNING, file_bytes))
+    end = header.extent(beginning)
+    if end > len(beginning):
+        beginning += read(len(beginning), min(end, file_bytes))
+    return header.parse(beginning, file_bytes)
+
+
+def _reader(data: bytes) -> Read:
+    return lambda start, stop: data[start:stop]
+
+
+def _decode(
+    read: Read,
+    found: Header,
+    names: Iterable[str] | None,
+    threads: int | None,
+    finish: Callable[[Tensor], Tensor],
+) -> Packed:
+    wanted = None if names is None else set(names)
+    known = {name for entry in found.entries for name in entry.tensors}
+    if wanted is not None and (unknown := wanted - known):
+        raise ArtifactError(
             f"expected names of tensors in the file, got {', '.join(sorted(unknown))}; see clipq inspect"
         )
-    tensors: dict[str, CodedLayer | npt.NDArray[np.generic]] = {}
-    for entry in table:
-        if wanted is None or entry.name in wanted:
-            tensors[entry.name] = _tensor(data, entry)
-    return Packed(content, tensors)
+    chosen = [entry for entry in found.entries if wanted is None or wanted & set(entry.tensors)]
+
+    def one(entry: Entry) -> dict[str, Tensor]:
+        blob = _blob(read, entry)
+        try:
+            inside = (
+                _vectors(blob, entry, found.table) if entry.members else {entry.name: _tensor(blob, entry)}
+            )
+            return {name: finish(tensor) for name, tensor in inside.items()}
+        except ArtifactError as error:
+            raise ArtifactError(f"tensor {entry.name}: {error}") from error
+        except MemoryError as error:
+            raise ArtifactError(
+                f"tensor {entry.name}: expected memory for {entry.elements} elements, got too little; use a larger machine"
+            ) from error
+
+    parts = _in_order(one, chosen, threads)
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
+    norms = tuple(module for module, _ in found.table.norms if norm_names(module)[0] in tensors)
+    return Packed(found.metadata, tensors, norms)
 
 
-def _tensor(data: bytes, entry: Entry) -> CodedLayer | npt.NDArray[np.generic]:
-    blob = data[entry.offset + 4 : entry.offset + entry.bytes]
-    if zlib.crc32(blob) != int.from_bytes(data[entry.offset : entry.offset + 4], "little"):
-        raise FormatError(f"tensor {entry.name} of the .clq file is damaged (checksum); fetch the file again")
-    try:
-        return (
-            layers.read(blob, entry.shape, entry.coder)
-            if entry.coder in layers.CODERS
-            else plain.read(entry.coder, blob, entry.shape)
+def _in_order(
+    work: Callable[[Entry], dict[str, Tensor]], chosen: list[Entry], threads: int | None
+) -> list[dict[str, Tensor]]:
+    """What `work` gives for each; the largest are begun first."""
+    most = threads or len(os.sched_getaffinity(0))
+    if most < 2 or len(chosen) < 2 or sum(entry.elements for entry in chosen) < _ALONE:
+        return [work(entry) for entry in chosen]
+    with ThreadPoolExecutor(min(most, len(chosen))) as pool:
+        begun = sorted(range(len(chosen)), key=lambda index: -chosen[index].elements)
+        futures = {index: pool.submit(work, chosen[index]) for index in begun}
+        try:
+            return [futures[index].result() for index in range(len(chosen))]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _blob(read: Read, entry: Entry) -> bytes:
+    data = read(entry.offset, entry.offset + entry.bytes)
+    blob = data[CHECKSUM:]
+    if len(data) != entry.bytes or zlib.crc32(blob) != int.from_bytes(data[:CHECKSUM], "little"):
+        raise ArtifactError(
+            f"tensor {entry.name} of the .clq file is damaged (checksum); fetch the file again"
         )
-    except FormatError as error:
-        raise FormatError(f"tensor {entry.name}: {error}") from error
-    except MemoryError as error:
-        raise FormatError(
-            f"tensor {entry.name}: expected memory for {entry.elements} elements, got too little; use a larger machine"
-        ) from error
+    return blob
+
+
+def _tensor(blob: bytes, entry: Entry) -> Tensor:
+    if entry.coder in layers.CODERS:
+        return layers.read(blob, entry.shape, entry.coder)
+    return plain.read(entry.coder, blob, entry.shape)
+
+
+def _vectors(blob: bytes, entry: Entry, table: Table) -> dict[str, Tensor]:
+    names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    for which in (0, 1):
+        names += [norm_names(module)[which] for module, _ in table.norms]
+        shapes += [(channels,) for _, channels in table.norms]
+    names += [name for name, _ in table.vectors]
+    shapes += [shape for _, shape in table.vectors]
+    return dict(zip(names, vectors.read(table.coder, blob, shapes), strict=True))

@@ -1,30 +1,23 @@
 """One CLIP-Q layer as bytes: the level table, then the codes by the coder that takes fewest bytes among those of a profile.
 
-Coder "q" (`static`) has one model for all codes, "a" (`adaptive`) one learning model per context, "m" (`mixing`) several that are mixed. The
-last two are compiled by numba and imported when they are first needed. Not covered: which tensors are layers (`container`).
+Not covered: the coders (`coders`), and which tensors are layers (`container`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from clipq_ray.codec import static
-from clipq_ray.errors import FormatError
+from clipq_ray.codec import coders, plain
+from clipq_ray.codec.coders import Profile
+from clipq_ray.errors import ArtifactError
 from clipq_ray.plan import Share
 from clipq_ray.quantizer import Quantized
 
-Profile = Literal["fast", "small"]
-CODERS = ("q", "qh", "a", "ah", "m", "mh")
+CODERS = tuple(letter + half for letter in coders.LETTERS for half in ("", "h"))
 """With "h", levels are float16."""
-STATIC_MOST = 1 << 16
-"""Larger layers are not tried by "q": there, learning costs less than 0.1 % of what contexts save."""
-MIXED_MOST = 1 << 20
-"""Larger layers are not tried by "m": it codes 2.5 to 4 million weights a second (measured), a tenth of what "a" does."""
 _PIECE = 1 << 20
 
 
@@ -54,9 +47,19 @@ class CodedLayer:
         return cls(table[codes.astype(np.int64) + negative], levels[used], below)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.codes.shape
+
+    @property
     def positive(self) -> int:
         """Levels above zero."""
         return len(self.levels) - 1 - self.negative
+
+    def halved(self) -> CodedLayer:
+        """The same with levels rounded to float16, where that keeps a relative error of 2^-10."""
+        half = plain.halved(self.levels)
+        return self if half is None else replace(self, levels=half.astype(np.float32))
 
     def values(self) -> npt.NDArray[np.float32]:
         """The weights: float32, the codes' shape."""
@@ -64,7 +67,8 @@ class CodedLayer:
         codes = self.codes.reshape(-1)
         for at in range(0, len(codes), _PIECE):  # indices of 8 bytes, for a piece only
             index = codes[at : at + _PIECE].astype(np.intp) + self.negative
-            np.take(self.levels, index, out=result[at : at + _PIECE])
+            # "clip" does not clip anything here; it spares a copy of the piece
+            np.take(self.levels, index, out=result[at : at + _PIECE], mode="clip")
         return result.reshape(self.codes.shape)
 
 
@@ -74,20 +78,16 @@ def coded(quantized: Quantized, share: Share) -> CodedLayer:
     return CodedLayer.from_quantized(codes, levels, share.negative)
 
 
-def layer_bytes(layer: CodedLayer, profile: Profile = "small") -> int:
+def layer_bytes(layer: CodedLayer, profile: Profile = "fast") -> int:
     """The bytes that `encode` writes into the payload for this layer, checksum included."""
     return len(smallest(layer, profile)[1]) + 4
 
 
-def smallest(layer: CodedLayer, profile: Profile = "small") -> tuple[str, bytes]:
-    """The coder that takes fewest bytes for `layer` (of equals the fastest), and its blob without checksum."""
-    n, sides = layer.codes.size, (layer.negative, layer.positive)
-    coders = ["q"] if n <= STATIC_MOST or not any(sides) else []
-    if n and any(sides):
-        coders += ["a", "m"] if profile == "small" and n <= MIXED_MOST else ["a"]
-    half = "h" if _are_half(layer.levels) else ""
-    blobs = {coder + half: write(layer, coder + half) for coder in coders}
-    return min(blobs.items(), key=lambda one: len(one[1]))
+def smallest(layer: CodedLayer, profile: Profile = "fast") -> tuple[str, bytes]:
+    """The coder that takes fewest bytes for `layer`, float16 levels where they are exact, and its blob without checksum."""
+    letter, codes = coders.smallest(layer.codes, layer.negative, layer.positive, profile)
+    coder = letter + ("h" if _are_half(layer.levels) else "")
+    return coder, _levels(layer, coder) + codes
 
 
 def _are_half(levels: npt.NDArray[np.float32]) -> bool:
@@ -96,47 +96,25 @@ def _are_half(levels: npt.NDArray[np.float32]) -> bool:
         return len(levels) > 1 and bool((levels.astype(np.float16).astype(np.float32) == levels).all())
 
 
+def _levels(layer: CodedLayer, coder: str) -> bytes:
+    """What stands before the codes: two counts and the levels."""
+    values = np.delete(layer.levels, layer.negative).astype("<f2" if coder.endswith("h") else "<f4")
+    return bytes((layer.negative, layer.positive)) + values.tobytes()
+
+
 def write(layer: CodedLayer, coder: str = "q") -> bytes:
     """The blob of `layer` by `coder`, one of `CODERS`, without checksum."""
-    levels = np.delete(layer.levels, layer.negative).astype("<f2" if coder.endswith("h") else "<f4").tobytes()
-    codes = _encoder(coder)(layer.codes, layer.negative, layer.positive)
-    return bytes((layer.negative, layer.positive)) + levels + codes
-
-
-def _encoder(coder: str) -> Callable[[npt.NDArray[np.int16], int, int], bytes]:
-    if coder[0] == "q":
-        return static.encode
-    if coder[0] == "a":
-        from clipq_ray.codec import adaptive
-
-        return adaptive.encode
-    from clipq_ray.codec import mixing
-
-    return mixing.encode
+    return _levels(layer, coder) + coders.encode(coder[0], layer.codes, layer.negative, layer.positive)
 
 
 def read(blob: bytes, shape: tuple[int, ...], coder: str = "q") -> CodedLayer:
-    """What `smallest` wrote by `coder`; `FormatError` where the blob cannot be one."""
+    """What `smallest` wrote by `coder`; `ArtifactError` where the blob cannot be one."""
     if len(blob) < 2:
-        raise FormatError("a level table is cut off")
+        raise ArtifactError("a level table is cut off")
     negative, positive = blob[0], blob[1]
     kind = "<f2" if coder.endswith("h") else "<f4"
     at = 2 + np.dtype(kind).itemsize * (negative + positive)
     if len(blob) < at:
-        raise FormatError("a level table is cut off")
+        raise ArtifactError("a level table is cut off")
     levels = np.insert(np.frombuffer(blob[2:at], kind).astype(np.float32), negative, np.float32(0.0))
-    return CodedLayer(_decode(coder[0], blob[at:], shape, negative, positive), levels, negative)
-
-
-def _decode(
-    coder: str, blob: bytes, shape: tuple[int, ...], negative: int, positive: int
-) -> npt.NDArray[np.int16]:
-    if coder == "q":
-        return static.decode(blob, shape, negative, positive)
-    if coder == "a":
-        from clipq_ray.codec import adaptive
-
-        return adaptive.decode(blob, shape, negative, positive)
-    from clipq_ray.codec import mixing
-
-    return mixing.decode(blob, shape, negative, positive)
+    return CodedLayer(coders.decode(coder[0], blob[at:], shape, negative, positive), levels, negative)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clipq_ray.codec import codes as common
 from clipq_ray.codec import mixing_kernels as kernels
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ArtifactError
 
 _KNOTS = (
     22, 36, 60, 98, 162, 267, 439, 720, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743, 32768, 40793, 47911, 53581, 57724,
@@ -102,7 +102,7 @@ def encode(codes: npt.NDArray[np.int16], negative: int, positive: int) -> bytes:
 
 
 def decode(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) -> npt.NDArray[np.int16]:
-    """The mirror of `encode`; `FormatError` where no encoder writes `blob` for such a shape and such sides."""
+    """The mirror of `encode`; `ArtifactError` where no encoder writes `blob` for such a shape and such sides."""
     head = common.open_blob(blob, shape, negative, positive)
     if head is None:
         return np.zeros(shape, np.int16)
@@ -110,5 +110,5 @@ def decode(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) ->
     codes = np.zeros(n, np.int16)
     data = np.frombuffer(blob, np.uint8)[common.HEAD :].copy()
     if _run(codes, data, shape, bytes(head), negative, positive, decoding=True) < 0:
-        raise FormatError("coded weights are damaged, cut off or leave bytes over")
+        raise ArtifactError("coded weights are damaged, cut off or leave bytes over")
     return codes.reshape(shape)

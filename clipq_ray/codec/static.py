@@ -12,7 +12,8 @@ import constriction
 import numpy as np
 import numpy.typing as npt
 
-from clipq_ray.errors import FormatError
+from clipq_ray.codec import varint
+from clipq_ray.errors import ArtifactError
 
 TOTAL_BITS = 14
 TOTAL = 1 << TOTAL_BITS
@@ -29,7 +30,7 @@ def encode(codes: npt.NDArray[np.int16], negative: int, positive: int) -> bytes:
     if not len(symbols):
         return b""
     table = frequencies(counts)
-    head = b"".join(_varint(int(value)) for value in table[:-1])
+    head = b"".join(varint.write(int(value)) for value in table[:-1])
     present = np.flatnonzero(table)
     if len(present) == 1:
         return head
@@ -41,7 +42,7 @@ def encode(codes: npt.NDArray[np.int16], negative: int, positive: int) -> bytes:
 
 
 def decode(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) -> npt.NDArray[np.int16]:
-    """The mirror of `encode`; `FormatError` where the blob cannot be one."""
+    """The mirror of `encode`; `ArtifactError` where the blob cannot be one."""
     n = math.prod(shape)
     if n == 0:
         _refuse_rest(blob, 0)
@@ -52,7 +53,7 @@ def decode(blob: bytes, shape: tuple[int, ...], negative: int, positive: int) ->
         _refuse_rest(blob, at)
         return np.full(shape, present[0] - negative, dtype=np.int16)
     if n > _MOST_PER_BYTE * len(blob):
-        raise FormatError("a layer holds more codes than its bytes can carry")
+        raise ArtifactError("a layer holds more codes than its bytes can carry")
     return _read_codes(blob[at:], table[present], (present - negative).astype(np.int16), n).reshape(shape)
 
 
@@ -80,16 +81,16 @@ def _model(table: npt.NDArray[np.int64]) -> constriction.stream.model.Categorica
 
 def _refuse_rest(blob: bytes, at: int) -> None:
     if len(blob) > at:
-        raise FormatError("a layer leaves bytes over")
+        raise ArtifactError("a layer leaves bytes over")
 
 
 def _read_table(blob: bytes, at: int, symbols: int) -> tuple[npt.NDArray[np.int64], int]:
     table = np.zeros(symbols, dtype=np.int64)
     for index in range(symbols - 1):
-        table[index], at = _read_varint(blob, at)
+        table[index], at = varint.read(blob, at, TOTAL_BITS + 1)
     table[-1] = TOTAL - table[:-1].sum()
     if table[-1] < 0 or int(table.sum()) != TOTAL:
-        raise FormatError("a frequency table does not sum to its total")
+        raise ArtifactError("a frequency table does not sum to its total")
     return table, at
 
 
@@ -98,7 +99,7 @@ def _read_codes(
 ) -> npt.NDArray[np.int16]:
     """`n` of `codes`, whose frequencies are `table`."""
     if len(blob) % 4 or not blob:
-        raise FormatError("coded weights are no whole number of words")
+        raise ArtifactError("coded weights are no whole number of words")
     try:
         coder = constriction.stream.stack.AnsCoder(np.frombuffer(blob, "<u4").astype(np.uint32))
         model = _model(table)
@@ -109,26 +110,7 @@ def _read_codes(
                 break
             result[at : at + _PIECE] = codes[coder.decode(model, min(_PIECE, n - at))]
     except (ValueError, AssertionError) as error:
-        raise FormatError(f"coded weights cannot be decoded ({error})") from error
+        raise ArtifactError(f"coded weights cannot be decoded ({error})") from error
     if not coder.is_empty():
-        raise FormatError("coded weights leave words over")
+        raise ArtifactError("coded weights leave words over")
     return result
-
-
-def _varint(value: int) -> bytes:
-    result = bytearray()
-    while value > 127:
-        result.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*result, value])
-
-
-def _read_varint(blob: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(blob) and shift <= 14:
-        byte = blob[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-    raise FormatError("a frequency is cut off")

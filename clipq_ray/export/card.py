@@ -6,7 +6,6 @@ not measured.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 
 from clipq_ray import codec
 from clipq_ray.export.source import Source
+from clipq_ray.summary import bytes_before
 
 LIBRARY = "clipq_ray"
 _METHOD = "CLIP-Q (Tung and Mori, CVPR 2018)"
@@ -103,14 +103,10 @@ def _body(source: Source, dense_bytes: int, base_model: str | None) -> Iterator[
 
 
 def _sizes(source: Source, dense_bytes: int) -> Iterator[str]:
-    elements = sum(
-        math.prod(t.codes.shape if isinstance(t, codec.CodedLayer) else t.shape)
-        for t in source.packed.tensors.values()
-    )
     layers = [t for t in source.packed.tensors.values() if isinstance(t, codec.CodedLayer)]
     weights = sum(layer.codes.size for layer in layers)
     nonzero = sum(int((layer.codes != 0).sum()) for layer in layers)
-    before = ((source.run or {}).get("metrics") or {}).get("bytes_before", 4 * elements)
+    before = ((source.run or {}).get("metrics") or {}).get("bytes_before", bytes_before(source.data))
     size = len(source.data)
     yield "| | bytes |"
     yield "|---|---|"

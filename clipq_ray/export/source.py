@@ -42,11 +42,11 @@ class Source:
             raise ModelError(
                 "expected a file that names a registered network, got one made with a factory; export it as safetensors or folder"
             )
-        return loading.from_packed(self.packed)
+        return loading.from_bytes(self.data)
 
     def stored(self) -> dict[str, Tensor]:
         """The file's tensors, tied ones under each name."""
-        return loading.state_dict(self.packed)
+        return loading.state_dict(self.data)
 
     def complete(self) -> dict[str, Tensor]:
         """What the network's `load_state_dict` takes: counters that inference does not read are zero, dropped parameters left out."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clipq_ray.codec import adaptive, layers, static
 from clipq_ray.codec.layers import CodedLayer
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ArtifactError
 
 BOUNDS = [
     3,
@@ -185,9 +185,9 @@ def test_every_truncation_is_a_named_error() -> None:
     before = codes_of((10, 6, 3, 3), 2, 2, 5)
     blob = adaptive.encode(before, 2, 2)
     for size in range(len(blob)):
-        with pytest.raises(FormatError):
+        with pytest.raises(ArtifactError):
             adaptive.decode(blob[:size], before.shape, 2, 2)
-    with pytest.raises(FormatError, match="leave bytes over"):
+    with pytest.raises(ArtifactError, match="leave bytes over"):
         adaptive.decode(blob + b"\1\0", before.shape, 2, 2)
 
 
@@ -202,14 +202,14 @@ def test_any_bytes_decode_or_are_a_named_error(
 ) -> None:
     try:
         after = adaptive.decode(blob, shape, *sides)
-    except FormatError:
+    except ArtifactError:
         return
     assert after.shape == shape
     assert not after.size or (after.min() >= -sides[0] and after.max() <= sides[1])
 
 
 def test_more_codes_than_bytes_can_carry_are_refused_before_anything_is_allocated() -> None:
-    with pytest.raises(FormatError, match="more codes than its bytes"):
+    with pytest.raises(ArtifactError, match="more codes than its bytes"):
         adaptive.decode(b"\1\1\1\1", (1 << 20, 1 << 14), 1, 1)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clipq_ray import codec
 from clipq_ray.codec import layers
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ArtifactError
 
 META = {"architecture": {"name": "lenet5", "kwargs": {"num_classes": 10}}, "classes": 10}
 
@@ -117,7 +117,7 @@ def small_file() -> bytes:
 def test_every_truncation_is_a_named_error() -> None:
     data = small_file()
     for size in range(len(data)):
-        with pytest.raises(FormatError):
+        with pytest.raises(ArtifactError):
             codec.decode(data[:size])
 
 
@@ -126,19 +126,19 @@ def test_every_flipped_byte_is_a_named_error() -> None:
     for at in range(len(data)):
         damaged = bytearray(data)
         damaged[at] ^= 0x55
-        with pytest.raises(FormatError):
+        with pytest.raises(ArtifactError):
             codec.decode(bytes(damaged))
 
 
 def test_a_header_that_promises_more_than_its_bytes_carry_allocates_nothing() -> None:
     blob = layers.write(layer((4, 5), 1, 2, 0.5, 3))
-    with pytest.raises(FormatError, match="more codes"):
+    with pytest.raises(ArtifactError, match="more codes"):
         layers.read(blob, (2**20, 2**13))
 
 
 def test_some_tensors_are_decoded_alone() -> None:
     assert list(codec.decode(small_file(), ["b"]).tensors) == ["b"]
-    with pytest.raises(FormatError, match="nope"):
+    with pytest.raises(ArtifactError, match="nope"):
         codec.decode(small_file(), ["nope"])
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clipq_ray import codec
 from clipq_ray.codec import layers, mixing, plain
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ArtifactError
 
 KNOTS = [
     22, 36, 60, 98, 162, 267, 439, 720, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743, 32768, 40793, 47911, 53581, 57724,
@@ -257,7 +257,7 @@ def test_codes_come_back_exactly(
     assert after.shape == shape
     np.testing.assert_array_equal(after, before)
     if before.size:
-        with pytest.raises(FormatError):
+        with pytest.raises(ArtifactError):
             mixing.decode(blob + b"\0", shape, negative, positive)
 
 
@@ -324,7 +324,7 @@ def test_damaged_bytes_decode_or_are_a_named_error() -> None:
             after = mixing.decode(data, before.shape, 5, 4)
             assert after.min() >= -5
             assert after.max() <= 4
-        except FormatError:
+        except ArtifactError:
             refused += 1
     assert refused > 200
 
@@ -340,7 +340,7 @@ def test_any_bytes_decode_or_are_a_named_error(
 ) -> None:
     try:
         after = mixing.decode(blob, shape, *sides)
-    except FormatError:
+    except ArtifactError:
         return
     assert mixing.decode(blob, shape, *sides).tolist() == after.tolist()
 
@@ -349,7 +349,7 @@ def test_every_truncation_is_a_named_error() -> None:
     before = codes_of((6, 5, 3, 3), 2, 2, 0.4, 2)
     blob = mixing.encode(before, 2, 2)
     for size in range(len(blob)):
-        with pytest.raises(FormatError):
+        with pytest.raises(ArtifactError):
             mixing.decode(blob[:size], before.shape, 2, 2)
 
 
@@ -369,13 +369,13 @@ def test_what_no_encoder_writes_is_a_named_error(
     blob: bytes, shape: tuple[int, ...], negative: int, positive: int
 ) -> None:
     began = time.perf_counter()
-    with pytest.raises(FormatError):
+    with pytest.raises(ArtifactError):
         mixing.decode(blob, shape, negative, positive)
     assert time.perf_counter() - began < 30
 
 
 def test_codes_outside_of_their_sides_are_a_named_error() -> None:
-    with pytest.raises(FormatError, match="expected codes"):
+    with pytest.raises(ArtifactError, match="expected codes"):
         mixing.encode(np.array([0, 3], np.int16), 1, 2)
 
 
@@ -383,7 +383,7 @@ def test_an_unknown_coder_is_named() -> None:
     layer = codec.CodedLayer(np.ones((2, 2), np.int16), np.array([0, 1], np.float32), 0)
     data = codec.encode(codec.Packed({}, {"w": layer}))
     assert codec.decode(data).tensors["w"].codes.tolist() == [[1, 1], [1, 1]]  # type: ignore[union-attr]
-    with pytest.raises(FormatError, match="this file needs coder zz; use a newer clipq_ray"):
+    with pytest.raises(ArtifactError, match="this file needs coder zz; use a newer clipq_ray"):
         plain.read("zz", b"", (0,))
 
 

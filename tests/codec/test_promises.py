@@ -14,7 +14,7 @@ import pytest
 
 from clipq_ray import codec, models
 from clipq_ray.codec import container, layers
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ArtifactError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1-small.clq"
 GOLDEN_SHA256 = "31451774bd5ee918784c9be27f3bc454bc629a4b133e496c29d36e85cc89a461"
@@ -52,25 +52,25 @@ def crafted(table: Any, *blobs: bytes) -> bytes:
     ],
 )
 def test_a_hostile_entry_with_right_checksums_is_a_named_error(shape: Any, coder: str, blob: bytes) -> None:
-    with pytest.raises(FormatError):
+    with pytest.raises(ArtifactError):
         codec.decode(crafted([["w", shape, coder, len(blob)]], blob))
 
 
 @pytest.mark.parametrize("table", [5, None, [["w"]], [[1, [1], "f2", 2]], [["w", [1], "f2", -4]], [7]])
 def test_a_table_that_is_none_is_a_named_error(table: Any) -> None:
-    with pytest.raises(FormatError):
+    with pytest.raises(ArtifactError):
         codec.decode(crafted(table))
 
 
 def test_two_tensors_of_one_name_are_a_named_error() -> None:
-    with pytest.raises(FormatError, match="not valid"):
+    with pytest.raises(ArtifactError, match="not valid"):
         codec.decode(crafted([["w", [1], "f2", 2]] * 2, b"\0\0", b"\0\0"))
 
 
 @pytest.mark.parametrize(("at", "byte", "word"), [(0, b"X", "CLQ"), (3, b"\2", "newer")])
 def test_another_magic_or_version_is_named(at: int, byte: bytes, word: str) -> None:
     data = crafted([])
-    with pytest.raises(FormatError, match=word):
+    with pytest.raises(ArtifactError, match=word):
         codec.decode(data[:at] + byte + data[at + 1 :])
 
 

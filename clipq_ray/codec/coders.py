@@ -1,0 +1,53 @@
+"""The coders of codes by letter, and which of them a profile tries: "q" static, "a" adaptive, "m" mixed.
+
+The last two are compiled by numba and imported when they are first needed. Not covered: levels (`layers`), grids (`vectors`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from clipq_ray.errors import ArtifactError
+
+Profile = Literal["fast", "small"]
+"""`fast` codes and decodes at the speed of "a"; `small` also tries "m", which takes 4 to 8 % less at a tenth of the speed (README)."""
+_HOMES = {"q": "static", "a": "adaptive", "m": "mixing"}
+LETTERS = tuple(_HOMES)
+STATIC_MOST = 1 << 12
+"""Larger layers are not tried by "q": there, learning costs less than contexts save (on all networks of `make bench-codec`)."""
+
+
+def smallest(
+    codes: npt.NDArray[np.int16], negative: int, positive: int, profile: Profile
+) -> tuple[str, bytes]:
+    """The letter of the coder that takes fewest bytes for `codes` (of equals the fastest), and the bytes."""
+    learnable = codes.size > 0 and (negative > 0 or positive > 0)
+    letters = ["q"] if codes.size <= STATIC_MOST or not learnable else []
+    if learnable:
+        letters += ["a", "m"] if profile == "small" else ["a"]
+    blobs = {letter: encode(letter, codes, negative, positive) for letter in letters}
+    return min(blobs.items(), key=lambda one: len(one[1]))
+
+
+def encode(letter: str, codes: npt.NDArray[np.int16], negative: int, positive: int) -> bytes:
+    """The bytes of `codes`, each in -negative .. positive, by one coder."""
+    blob: bytes = _module(letter).encode(codes, negative, positive)
+    return blob
+
+
+def decode(
+    letter: str, blob: bytes, shape: tuple[int, ...], negative: int, positive: int
+) -> npt.NDArray[np.int16]:
+    """The mirror of `encode`; `ArtifactError` where the blob cannot be one."""
+    codes: npt.NDArray[np.int16] = _module(letter).decode(blob, shape, negative, positive)
+    return codes
+
+
+def _module(letter: str) -> Any:
+    if letter not in _HOMES:
+        raise ArtifactError(f"this file needs coder {letter}; use a newer clipq_ray")
+    return importlib.import_module(f"clipq_ray.codec.{_HOMES[letter]}")

@@ -1,0 +1,259 @@
+"""The header of a .clq file: which tensors lie where, and free metadata; of version 2, and of version 1 for reading.
+
+The layout is in SPEC.md. Every damage is an `ArtifactError`, and nothing is promised that the file's size cannot carry. Not covered: blobs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clipq_ray.codec import varint
+from clipq_ray.errors import ArtifactError
+
+MAGIC = b"CLQ"
+VERSION = 2
+FEATURES: frozenset[str] = frozenset()
+"""What a file may ask for by `needs` beyond what version 2 has."""
+JSON_LIMIT = 1 << 24
+"""A header's JSON is at most 16 MiB when unpacked."""
+SIDES_LIMIT = 32
+"""A tensor has at most so many dimensions; NumPy before 2 allows no more."""
+ELEMENTS_FREE, ELEMENTS_PER_BYTE = 1 << 24, 1 << 12
+"""A file of n bytes holds at most ELEMENTS_FREE + n ELEMENTS_PER_BYTE elements, so that a small file cannot ask for a large memory."""
+PREFIX = struct.Struct("<3sBII")  # magic, version, bytes of the packed header, its CRC-32
+CHECKSUM = 4
+NORM = ("weight", "bias", "running_mean", "running_var")
+"""The tensors of a folded batch norm; only the first two take bytes."""
+_SIZE_BITS = 48
+_SOURCE = re.compile(r"[0-9a-f]{64}")
+
+DICTIONARY_1 = (
+    b'{"t":[["features.classifier.downsample.0.weight","linear.weight",[64,64,3,3],"q",'
+    b'["layer3.1.bn2.running_var",[32],"f2",["layer2.1.bn1.running_mean",[16],"f2",["conv2.weight",[16,6,5,5],"q",'
+    b'["fc1.weight",[120,400],"q",["conv1.bias",[6],"f2",]],"m":{"architecture":{"name":"resnet","kwargs":{"num_classes":1000'
+    b',"name":"lenet5","kwargs":{"num_classes":10}},"classes":10,"input":{"shape":[3,224,224],"resize":256,"mean":[0.485,0.456,0.406],'
+    b'"std":[0.229,0.224,0.225]},"input":{"shape":[1,28,28],"resize":null,"mean":[0.1307],"std":[0.3081]},"source":"'
+)
+DICTIONARY_2 = (
+    b'"airplane","automobile","bird","cat","deer","dog","frog","horse","ship","truck"]}}"class_names":["ties":{"dropped":["needs":['
+    b'"name":"googlenet","name":"mobilenet_v2","name":"vgg16","name":"alexnet","name":"lenet_300_100","name":"lenet5_caffe","name":"lenet5",'
+    b'"classes":1000,"kwargs":{"num_classes":1000}},"kwargs":{}},'
+    b'"input":{"shape":[1,28,28],"resize":null,"mean":[0.1307],"std":[0.3081]}}}'
+    b'"input":{"shape":[3,224,224],"resize":256,"mean":[0.485,0.456,0.406],"std":[0.229,0.224,0.225]}}}'
+    b'"inception3a.branch2.1.conv.weight","features.0.weight","features.18.conv.1.0.weight","classifier.6.weight",'
+    b'"fc2.weight","fc3.weight","conv2.weight","layer4.2.downsample.0.weight","layer3.0.conv3.weight","layer2.1.conv2.weight",'
+    b"[128,128,3,3],[512,128,1,1],[256,256,3,3],[1024,256,1,1],[512,512,3,3],[2048,512,1,1],[120,400],[16,6,5,5],"
+    b'[64,64,3,3],[64,32,3,3],[32,32,3,3],[32,16,3,3],[16,16,3,3],[16,3,3,3]]],"c":["q","qh","a","ah","mh","ah","mh","ah"],"k":"q","k":"a",'
+    b'"b":[["layer4.0.bn3",512],["layer4.0.downsample.1",2048],["layer3.2.bn2",64],["layer2.2.bn1",32],["layer1.2.bn2",16]],'
+    b'"v":[["conv1.bias",[6]],["fc1.bias",[120]],["classifier.6.bias",[1000]],["fc.bias",[1000]],["linear.bias",[10]]],'
+    b'"m":{"architecture":{"name":"resnet50","kwargs":{"num_classes":10}},"classes":10,"input":{"shape":[3,32,32],"resize":null,"mean":[0.4,"std":[0.2'
+    b'{"n":["conv1.weight","layer1.0.conv1.weight","layer1.0.conv2.weight","linear.weight"],"s":[['
+)
+"""What headers have in common; part of the format, never changed within a version."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One blob as the header states it; `offset` and `bytes` in the file, the CRC-32 of four bytes included.
+
+    A blob is one tensor, but the last may be all vectors of the file: then `members` are their names and shapes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    coder: str
+    offset: int
+    bytes: int
+    members: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return sum(math.prod(shape) for _, shape in self.members) if self.members else math.prod(self.shape)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the tensors that the blob holds."""
+        return tuple(name for name, _ in self.members) if self.members else (self.name,)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is in a file, in the order of the blobs.
+
+    `tensors`: name, shape, coder. `norms`: folded batch norms, module and channels. `vectors`: name and shape of further vectors. `coder`: the
+    letter of the coder of the blob of norms and vectors.
+    """
+
+    tensors: Sequence[tuple[str, tuple[int, ...], str]]
+    norms: Sequence[tuple[str, int]] = ()
+    vectors: Sequence[tuple[str, tuple[int, ...]]] = ()
+    coder: str = ""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file's beginning says: `bytes` are those of prefix and header."""
+
+    metadata: dict[str, Any]
+    entries: list[Entry]
+    table: Table
+    bytes: int
+
+
+def norm_names(module: str) -> tuple[str, ...]:
+    """The names of the four tensors of a batch norm."""
+    return tuple(f"{module}.{name}" if module else name for name in NORM)
+
+
+def build(metadata: Mapping[str, Any], table: Table, sizes: Iterable[int]) -> bytes:
+    """Prefix and header; `sizes` are those of the blobs without checksums."""
+    names, shapes, coders = zip(*table.tensors, strict=True) if table.tensors else ((), (), ())
+    source = metadata.get("source")
+    binary = isinstance(source, str) and bool(_SOURCE.fullmatch(source))
+    content = {
+        "n": names, "s": shapes, "c": coders, "b": table.norms, "v": table.vectors, "k": table.coder,
+        "m": {key: value for key, value in metadata.items() if not (binary and key == "source")},
+    }  # fmt: skip
+    kept = {key: value for key, value in content.items() if value or key == "m"}
+    text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    if len(text) > JSON_LIMIT:
+        raise ArtifactError(
+            f"expected a header of at most {JSON_LIMIT} bytes, got {len(text)}; shorten the metadata"
+        )
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=DICTIONARY_2)
+    tail = b"".join(map(varint.write, sizes)) + (bytes.fromhex(str(source)) if binary else b"")
+    header = squeeze.compress(text) + squeeze.flush() + tail
+    return PREFIX.pack(MAGIC, VERSION, len(header), zlib.crc32(header)) + header
+
+
+def extent(beginning: bytes) -> int:
+    """The bytes of prefix and header, from a file's first 12 bytes."""
+    if len(beginning) < PREFIX.size:
+        raise ArtifactError(f"expected a .clq file, got {len(beginning)} bytes; the file is cut off")
+    magic, version, size, _ = PREFIX.unpack_from(beginning)
+    if magic != MAGIC:
+        raise ArtifactError("expected a .clq file (it begins with CLQ), got something else; check the URI")
+    if not 1 <= version <= VERSION:
+        raise ArtifactError(
+            f"expected version 1 to {VERSION} of the .clq format, got {version}; use a newer clipq_ray"
+        )
+    return PREFIX.size + int(size)
+
+
+def parse(data: bytes, file_bytes: int) -> Header:
+    """The header of a file of `file_bytes` bytes that begins with `data`, which holds all of it."""
+    end = extent(data)
+    _, version, _, crc = PREFIX.unpack_from(data)
+    packed = data[PREFIX.size : end]
+    if PREFIX.size + len(packed) != end or zlib.crc32(packed) != crc:
+        raise ArtifactError("the header of the .clq file is damaged or cut off; fetch the file again")
+    try:
+        unpack = zlib.decompressobj(-15, zdict=DICTIONARY_1 if version == 1 else DICTIONARY_2)
+        text = unpack.decompress(packed, JSON_LIMIT)
+        if not unpack.eof:
+            raise ArtifactError("the header of the .clq file does not end where it should")
+        content = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be printed
+        if not isinstance(content["m"], dict):
+            raise ArtifactError("the metadata of the .clq file is no object")
+        table, sizes = _version_1(content) if version == 1 else _version_2(content, unpack.unused_data)
+        if version == 1 and unpack.unused_data:
+            raise ArtifactError("the header of the .clq file does not end where it should")
+    except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"the header of the .clq file cannot be read ({error}); fetch the file again"
+        ) from error
+    return Header(content["m"], _entries(table, sizes, end, file_bytes), table, end)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ArtifactError("a key of the .clq file's header stands twice")
+    return result
+
+
+def _refuse_constant(word: str) -> float:
+    raise ArtifactError(f"the header of the .clq file holds {word}, which is no JSON")
+
+
+def _version_1(content: dict[str, Any]) -> tuple[Table, list[int]]:
+    rows = [tuple(row) for row in content["t"]]
+    return Table([(name, _shape(shape), coder) for name, shape, coder, _ in rows]), [row[3] for row in rows]
+
+
+def _version_2(content: dict[str, Any], tail: bytes) -> tuple[Table, list[int]]:
+    needs = content.get("needs", [])
+    if lacking := [str(name) for name in needs if name not in FEATURES]:
+        raise ArtifactError(f"this file needs {', '.join(lacking)}; use a newer clipq_ray")
+    columns = zip(content.get("n", []), content.get("s", []), content.get("c", []), strict=True)
+    tensors = [(name, _shape(shape), coder) for name, shape, coder in columns]
+    norms = [(module, channels) for module, channels in content.get("b", [])]
+    vectors = [(name, _shape(shape)) for name, shape in content.get("v", [])]
+    sizes, at = [], 0
+    for _ in range(len(tensors) + bool(norms or vectors)):
+        size, at = varint.read(tail, at, _SIZE_BITS)
+        sizes.append(size)
+    if len(rest := tail[at:]) not in (0, 32) or (rest and "source" in content["m"]):
+        raise ArtifactError("the header of the .clq file does not end where it should")
+    if rest:
+        content["m"]["source"] = rest.hex()
+    letter = content.get("k", "")
+    if not isinstance(letter, str):
+        raise ArtifactError(f"the coder of the vectors is {letter!r}, which is no letter")
+    for module, channels in norms:
+        _shape([channels])
+        if not isinstance(module, str):
+            raise ArtifactError(f"the entry of batch norm {module!r} is not valid")
+    return Table(tensors, norms, vectors, letter), sizes
+
+
+def _entries(table: Table, sizes: Sequence[Any], offset: int, file_bytes: int) -> list[Entry]:
+    """All blobs, checked: names, coders, sizes, and that the file is just large enough."""
+    blobs: list[tuple[str, tuple[int, ...], str, tuple[tuple[str, tuple[int, ...]], ...]]]
+    blobs = [(name, shape, coder, ()) for name, shape, coder in table.tensors]
+    if table.norms or table.vectors:
+        members: list[tuple[str, tuple[int, ...]]]
+        members = [(name, (channels,)) for module, channels in table.norms for name in norm_names(module)]
+        members += table.vectors
+        total = sum(math.prod(shape) for _, shape in members)
+        blobs.append(("(vectors)", (total,), f"v{table.coder}", tuple(members)))
+    result, names, elements = [], set[str](), 0
+    for (name, shape, coder, inside), size in zip(blobs, sizes, strict=True):
+        if type(size) is not int or size < 0 or not isinstance(coder, str):  # JSON's true is an int to Python
+            raise ArtifactError(f"the entry of tensor {name!r} is not valid")
+        entry = Entry(name, shape, coder, offset, size + CHECKSUM, inside)
+        for one in entry.tensors:
+            if not isinstance(one, str) or one in names:
+                raise ArtifactError(f"the entry of tensor {one!r} is not valid")
+            names.add(one)
+        elements += entry.elements
+        result.append(entry)
+        offset += entry.bytes
+    if offset != file_bytes:
+        raise ArtifactError(f"expected a .clq file of {offset} bytes, got {file_bytes}; fetch the file again")
+    if elements > (most := ELEMENTS_FREE + ELEMENTS_PER_BYTE * file_bytes):
+        raise ArtifactError(
+            f"expected at most {most} elements in a file of {file_bytes} bytes, got {elements}"
+        )
+    return result
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    """A shape that NumPy can hold; a zero among the sides must not hide the size of the others."""
+    if (
+        isinstance(shape, list)
+        and len(shape) <= SIDES_LIMIT
+        and all(type(side) is int and side >= 0 for side in shape)
+        and math.prod(max(side, 1) for side in shape) < 1 << _SIZE_BITS
+    ):
+        return tuple(shape)
+    raise ArtifactError(f"expected a shape of at most {SIDES_LIMIT} whole numbers, got {str(shape)[:100]}")

@@ -1,0 +1,102 @@
+"""Packing: grids are as coarse as validation images allow, and the file is what was judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clipq_ray import codec, folding, loading, network, packing
+from clipq_ray.config import make
+from clipq_ray.data import Data, open_data
+from clipq_ray.evaluate import evaluate
+from clipq_ray.operator import make_plan
+from clipq_ray.plan import Theta
+from clipq_ray.storage import Store
+from clipq_ray.work import WEIGHTS, Source, write_state
+
+DIGITS = open_data("digits", input_shape=(1, 28, 28))
+
+
+class Sharp(nn.Module):
+    """A network with a batch norm whose large shifts are taken off again: whatever a grid does to them reaches the scores."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.norm = nn.BatchNorm1d(10)
+        self.register_buffer("offset", torch.arange(10.0) * 97 % 10 * 200)
+        with torch.no_grad():
+            self.norm.bias.copy_(self.offset)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.norm(self.inner(images)) - self.offset
+        return scores
+
+
+def packed(tmp_path: Path, model: nn.Module, data: Data = DIGITS, **options: Any) -> packing.PackedNetwork:
+    source = Source(make(storage=str(tmp_path), engine="local", **options), model, data)
+    store = Store(tmp_path / "tuned")
+    write_state(store, WEIGHTS, model.state_dict())
+    sample = data.train.batch(torch.arange(2), None)[0]
+    inventory = network.inventory(model, sample)
+    plan = make_plan(model, {layer.name: Theta(0.5, 3) for layer in inventory.layers})
+    return packing.pack(source, store, plan, inventory, data, "0" * 64)
+
+
+def lenet(weights: dict[str, torch.Tensor]) -> nn.Module:
+    from clipq_ray import models
+
+    model = models.build(models.architecture("lenet5", 10, {}))
+    model.load_state_dict(weights)
+    return model
+
+
+def score(file: bytes, model: nn.Module) -> float:
+    return evaluate(loading.from_bytes(file, factory=lambda: model), DIGITS.validation, batch_size=250).top1
+
+
+@pytest.mark.parametrize("profile", ["fast", "small"])
+def test_grids_make_the_file_smaller_and_no_validation_image_worse(
+    tmp_path: Path, digits_weights: dict[str, torch.Tensor], profile: str
+) -> None:
+    auto = packed(tmp_path, lenet(digits_weights), profile=profile)
+    exact = packed(tmp_path, lenet(digits_weights), profile=profile, vectors="exact")
+    assert exact.vectors == "as they are"
+    assert auto.vectors in map(str, folding.LADDER)
+    assert len(auto.file) < len(exact.file) - 200
+    assert score(auto.file, lenet(digits_weights)) >= score(exact.file, lenet(digits_weights))
+
+
+def test_exact_vectors_are_the_networks_own(tmp_path: Path, digits_weights: dict[str, torch.Tensor]) -> None:
+    made = packed(tmp_path, lenet(digits_weights), vectors="exact")
+    after = codec.arrays(made.file)
+    for name, value in digits_weights.items():
+        if value.dim() == 1:
+            np.testing.assert_array_equal(after[name], codec.stored(value.numpy()))
+
+
+def test_levels_are_float16_and_the_layers_are_those_of_the_quantizer(
+    tmp_path: Path, digits_weights: dict[str, torch.Tensor]
+) -> None:
+    made = packed(tmp_path, lenet(digits_weights))
+    layers = [one for one in codec.entries(made.file) if one.name in made.quantized]
+    assert len(layers) == len(made.quantized)
+    assert all(one.coder.endswith("h") for one in layers)
+    for name, quantized in made.quantized.items():
+        np.testing.assert_allclose(codec.arrays(made.file)[name], quantized.values.numpy(), rtol=2**-10)
+
+
+def test_a_network_that_no_grid_serves_keeps_its_batch_norm_as_it_is(
+    tmp_path: Path, digits_weights: dict[str, torch.Tensor]
+) -> None:
+    model = Sharp(lenet(digits_weights)).eval()
+    made = packed(tmp_path, model)
+    assert made.vectors == "as they are"
+    assert codec.decode(made.file).norms == ()
+    assert "norm.running_var" in codec.arrays(made.file)
+    assert score(made.file, Sharp(lenet(digits_weights))) > 0.8
