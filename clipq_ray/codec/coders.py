@@ -11,24 +11,23 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from clipq_ray.codec import codes as common
 from clipq_ray.errors import ArtifactError
 
 Profile = Literal["fast", "small"]
 """`fast` codes and decodes at the speed of "a"; `small` also tries "m", which takes 4 to 8 % less at a tenth of the speed (README)."""
 _HOMES = {"q": "static", "a": "adaptive", "m": "mixing"}
 LETTERS = tuple(_HOMES)
-STATIC_MOST = 1 << 12
-"""Larger layers are not tried by "q": there, learning costs less than contexts save (on all networks of `make bench-codec`)."""
 
 
 def smallest(
     codes: npt.NDArray[np.int16], negative: int, positive: int, profile: Profile
 ) -> tuple[str, bytes]:
     """The letter of the coder that takes fewest bytes for `codes` (of equals the fastest), and the bytes."""
-    learnable = codes.size > 0 and (negative > 0 or positive > 0)
-    letters = ["q"] if codes.size <= STATIC_MOST or not learnable else []
+    learnable = codes.size > 0 and (negative > 0 or positive > 0) and common.fits(codes.shape)
+    letters = ["q"]  # where there is something to learn it never took fewer bytes, however small the layer (bench/LOG.md)
     if learnable:
-        letters += ["a", "m"] if profile == "small" else ["a"]
+        letters = ["a", "m"] if profile == "small" else ["a"]
     blobs = {letter: encode(letter, codes, negative, positive) for letter in letters}
     return min(blobs.items(), key=lambda one: len(one[1]))
 

@@ -18,6 +18,8 @@ SIDE_MOST = 255
 """A side has at most so many levels."""
 KERNEL_MOST = 1024
 """A larger kernel is coded as if each of its codes was an input channel."""
+ROW_MOST = 1 << 20
+"""A row has at most so many codes: the models keep up to 100 bytes for each place in it, and a small file must not ask for a large memory."""
 HEAD = 2
 """Bytes that start the models, before the range coder's."""
 
@@ -27,6 +29,12 @@ def geometry(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     rows, columns = (*shape, 1, 1)[:2]
     kernel, width = math.prod(shape[2:]), shape[-1] if len(shape) > 2 else 1
     return (rows, columns * kernel, 1, 1) if kernel > KERNEL_MOST else (rows, columns, kernel, width)
+
+
+def fits(shape: tuple[int, ...]) -> bool:
+    """Whether a row is short enough for the adaptive coders."""
+    _, columns, kernel, _ = geometry(shape)
+    return columns * kernel <= ROW_MOST
 
 
 def start(codes: npt.NDArray[np.int16]) -> tuple[int, int]:
@@ -45,6 +53,8 @@ def check_sides(negative: int, positive: int) -> None:
 def check_codes(codes: npt.NDArray[np.int16], negative: int, positive: int) -> None:
     """Whether all `codes` are in -negative .. positive."""
     check_sides(negative, positive)
+    if codes.size and not fits(codes.shape):
+        raise ArtifactError(f"expected rows of at most {ROW_MOST} codes; use coder q")
     if codes.size and (codes.min() < -negative or codes.max() > positive):
         raise ArtifactError(
             f"expected codes in -{negative} .. {positive}, got {codes.min()} .. {codes.max()}"
@@ -59,6 +69,8 @@ def open_blob(blob: bytes, shape: tuple[int, ...], negative: int, positive: int)
         if blob:
             raise ArtifactError("a layer leaves bytes over")
         return None
+    if not fits(shape):
+        raise ArtifactError(f"expected rows of at most {ROW_MOST} codes")
     if len(blob) < HEAD or count > MOST_PER_BYTE * len(blob):
         raise ArtifactError("a layer holds more codes than its bytes can carry")
     if blob[1] == 0:

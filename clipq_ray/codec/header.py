@@ -23,6 +23,9 @@ FEATURES: frozenset[str] = frozenset()
 """What a file may ask for by `needs` beyond what version 2 has."""
 JSON_LIMIT = 1 << 24
 """A header's JSON is at most 16 MiB when unpacked."""
+MARKS_FREE, DEPTH_LIMIT, DIGITS_LIMIT = 1 << 17, 64, 32
+"""In a file of n bytes, the JSON has at most MARKS_FREE + n of the bytes `[`, `{` and `,`: each may cost 200 bytes of memory. It is nested
+at most DEPTH_LIMIT deep, so that the caller's stack does not decide what is read, and whole numbers have at most DIGITS_LIMIT digits."""
 SIDES_LIMIT = 32
 """A tensor has at most so many dimensions; NumPy before 2 allows no more."""
 ELEMENTS_FREE, ELEMENTS_PER_BYTE = 1 << 24, 1 << 12
@@ -160,8 +163,14 @@ def parse(data: bytes, file_bytes: int) -> Header:
         text = unpack.decompress(packed, JSON_LIMIT)
         if not unpack.eof:
             raise ArtifactError("the header of the .clq file does not end where it should")
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
-        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be printed
+        if sum(map(text.count, (b"[", b"{", b","))) > MARKS_FREE + file_bytes:
+            raise ArtifactError("the header of the .clq file holds more values than its bytes can carry")
+        content = json.loads(
+            text.decode(), object_pairs_hook=_once, parse_constant=_refuse_constant, parse_int=_whole
+        )
+        _refuse_depth(content)
+        # neither half a surrogate pair could be printed nor what overflows to infinity
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         if not isinstance(content["m"], dict):
             raise ArtifactError("the metadata of the .clq file is no object")
         table, sizes = _version_1(content) if version == 1 else _version_2(content, unpack.unused_data)
@@ -185,19 +194,40 @@ def _refuse_constant(word: str) -> float:
     raise ArtifactError(f"the header of the .clq file holds {word}, which is no JSON")
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS_LIMIT:
+        raise ArtifactError(f"the header of the .clq file holds a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _refuse_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(DEPTH_LIMIT):
+        inside = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [child for values in inside for child in values if isinstance(child, list | dict)]
+        if not level:
+            return
+    raise ArtifactError(f"the header of the .clq file is nested more than {DEPTH_LIMIT} deep")
+
+
+def _lists(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    raise ArtifactError(f"the header of the .clq file holds {str(value)[:100]} where a list belongs")
+
+
 def _version_1(content: dict[str, Any]) -> tuple[Table, list[int]]:
-    rows = [tuple(row) for row in content["t"]]
+    rows = [tuple(_lists(row)) for row in _lists(content["t"])]
     return Table([(name, _shape(shape), coder) for name, shape, coder, _ in rows]), [row[3] for row in rows]
 
 
 def _version_2(content: dict[str, Any], tail: bytes) -> tuple[Table, list[int]]:
-    needs = content.get("needs", [])
+    n, s, c, b, v, needs = (_lists(content.get(key, [])) for key in ("n", "s", "c", "b", "v", "needs"))
     if lacking := [str(name) for name in needs if name not in FEATURES]:
         raise ArtifactError(f"this file needs {', '.join(lacking)}; use a newer clipq_ray")
-    columns = zip(content.get("n", []), content.get("s", []), content.get("c", []), strict=True)
-    tensors = [(name, _shape(shape), coder) for name, shape, coder in columns]
-    norms = [(module, channels) for module, channels in content.get("b", [])]
-    vectors = [(name, _shape(shape)) for name, shape in content.get("v", [])]
+    tensors = [(name, _shape(shape), coder) for name, shape, coder in zip(n, s, c, strict=True)]
+    norms = [(module, channels) for module, channels in map(_lists, b)]
+    vectors = [(name, _shape(shape)) for name, shape in map(_lists, v)]
     sizes, at = [], 0
     for _ in range(len(tensors) + bool(norms or vectors)):
         size, at = varint.read(tail, at, _SIZE_BITS)
@@ -228,7 +258,7 @@ def _entries(table: Table, sizes: Sequence[Any], offset: int, file_bytes: int) -
         blobs.append(("(vectors)", (total,), f"v{table.coder}", tuple(members)))
     result, names, elements = [], set[str](), 0
     for (name, shape, coder, inside), size in zip(blobs, sizes, strict=True):
-        if type(size) is not int or size < 0 or not isinstance(coder, str):  # JSON's true is an int to Python
+        if type(size) is not int or not 0 <= size < 1 << _SIZE_BITS or not isinstance(coder, str):  # true is an int
             raise ArtifactError(f"the entry of tensor {name!r} is not valid")
         entry = Entry(name, shape, coder, offset, size + CHECKSUM, inside)
         for one in entry.tensors:

@@ -18,7 +18,8 @@ from clipq_ray.quantizer import Quantized
 
 CODERS = tuple(letter + half for letter in coders.LETTERS for half in ("", "h"))
 """With "h", levels are float16."""
-_PIECE = 1 << 20
+_PIECE = 1 << 15
+"""Codes that become values at a time: their indices stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
