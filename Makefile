@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-models check ci install bench bench-operator bench-joint bench-codec
+.PHONY: demo test test-models attack check ci install bench bench-operator bench-joint bench-codec
 
 install: .venv/installed
 
@@ -20,6 +20,12 @@ test: install
 
 test-models: install
 	$(BIN)/python -m pytest -m models
+
+# Longer than in `make test`: other hostile files for the reader, so many of them.
+CASES ?= 2000000
+SEED ?= 1
+attack: install
+	CLIPQ_ATTACK_CASES=$(CASES) CLIPQ_ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/codec/test_attack.py --timeout 0
 
 check: install
 	$(BIN)/ruff check .
@@ -40,6 +46,7 @@ bench-joint: install
 
 bench-codec: install .venv-nncodec/installed
 	$(BIN)/python bench/codec.py --weights $(CLIPQ_SHARED)/weights
+	$(BIN)/python bench/packed_file.py
 
 # NNCodec needs numpy 1 and a C++ compiler; none of the packages that its networks' part asks for is needed here.
 .venv-nncodec/installed: bench/codec_peers.txt

@@ -25,7 +25,9 @@ def smallest(
 ) -> tuple[str, bytes]:
     """The letter of the coder that takes fewest bytes for `codes` (of equals the fastest), and the bytes."""
     learnable = codes.size > 0 and (negative > 0 or positive > 0) and common.fits(codes.shape)
-    letters = ["q"]  # where there is something to learn it never took fewer bytes, however small the layer (bench/LOG.md)
+    letters = [
+        "q"
+    ]  # where there is something to learn it never took fewer bytes, however small the layer (bench/LOG.md)
     if learnable:
         letters = ["a", "m"] if profile == "small" else ["a"]
     blobs = {letter: encode(letter, codes, negative, positive) for letter in letters}

@@ -222,9 +222,12 @@ def _version_1(content: dict[str, Any]) -> tuple[Table, list[int]]:
 
 
 def _version_2(content: dict[str, Any], tail: bytes) -> tuple[Table, list[int]]:
-    n, s, c, b, v, needs = (_lists(content.get(key, [])) for key in ("n", "s", "c", "b", "v", "needs"))
+    needs = _lists(
+        content.get("needs", [])
+    )  # first: what else stands there may follow rules that are not known here
     if lacking := [str(name) for name in needs if name not in FEATURES]:
         raise ArtifactError(f"this file needs {', '.join(lacking)}; use a newer clipq_ray")
+    n, s, c, b, v = (_lists(content.get(key, [])) for key in "nscbv")
     tensors = [(name, _shape(shape), coder) for name, shape, coder in zip(n, s, c, strict=True)]
     norms = [(module, channels) for module, channels in map(_lists, b)]
     vectors = [(name, _shape(shape)) for name, shape in map(_lists, v)]
@@ -258,7 +261,9 @@ def _entries(table: Table, sizes: Sequence[Any], offset: int, file_bytes: int) -
         blobs.append(("(vectors)", (total,), f"v{table.coder}", tuple(members)))
     result, names, elements = [], set[str](), 0
     for (name, shape, coder, inside), size in zip(blobs, sizes, strict=True):
-        if type(size) is not int or not 0 <= size < 1 << _SIZE_BITS or not isinstance(coder, str):  # true is an int
+        if (
+            type(size) is not int or not 0 <= size < 1 << _SIZE_BITS or not isinstance(coder, str)
+        ):  # true is an int
             raise ArtifactError(f"the entry of tensor {name!r} is not valid")
         entry = Entry(name, shape, coder, offset, size + CHECKSUM, inside)
         for one in entry.tensors:

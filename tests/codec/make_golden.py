@@ -1,40 +1,127 @@
-"""Writes tests/golden/v1-small.clq, the file that every later version must open.
+"""Writes tests/golden/v2-every-coder.clq, the file of version 2 that every later version must open.
 
-`python tests/codec/make_golden.py` makes the same bytes each time: all values stand here, none are drawn. Run it only for a new version of
-the format, under a new name; a golden file in the repository never changes.
+`python tests/codec/make_golden.py` makes the same bytes each time: all values stand here or follow from integers, none are drawn. Run it
+only for a new version of the format, under a new name; a golden file in the repository never changes. v1-small.clq beside it was
+written so by version 1, which nothing writes any more; `test_promises` states its content.
 """
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clipq_ray import codec
+from clipq_ray.codec import header, layers, plain, vectors
 
-PATH = Path(__file__).resolve().parents[1] / "golden" / "v1-small.clq"
+PATH = Path(__file__).resolve().parents[1] / "golden" / "v2-every-coder.clq"
+METADATA: dict[str, Any] = {
+    "architecture": {"name": "lenet5", "kwargs": {"num_classes": 3}},
+    "classes": 3,
+    "class_names": ["a", "b", "ü"],
+    "input": {"shape": [1, 28, 28], "resize": None, "mean": [0.1307], "std": [0.3081]},
+    "ties": {"decoder.weight": "q"},
+    "dropped": ["aux.weight", "\U0001f986"],
+    "source": "0123456789abcdef" * 4,
+}
+NORMS = ("", "features.1")
 
 
-def packed() -> codec.Packed:
-    """Every coder once: a layer with codes, one constant, one empty, and all plain types."""
-    steps = np.arange(600)
-    codes = np.where(steps * 7919 % 11 < 7, 0, steps * 104729 % 5 - 2).astype(np.int16)
-    levels = np.array([-0.5, -0.125, 0.0, 0.25, 0.75], np.float32)
-    layer = codec.CodedLayer.from_quantized(codes.reshape(6, 4, 5, 5), levels, 2)
-    constant = codec.CodedLayer(np.ones((3, 2), np.int16), np.array([0.0, 0.5], np.float32), 0)
-    empty = codec.CodedLayer(np.zeros((0, 4), np.int16), np.zeros(1, np.float32), 0)
-    plain = {
+def codes_of(shape: tuple[int, ...], negative: int, positive: int, zeros: int) -> npt.NDArray[np.int16]:
+    """Codes of which about `zeros` of 16 are 0; the others of all magnitudes, small ones more often."""
+    at = np.arange(int(np.prod(shape, dtype=np.int64)))
+    mixed = at * at * 104729 + at * 7919 + 12345 >> 3
+    sides = np.where(at * 31 % 7 < 3, -negative, positive)
+    sizes = (mixed % 61 + 1) * (mixed // 61 % 53 + 1) * (np.abs(sides) + 1) // (61 * 53)
+    codes = np.where(mixed // 4096 % 16 < zeros, 0, np.sign(sides) * np.maximum(sizes, 1) * (sides != 0))
+    codes[-1:] = positive or -negative  # the largest magnitude occurs
+    return codes.astype(np.int16).reshape(shape)
+
+
+def layer(shape: tuple[int, ...], negative: int, positive: int, zeros: int, parts: int) -> codec.CodedLayer:
+    """Levels are whole numbers over `parts`: float16 holds them where it is a power of two."""
+    sizes = np.arange(-negative, positive + 1)
+    levels = (sizes * (3 + sizes % 2) / parts).astype(np.float32)
+    return codec.CodedLayer(codes_of(shape, negative, positive, zeros), np.sort(levels), negative)
+
+
+def coded() -> dict[str, tuple[codec.CodedLayer, str]]:
+    """Layers and their coders, by name: kernels of all kinds, one side only, magnitudes with bits below the first, constant, empty."""
+    return {
+        "q": (layer((6, 4, 3, 3), 2, 3, 8, 1000), "q"),
+        "qh": (layer((12, 10), 0, 3, 6, 64), "qh"),
+        "a": (layer((5, 3, 5, 5), 2, 2, 9, 1000), "a"),
+        "ah": (layer((18, 5), 40, 38, 3, 64), "ah"),
+        "m": (layer((8, 6, 3, 3), 1, 3, 8, 1000), "m"),
+        "mh": (layer((9, 12), 17, 41, 4, 64), "mh"),
+        "a, 1x1": (layer((20, 6, 1, 1), 1, 4, 6, 64), "ah"),
+        "a, five sides": (layer((2, 3, 2, 2, 3), 3, 3, 4, 64), "ah"),
+        "a, large kernel": (layer((1, 1, 33, 33), 2, 1, 12, 1000), "a"),
+        "a, one side": (layer((40,), 0, 7, 4, 64), "ah"),
+        "m, 5x5": (layer((3, 2, 5, 5), 0, 2, 8, 1000), "m"),
+        "m, large kernel": (layer((1, 1, 33, 33), 1, 2, 12, 1000), "m"),
+        "m, three sides": (layer((4, 3, 7), 2, 0, 8, 64), "mh"),
+        "m, 140 levels": (layer((40,), 0, 140, 2, 8), "mh"),
+        "m, no side": (layer((), 1, 1, 0, 64), "mh"),
+        **{f"constant {coder}": (constant(), coder) for coder in layers.CODERS},
+        **{f"empty {coder}": (layer((0, 4), 0, 0, 0, 1), coder) for coder in layers.CODERS[::2]},
+        "nur Nullen ä": (layer((3, 4), 0, 0, 16, 1), "q"),
+    }
+
+
+def constant() -> codec.CodedLayer:
+    """Three by two times one level."""
+    return codec.CodedLayer(np.ones((3, 2), np.int16), np.array([0.0, 0.5], np.float32), 0)
+
+
+def plain_tensors() -> dict[str, npt.NDArray[Any]]:
+    """Every plain type."""
+    return {
         "half": np.array([0.0, 0.5, -1.75], np.float32),
         "single": np.array([1e-30, 0.5], np.float32),
         "double": np.array(0.1),
-        "truth": np.array([True, False]),
-        **{kind: np.array([1, 2, 100], kind) for kind in ("i1", "i2", "i4", "i8", "u1")},
+        "truth": np.array([[True], [False]]),
+        "nothing": np.zeros((0, 3), np.float32),
+        **{kind: np.array([-1, 2, 100]).astype(kind) for kind in ("i1", "i2", "i4", "i8", "u1")},
     }
-    metadata = {"architecture": None, "classes": 3, "class_names": ["a", "b", "ü"]}
-    return codec.Packed(metadata, {"layer": layer, "constant": constant, "empty": empty, **plain})
+
+
+def grids() -> dict[str, codec.Vector]:
+    """Weights of the norms, their biases, further vectors; steps of all four mantissas, products that lie between two of float32."""
+    return {
+        "weight": codec.Vector(np.arange(5, dtype=np.int32) * 3 % 5 + 40, 4 * 33),
+        "features.1.weight": codec.Vector(np.arange(3, dtype=np.int32) - 1, 255),
+        "bias": codec.Vector(np.arange(5, dtype=np.int32) * 7 % 11 - 4, 4 * 32 + 2),
+        "features.1.bias": codec.Vector(np.array([-7, 240, -250], np.int32), 3),
+        "halfway": codec.Vector(np.arange(27, 54, dtype=np.int32), 4 * 30 + 1),
+        "weit.weg": codec.Vector(np.array([[-262143, -262100], [-262143, -262001]], np.int32), 4 * 20 + 3),
+    }
+
+
+def build() -> bytes:
+    """The file; `codec.encode` would choose the coders by size."""
+    rows, blobs = [], []
+    for name, (one, coder) in coded().items():
+        rows.append((name, one.shape, coder))
+        blobs.append(layers.write(one, coder))
+    for name, array in plain_tensors().items():
+        coder, blob = plain.write(array)
+        rows.append((name, array.shape, coder))
+        blobs.append(blob)
+    vector = grids()
+    letter, blob = vectors.write(list(vector.values()), "fast")
+    names = [header.norm_names(module)[0] for module in NORMS]
+    others = [(name, one.shape) for name, one in list(vector.items())[2 * len(NORMS) :]]
+    norms = [(module, vector[name].codes.size) for module, name in zip(NORMS, names, strict=True)]
+    table = header.Table(rows, norms, others, letter)
+    checked = (struct.pack("<I", zlib.crc32(one)) + one for one in (*blobs, blob))
+    return header.build(METADATA, table, map(len, (*blobs, blob))) + b"".join(checked)
 
 
 if __name__ == "__main__":
-    PATH.parent.mkdir(exist_ok=True)
-    PATH.write_bytes(codec.encode(packed()))
+    PATH.write_bytes(build())
     print(f"{PATH}: {PATH.stat().st_size} bytes")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
+import spec_coders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,57 +38,27 @@ def layer(shape: tuple[int, ...], negative: int, positive: int, zeros: float, se
     positive=st.integers(0, 127),
     zeros=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
     seed=st.integers(0, 2**31),
+    profile=st.sampled_from(["fast", "small"]),
 )
 def test_codes_and_levels_come_back_exactly(
-    shape: tuple[int, ...], negative: int, positive: int, zeros: float, seed: int
+    shape: tuple[int, ...], negative: int, positive: int, zeros: float, seed: int, profile: Any
 ) -> None:
     before = layer(shape, negative, positive, zeros, seed)
-    packed = codec.encode(codec.Packed(META, {"w": before}))
+    packed = codec.encode(codec.Packed(META, {"w": before}), profile)
     after = codec.decode(packed).tensors["w"]
     assert isinstance(after, codec.CodedLayer)
     np.testing.assert_array_equal(after.codes, before.codes)
     np.testing.assert_array_equal(after.levels, before.levels)
     assert after.negative == before.negative
-    assert codec.entries(packed)[0].bytes == codec.layer_bytes(before)
-
-
-def decode_by_the_specification(blob: bytes, count: int) -> list[int]:
-    """SPEC.md in plain integers, without constriction: symbols of a coder-q blob."""
-    negative, positive = blob[0], blob[1]
-    at = 2 + 4 * (negative + positive)
-    table = []
-    for _ in range(negative + positive):
-        value = shift = 0
-        while True:
-            byte = blob[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                break
-        table.append(value)
-    table.append(2**14 - sum(table))
-    words = list(struct.unpack(f"<{(len(blob) - at) // 4}I", blob[at:]))
-    state = (words.pop() << 32 | words.pop()) if len(words) > 1 else words.pop()
-    result = []
-    for _ in range(count):
-        quantile = state & (2**24 - 1)
-        low = symbol = 0
-        while quantile >= low + (table[symbol] << 10):
-            low += table[symbol] << 10
-            symbol += 1
-        width = table[symbol] << 10
-        state = (state >> 24) * width + quantile - low
-        if state < 2**32 and words:
-            state = state << 32 | words.pop()
-        result.append(symbol - negative)
-    return result
+    assert codec.entries(packed)[0].bytes == codec.layer_bytes(before, profile)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_an_independent_decoder_in_integers_reads_the_same_codes(seed: int) -> None:
     before = layer((50, 40), 1 + seed, 2 + 3 * seed, 0.1 * seed, seed)
-    assert decode_by_the_specification(layers.write(before), 2000) == before.codes.reshape(-1).tolist()
+    sides = (before.negative, before.positive)
+    blob = layers.write(before)[2 + 4 * sum(sides) :]
+    assert spec_coders.codes("q", blob, (50, 40), sides) == before.codes.reshape(-1).tolist()
 
 
 def test_a_large_layer_takes_at_most_one_percent_over_its_entropy() -> None:
@@ -110,8 +81,15 @@ def test_other_tensors_come_back_at_the_stated_precision() -> None:
     np.testing.assert_array_equal(codec.stored(plain), after["a"])
 
 
-def small_file() -> bytes:
-    return codec.encode(codec.Packed(META, {"w": layer((4, 5), 1, 2, 0.5, 3), "b": np.ones(3, np.float32)}))
+def small_file(profile: Any = "fast") -> bytes:
+    tensors: dict[str, Any] = {
+        "w": layer((4, 5), 1, 2, 0.5, 3),
+        "b": np.ones(3, np.float32),
+        "norm.weight": codec.Vector(np.array([40, 38], np.int32), 140),
+        "norm.bias": codec.Vector(np.array([-3, 5], np.int32), 133),
+        "v": codec.Vector(np.array([7, 7, -90], np.int32), 120),
+    }
+    return codec.encode(codec.Packed(META, tensors, ("norm",)), profile)
 
 
 def test_every_truncation_is_a_named_error() -> None:
@@ -138,17 +116,24 @@ def test_a_header_that_promises_more_than_its_bytes_carry_allocates_nothing() ->
 
 def test_some_tensors_are_decoded_alone() -> None:
     assert list(codec.decode(small_file(), ["b"]).tensors) == ["b"]
+    assert list(codec.arrays(small_file(), ["norm.running_var"])) == ["norm.running_var"]
     with pytest.raises(ArtifactError, match="nope"):
         codec.decode(small_file(), ["nope"])
 
 
-def test_the_same_content_gives_the_same_bytes_in_every_version_of_the_code() -> None:
-    """The golden bytes of version 1 and its coders: they change only where a new coder takes fewer bytes (`test_promises`: old files open)."""
-    data = small_file()
-    assert data[:4] == b"CLQ\x01"
-    assert zlib.crc32(data[12 : 12 + int.from_bytes(data[4:8], "little")]) == int.from_bytes(
-        data[8:12], "little"
-    )
-    assert (
-        hashlib.sha256(data).hexdigest() == "f345f84971230906d85a5c7d5c8a0dabdb567a4486d9eb66ad1171844c245176"
-    )
+@pytest.mark.parametrize(
+    ("profile", "sha256"),
+    [
+        ("fast", "27bc53c0f9323e5ad22221c81baeb04a9033909634b84ea68245e2de5a3e0103"),
+        ("small", "9f02c0be7a4c51aa2d6ea16eb47940f7ebd622b3307a5a99d400bcf71767715d"),
+    ],
+)
+def test_the_same_content_gives_the_same_bytes_in_every_version_of_the_code(
+    profile: Any, sha256: str
+) -> None:
+    """The golden bytes of version 2: they change only where a new coder takes fewer bytes (`test_promises`: old files open)."""
+    data = small_file(profile)
+    assert data[:4] == b"CLQ\x02"
+    checksum = zlib.crc32(data[12 : 12 + int.from_bytes(data[4:8], "little")])
+    assert checksum == int.from_bytes(data[8:12], "little")
+    assert hashlib.sha256(data).hexdigest() == sha256

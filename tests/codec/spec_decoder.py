@@ -1,0 +1,193 @@
+"""A decoder of .clq files in plain Python, written from the prose of clipq_ray/codec/SPEC.md and from nothing else.
+
+It is there to be compared with clipq_ray.codec and shares no line with it. Not covered: the coders of codes (`spec_coders`), speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spec_coders import CODERS, Cursor, Refused, demand
+from spec_coders import codes as coded
+
+SPEC = Path(__file__).resolve().parents[2] / "clipq_ray" / "codec" / "SPEC.md"
+DICTIONARIES = [block.replace("\n", "").encode("ascii") for block in SPEC.read_text().split("```\n")[1::2]]
+PLAIN = {"f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "b1": "B"}
+
+
+@dataclass
+class Tensor:
+    """A tensor; `kind` is "layer", "vector" or a plain type. Codes and levels (zero included) are those of a layer."""
+
+    shape: tuple[int, ...]
+    kind: str
+    values: list[Any]
+    codes: list[int] | None = None
+    levels: list[float] | None = None
+
+
+def decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a file."""
+    demand(len(data) >= 12 and data[:3] == b"CLQ" and data[3] in (1, 2), "not a .clq file of version 1 or 2")
+    size, checksum = struct.unpack("<II", data[4:12])
+    cursor = Cursor(data)
+    cursor.take(12)
+    packed = cursor.take(size)
+    demand(zlib.crc32(packed) == checksum, "checksum of the header")
+    header, sizes = (_header_1 if data[3] == 1 else _header_2)(packed, len(data))
+    _check(header, len(data))
+    blobs = []
+    for size in sizes:
+        (checksum,) = struct.unpack("<I", cursor.take(4))
+        blobs.append(cursor.take(size))
+        demand(zlib.crc32(blobs[-1]) == checksum, "checksum of a blob")
+    demand(cursor.at == len(data), "bytes behind the last blob")
+    tensors = {
+        name: _tensor(blob, tuple(shape), coder)
+        for name, shape, coder, blob in zip(header["n"], header["s"], header["c"], blobs, strict=False)
+    }
+    if header["b"] or header["v"]:
+        tensors |= _vectors(Cursor(blobs[-1]), header)
+    return header["m"], tensors
+
+
+def _json(packed: bytes, dictionary: bytes, length: int) -> tuple[dict[str, Any], bytes]:
+    """The JSON of a header and the bytes behind its stream."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        demand(len(dict(items)) == len(items), "a repeated key")
+        return dict(items)
+
+    def number(text: str) -> float:
+        demand(math.isfinite(float(text)), f"{text} is no number")
+        return float(text)
+
+    def whole(text: str) -> int:
+        demand(len(text) <= 32, "a number too long")
+        return int(text)
+
+    stream = zlib.decompressobj(-15, zdict=dictionary)
+    try:
+        text = stream.decompress(packed, (1 << 24) + 1)
+        demand(stream.eof and len(text) <= 1 << 24, "header's stream too long or cut off")
+        demand(sum(text.count(mark) for mark in b"[{,") <= (1 << 17) + length, "too many values")
+        header = json.loads(
+            text.decode(), object_pairs_hook=pairs, parse_constant=number, parse_float=number, parse_int=whole
+        )
+        demand(_depth(header) <= 64, "nested too deep")
+        json.dumps(header, ensure_ascii=False).encode()  # refuses half a surrogate pair
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise Refused(f"header: {error}") from None
+    demand(isinstance(header, dict) and isinstance(header.get("m"), dict), "header without metadata")
+    return header, stream.unused_data
+
+
+def _depth(value: Any) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inside is None else 1 + max(map(_depth, inside), default=0)
+
+
+def _header_1(packed: bytes, length: int) -> tuple[dict[str, Any], list[int]]:
+    header, behind = _json(packed, DICTIONARIES[1], length)
+    table: Any = header.get("t")
+    demand(not behind, "bytes behind the header's stream")
+    demand(isinstance(table, list) and all(isinstance(row, list) and len(row) == 4 for row in table), "t")
+    names, shapes, coders, sizes = ([row[column] for row in table] for column in range(4))
+    demand(all(type(size) is int and 0 <= size < 1 << 48 for size in sizes), "sizes")
+    return {"n": names, "s": shapes, "c": coders, "b": [], "v": [], "k": "", "m": header["m"]}, sizes
+
+
+def _header_2(packed: bytes, length: int) -> tuple[dict[str, Any], list[int]]:
+    header, behind = _json(packed, DICTIONARIES[0], length)
+    header = {"n": [], "s": [], "c": [], "b": [], "v": [], "needs": [], "k": ""} | header
+    demand(all(isinstance(header[key], list) for key in ("n", "s", "c", "b", "v", "needs")), "no lists")
+    demand(not header["needs"], f"needs {header['needs']}")
+    demand(isinstance(header["k"], str), "k is no letter")
+    demand(len(header["n"]) == len(header["s"]) == len(header["c"]), "lists of different lengths")
+    demand(all(isinstance(row, list) and len(row) == 2 for row in header["b"] + header["v"]), "b or v")
+    cursor = Cursor(behind)
+    sizes = [cursor.leb128(48) for _ in range(len(header["n"]) + bool(header["b"] or header["v"]))]
+    source = cursor.rest()
+    demand(len(source) in (0, 32), "bytes behind the sizes")
+    if source:
+        demand("source" not in header["m"], "source twice")
+        header["m"]["source"] = source.hex()
+    return header, sizes
+
+
+def _check(header: dict[str, Any], length: int) -> None:
+    """Names, shapes, coders and the number of elements, before anything is allocated."""
+    shapes = header["s"] + [shape for _, shape in header["v"]]
+    for shape in shapes + [[channels] for _, channels in header["b"]]:
+        demand(isinstance(shape, list) and len(shape) <= 32, "a shape")
+        demand(all(type(side) is int and side >= 0 for side in shape), "a side")
+        demand(math.prod(side for side in shape if side) < 1 << 48, "a shape too large")
+    names = header["n"] + [module for module, _ in header["b"]] + [name for name, _ in header["v"]]
+    demand(all(isinstance(name, str) for name in names), "a name that is no text")
+    names = header["n"] + [name for name, _ in header["v"]]
+    names += [_of(module, tensor) for module, _ in header["b"] for tensor in NORM]
+    demand(len(set(names)) == len(names), "two tensors of one name")
+    for coder in header["c"]:
+        known = isinstance(coder, str) and coder in {*PLAIN, *CODERS, *(letter + "h" for letter in CODERS)}
+        demand(known, f"coder {coder!r} is unknown")
+    demand(header["k"] in CODERS or not (header["b"] or header["v"]), f"coder {header['k']!r} is unknown")
+    elements = sum(map(math.prod, shapes)) + 4 * sum(channels for _, channels in header["b"])
+    demand(elements <= (1 << 24) + 4096 * length, "too many elements")
+
+
+def _tensor(blob: bytes, shape: tuple[int, ...], coder: str) -> Tensor:
+    """A layer or a plain tensor."""
+    count = math.prod(shape)
+    if coder in PLAIN:
+        kind = f"<{count}{PLAIN[coder]}"
+        demand(len(blob) == struct.calcsize(kind), "size of a plain blob")
+        values: list[Any] = list(struct.unpack(kind, blob))
+        if coder == "b1":
+            demand(set(values) <= {0, 1}, "a truth value that is neither 0 nor 1")
+            values = [value == 1 for value in values]
+        return Tensor(shape, "f4" if coder == "f2" else coder, values)
+    cursor = Cursor(blob)
+    negative, positive = cursor.take(2)
+    kind = f"<{negative + positive}{'e' if coder[1:] else 'f'}"
+    found = list(struct.unpack(kind, cursor.take(struct.calcsize(kind))))
+    levels = [*found[:negative], 0.0, *found[negative:]]
+    codes = coded(coder[0], cursor.rest(), shape, (negative, positive))
+    return Tensor(shape, "layer", [levels[code + negative] for code in codes], codes, levels)
+
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def _of(module: str, tensor: str) -> str:
+    return f"{module}.{tensor}" if module else tensor
+
+
+def _vectors(cursor: Cursor, header: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of norms, and the further vectors."""
+    shapes = {_of(module, tensor): (channels,) for tensor in NORM[:2] for module, channels in header["b"]}
+    shapes |= {name: tuple(shape) for name, shape in header["v"]}
+    scales = []
+    for _ in shapes:
+        (size,) = cursor.take(1)
+        folded = cursor.leb128(20)
+        step = (8388608, 9975792, 11863283, 14107901)[size % 4] * 2.0 ** ((size >> 2) - 63)
+        scales.append((step, -(folded + 1) // 2 if folded % 2 else folded // 2))
+    negative, positive = cursor.take(2)
+    counts = [math.prod(shape) for shape in shapes.values()]
+    row = iter(coded(header["k"], cursor.rest(), (1, sum(counts)), (negative, positive)))
+    tensors = {}
+    for (name, shape), count, (step, location) in zip(shapes.items(), counts, scales, strict=True):
+        values = [(code + location) * step for code in itertools.islice(row, count)]
+        rounded = struct.unpack(f"<{count}f", struct.pack(f"<{count}f", *values))
+        tensors[name] = Tensor(shape, "vector", list(rounded))
+    for module, channels in header["b"]:
+        tensors[_of(module, NORM[2])] = Tensor((channels,), "f4", [0.0] * channels)
+        tensors[_of(module, NORM[3])] = Tensor((channels,), "f4", [1.0] * channels)
+    return tensors
