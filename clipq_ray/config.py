@@ -108,6 +108,13 @@ class Config(BaseModel):
         6, ge=3, le=100, description="evaluations per layer before the Gaussian process is asked"
     )
 
+    search_cache_gib: float = Field(
+        2.0,
+        ge=0,
+        description="of a network's values before the layer that is searched, kept by each search trial [GiB]; images beyond it are "
+        "evaluated whole",
+    )
+
     # Fine-tuning
     epochs: int = Field(20, ge=1, description="epochs of fine-tuning with the operator in the loop")
     batch_size: int = Field(128, ge=1, description="images per step, over all workers")
@@ -201,6 +208,11 @@ class Config(BaseModel):
     def memory_limit_bytes(self) -> int:
         """The limit of decoded images in memory, in bytes."""
         return math.floor(self.memory_limit_gib * 2**30)
+
+    @property
+    def search_cache_bytes(self) -> int:
+        """What a search trial keeps of the network before its layer, in bytes."""
+        return math.floor(self.search_cache_gib * 2**30)
 
 
 def make(**options: Any) -> Config:

@@ -88,27 +88,44 @@ def evaluate(
     `progress(done, n)` is called after every batch. Batches that do not fit the device's memory are halved, said once. `DataError`
     without images, or where a label lies outside the network's outputs.
     """
-    n, top1, top5, loss, done = len(split), 0, 0, 0.0, 0
-    if n == 0:
-        raise DataError("expected at least one image to evaluate on, got none; check --data")
-    predictions = torch.empty(n, dtype=torch.int64)
-    forward = _Forward(model, torch.device(device))
+    tally = Tally(len(split))
+    forward = Forward(model, torch.device(device))
     with evaluating(model):
-        for images, labels in batches(split, torch.arange(n).split(batch_size), lambda step: None):
-            scores = forward(images)
-            _refuse_labels(labels, scores.shape[1])
-            best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-            hits = best == labels[:, None]
-            top1, top5 = top1 + int(hits[:, 0].sum()), top5 + int(hits.any(dim=1).sum())
-            loss += float(nn.functional.cross_entropy(scores.double(), labels, reduction="sum"))
-            predictions[done : done + len(labels)] = best[:, 0]
-            done += len(labels)
+        for images, labels in batches(split, torch.arange(tally.n).split(batch_size), lambda step: None):
+            tally.add(forward(images), labels)
             if progress:
-                progress(done, n)
-    return Evaluation(n, top1 / n, top5 / n, loss / n, predictions.numpy())
+                progress(tally.done, tally.n)
+    return tally.result()
 
 
-class _Forward:
+class Tally:
+    """Scores of `n` images as they come in, batch by batch."""
+
+    def __init__(self, n: int) -> None:
+        if n == 0:
+            raise DataError("expected at least one image to evaluate on, got none; check --data")
+        self.n, self.done = n, 0
+        self.top1, self.top5, self.loss = 0, 0, 0.0
+        self._predictions = torch.empty(n, dtype=torch.int64)
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """`scores`: float32 (images, classes) on the CPU; `labels`: int64 (images,)."""
+        _refuse_labels(labels, scores.shape[1])
+        best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        self.top1, self.top5 = self.top1 + int(hits[:, 0].sum()), self.top5 + int(hits.any(dim=1).sum())
+        self.loss += float(nn.functional.cross_entropy(scores.double(), labels, reduction="sum"))
+        self._predictions[self.done : self.done + len(labels)] = best[:, 0]
+        self.done += len(labels)
+
+    def result(self) -> Evaluation:
+        """The evaluation of the images that came in."""
+        n = self.done
+        predictions = self._predictions[:n].numpy()
+        return Evaluation(n, self.top1 / n, self.top5 / n, self.loss / n, predictions)
+
+
+class Forward:
     """Class scores float32 (n, classes) on the CPU, in parts that fit the device's memory."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -118,6 +135,7 @@ class _Forward:
         self.layout = torch.channels_last if cpu else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
+        """The class scores of `images`."""
         while True:
             most = min(self.most or len(images), len(images))
             try:
@@ -137,7 +155,14 @@ class _Forward:
         return self._scores_in(images, torch.contiguous_format)
 
     def _scores_in(self, images: Tensor, layout: torch.memory_format) -> Tensor:
-        return logits(self.model(images.to(self.device).contiguous(memory_format=layout))).float().cpu()
+        return logits(self.model(self._placed(images, layout))).float().cpu()
+
+    def placed(self, images: Tensor) -> Tensor:
+        """Images on the device, in the layout that the network took before."""
+        return self._placed(images, self.layout if images.dim() == 4 else torch.contiguous_format)
+
+    def _placed(self, images: Tensor, layout: torch.memory_format) -> Tensor:
+        return images.to(self.device).contiguous(memory_format=layout)
 
     def _halve(self, most: int, error: BaseException) -> None:
         if most == 1:

@@ -27,7 +27,7 @@ STAGE_VERSIONS = {"baseline": 1, "search": 2, "finetune": 2, "control": 1}
 
 _DECIDES_NOTHING = {
     "storage", "name", "force", "dry_run", "engine", "search_parallel", "max_failures", "data", "data_root", "weights",
-    "validation_data", "memory_limit_gib", "expect_top1_percent",
+    "validation_data", "memory_limit_gib", "expect_top1_percent", "search_cache_gib",
 }  # fmt: skip
 """Options that are not part of a run's identity; weights and data count by their content."""
 

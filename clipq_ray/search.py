@@ -7,7 +7,7 @@ improvement is maximised over the grid of all b and of p in steps of 0.01, so no
 function of (seed, layer, step, points so far): a search that was cut off goes on as if it had not been.
 
 With a target ratio, steps take turns over a ladder of lambdas, and the lambda that meets the target is found afterwards from the
-measured points (`choose`); error and size per point do not depend on lambda. Not covered: evaluations cheaper than the whole network.
+measured points (`choose`); error and size per point do not depend on lambda. Not covered: how evaluations are made cheap (`prefix`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import nn
 
 from clipq_ray import codec, seeds
 from clipq_ray.data import Split
-from clipq_ray.evaluate import evaluate
 from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
+from clipq_ray.prefix import LayerScores
 from clipq_ray.quantizer import decide_share, quantize
 
 LADDER = (2.0, 8.0, 32.0)
@@ -120,7 +120,8 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings) -> tuple[Th
 class LayerEvaluator:
     """Measures points of a network's layers; the network's weights are as before after every call.
 
-    `images` is the subset that scores; `network_bytes` is 4 x all elements that inference reads; `size` gives the bytes of a layer in the file.
+    `images` is the subset that scores; `network_bytes` is 4 x all elements that inference reads; `size` gives the bytes of a layer in the file;
+    `cache_bytes` is what is kept of the network before a layer (`prefix`).
     """
 
     def __init__(
@@ -133,10 +134,12 @@ class LayerEvaluator:
         device: torch.device,
         node: str,
         size: Callable[[codec.CodedLayer], int] = codec.layer_bytes,
+        cache_bytes: int = 0,
     ) -> None:
         self._size = size
+        self._scores = LayerScores(model.to(device), images, batch_size, device, cache_bytes)
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
-        self._batch_size, self._device, self._node = batch_size, device, node
+        self._node = node
 
     @torch.no_grad()
     def measure(self, layer: str, theta: Theta, *, step: int, origin: str, tradeoff: float) -> Trial:
@@ -149,7 +152,7 @@ class LayerEvaluator:
         size = self._size(codec.coded(quantized, share))
         try:
             parameter.copy_(quantized.values)
-            result = evaluate(self._model, self._images, batch_size=self._batch_size, device=self._device)
+            result = self._scores.evaluate(layer)
         finally:
             parameter.copy_(full)
         return Trial(

@@ -281,6 +281,7 @@ class Searcher:
             device=device,
             node=platform.node(),
             size=functools.partial(layer_bytes, config),
+            cache_bytes=config.search_cache_bytes,
         )
 
     def step(self, index: int, trials: list[Trial]) -> bool:

@@ -1,0 +1,172 @@
+"""The evaluations of one layer without the part of the network that does not depend on it.
+
+Only one weight changes between the evaluations of a search, so everything that does not come behind it is computed once per batch and kept:
+the network's graph (torch.fx) is cut at the values that the dependent part reads, whatever branches and shortcuts there are. `cut` gives
+both parts, checked against the whole network on real images; a network that cannot be traced, or whose parts do not agree with it (values
+that are changed in place, control flow that depends on values), is evaluated whole. `LayerScores` keeps the values of as many batches as a limit allows.
+Not covered: what is changed between evaluations (`search`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from clipq_ray.data import Split, batches
+from clipq_ray.evaluate import Evaluation, Forward, Tally, evaluating, logits
+
+AGREEMENT = 1e-5
+"""Of the largest logit: the most by which logits of the cut network may differ from those of the whole one."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network in two parts: `before(images)` gives the values that `behind(values)` reads to give the class scores."""
+
+    before: Callable[[Tensor], tuple[Any, ...]]
+    behind: Callable[[tuple[Any, ...]], Tensor]
+
+
+def traced(model: nn.Module) -> fx.GraphModule | None:
+    """The graph of `model` in eval mode, which shares its weights; None where torch.fx cannot trace it."""
+    with evaluating(model):
+        try:
+            return fx.symbolic_trace(model)
+        except Exception:  # tracing runs the network's own code on stand-ins, which may raise anything
+            return None
+
+
+@torch.inference_mode()
+def cut(graph: fx.GraphModule, model: nn.Module, layer: str, images: Tensor) -> Cut | None:
+    """`model` cut at the parameter `layer`; None where its parts do not give the same as the whole on `images`."""
+    parameter = model.get_parameter(layer)
+    dependent = _dependent(graph, parameter)
+    if not dependent:
+        return None
+    frontier = _frontier(graph, dependent)
+    before = _module(graph, [n for n in graph.graph.nodes if n not in dependent], (), frontier)
+    behind = _module(graph, [n for n in graph.graph.nodes if n in dependent], frontier, None)
+    result = Cut(before, lambda values: logits(behind(*values)))
+    with evaluating(model):
+        try:
+            expected = logits(model(images))
+            values = result.before(images)
+            # twice: what is changed in place shows in the second pass
+            found = [result.behind(values) for _ in range(2)]
+        except Exception:
+            return None
+    most = AGREEMENT * max(float(expected.abs().max()), 1.0)
+    return result if all(torch.allclose(one, expected, rtol=0, atol=most) for one in found) else None
+
+
+def _dependent(graph: fx.GraphModule, parameter: nn.Parameter) -> set[fx.Node]:
+    """The nodes that read `parameter`, by whatever name, and all that read them; the output among them."""
+    result: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        reads = False
+        if node.op == "call_module":
+            reads = any(one is parameter for one in graph.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr":
+            reads = _attribute(graph, str(node.target)) is parameter
+        if reads or any(source in result for source in node.all_input_nodes):
+            result.add(node)
+    outputs = [node for node in graph.graph.nodes if node.op == "output"]
+    return result if result.issuperset(outputs) else set()
+
+
+def _attribute(graph: fx.GraphModule, name: str) -> Any:
+    owner, _, last = name.rpartition(".")
+    return getattr(graph.get_submodule(owner), last)
+
+
+def _frontier(graph: fx.GraphModule, dependent: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes outside of `dependent` that it reads, in their order."""
+    read = {source for node in dependent for source in node.all_input_nodes} - dependent
+    return tuple(node for node in graph.graph.nodes if node in read)
+
+
+def _module(
+    graph: fx.GraphModule,
+    nodes: list[fx.Node],
+    given: tuple[fx.Node, ...],
+    wanted: tuple[fx.Node, ...] | None,
+) -> fx.GraphModule:
+    """`nodes` as a module that takes the values of `given` and returns those of `wanted`, or else the graph's output."""
+    part = fx.Graph()
+    copies = {node: part.placeholder(f"value_{index}") for index, node in enumerate(given)}
+    for node in nodes:
+        if node.op == "output":
+            continue
+        copies[node] = part.node_copy(node, lambda source: copies[source])
+    if wanted is None:
+        (end,) = (node for node in nodes if node.op == "output")
+        part.output(fx.node.map_arg(end.args[0], lambda source: copies[source]))
+    else:
+        part.output(tuple(copies[node] for node in wanted))
+    return fx.GraphModule(graph, part).eval()
+
+
+class LayerScores:
+    """Evaluations of a network on one split between which only one layer's weight changes, until another layer is asked for.
+
+    `limit_bytes`: what is kept of the values before a layer; batches beyond it are evaluated whole, as all are with 0.
+    """
+
+    def __init__(
+        self, model: nn.Module, split: Split, batch_size: int, device: torch.device, limit_bytes: int
+    ) -> None:
+        self._model, self._split = model, split
+        self._parts = torch.arange(len(split)).split(batch_size)
+        self._forward, self._limit = Forward(model, device), limit_bytes
+        self._graph: fx.GraphModule | None = None
+        self._traced = False
+        self._layer: str | None = None
+        self._cut: Cut | None = None
+        self._kept: list[tuple[tuple[Any, ...], Tensor]] = []  # values and labels of the first batches
+
+    @torch.inference_mode()
+    def evaluate(self, layer: str) -> Evaluation:
+        """Score the network as it is; between calls with the same `layer` nothing but that parameter may have changed."""
+        tally = Tally(len(self._split))
+        with evaluating(self._model):
+            if layer != self._layer:
+                self._begin(layer)
+            for values, labels in self._kept:
+                if self._cut is not None:
+                    tally.add(self._cut.behind(values).float().cpu(), labels)
+            images = batches(self._split, self._parts[len(self._kept) :], lambda step: None)
+            for pixels, labels in images:
+                tally.add(self._forward(pixels), labels)
+        return tally.result()
+
+    def _begin(self, layer: str) -> None:
+        """Cut the network at `layer`, and keep the values of the first batches."""
+        self._layer, self._cut, self._kept = layer, None, []
+        if self._limit <= 0:
+            return
+        left = self._limit
+        for pixels, labels in batches(self._split, self._parts, lambda step: None):
+            if self._cut is None:
+                self._forward(pixels[:2])  # finds the layout that the network takes
+                self._cut = self._cut_at(layer, self._forward.placed(pixels[:8]))
+                if self._cut is None:
+                    return
+            values = self._cut.before(self._forward.placed(pixels))
+            left -= size(values)
+            if left < 0:
+                return
+            self._kept.append((values, labels))
+
+    def _cut_at(self, layer: str, images: Tensor) -> Cut | None:
+        if not self._traced:
+            self._graph, self._traced = traced(self._model), True
+        return None if self._graph is None else cut(self._graph, self._model, layer, images)
+
+
+def size(values: tuple[Any, ...]) -> int:
+    """Bytes of the tensors among `values`."""
+    return sum(one.numel() * one.element_size() for one in values if isinstance(one, Tensor))
