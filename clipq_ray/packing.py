@@ -31,13 +31,14 @@ _LOSS_MARGIN = 0.005
 
 @dataclass(frozen=True)
 class PackedNetwork:
-    """The file, and what the statistics need: the quantized layers and the full-precision weights behind them."""
+    """The file, its score on validation images, and what the statistics need: the quantized layers and the full-precision weights behind them."""
 
     file: bytes
     quantized: dict[str, Quantized]
     full_norms: dict[str, tuple[float, float]]
     batch_norm: str
     vectors: str
+    validation: Evaluation
     notes: list[str]
 
 
@@ -65,8 +66,8 @@ def pack(
     packed = codec.Packed(
         _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
     )
-    file, vectors = _smallest(source, model, inventory, data, packed, exact)
-    return PackedNetwork(file, quantized, norms, words, vectors, [])
+    file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
+    return PackedNetwork(file, quantized, norms, words, vectors, found, [])
 
 
 def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:
@@ -98,16 +99,20 @@ def _smallest(
     data: Data,
     packed: codec.Packed,
     exact: Evaluation,
-) -> tuple[bytes, str]:
-    """The file with the coarsest grids with which it scores as it does without any, and what they are."""
+) -> tuple[bytes, str, Evaluation]:
+    """The file with the coarsest grids with which it scores as it does without any, what they are, and the decoded file's score."""
     profile = source.config.profile
     for precision in folding.LADDER if source.config.vectors == "auto" else ():
         file = codec.encode(_on_grids(model, inventory, packed, precision), profile)
-        network = loading.from_bytes(file, factory=source.network).to(source.device())
-        found = _score(source, network, data)
+        found = _decoded(source, file, data)
         if found.top1 >= exact.top1 and found.loss <= (1 + _LOSS_MARGIN) * exact.loss:
-            return file, str(precision)
-    return codec.encode(packed, profile), "as they are"
+            return file, str(precision), found
+    file = codec.encode(packed, profile)
+    return file, "as they are", _decoded(source, file, data)
+
+
+def _decoded(source: Source, file: bytes, data: Data) -> Evaluation:
+    return _score(source, loading.from_bytes(file, factory=source.network).to(source.device()), data)
 
 
 def _on_grids(

@@ -1,41 +1,34 @@
-"""The stages of one network, top to bottom: baseline, search, fine-tuning, control, packing, verification, statistics, commit.
+"""The stages of one network, top to bottom: baseline, search, dense control, rounds of fine-tuning and packing, verification, commit.
 
-A stage is a function from inputs to stored outputs, in `_stages/{stage}-{key}`, keyed by a hash of everything that decides it; a job that
-is run again continues behind the last finished one. Decisions use training and validation images only; the test set is looked at for
-the report. Sizes come from the file, accuracies from the decoded file. Not covered: several networks in one job.
+Decisions use training and validation images only; the test set is looked at for the report. Sizes come from the file, accuracies from the
+decoded file. A job that is run again continues behind the last finished stage (`stages`). Not covered: several networks in one job.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import identity, loading, manifest, models, network, packing, results, search
+from clipq_ray import identity, loading, manifest, models, network, results, rounds, search, stages
 from clipq_ray.cluster.engine import Engine
-from clipq_ray.config import Config
-from clipq_ray.data import Data, Split
 from clipq_ray.errors import FormatError, RunError
-from clipq_ray.evaluate import Evaluation, evaluate
-from clipq_ray.finetune import Schedule
-from clipq_ray.operator import make_plan
-from clipq_ray.plan import Plan
+from clipq_ray.evaluate import Evaluation
 from clipq_ray.progress import Reporter
-from clipq_ray.storage import MANIFEST, WORK, Store, run_store, stage_store
+from clipq_ray.stages import Run, scored, splits
+from clipq_ray.storage import MANIFEST, WORK, Store, run_store
 from clipq_ray.work import (
     CURVE,
     WEIGHTS,
     SearchTask,
     Source,
-    TrainTask,
     prepare_process,
     read_state,
     read_trials,
@@ -44,8 +37,6 @@ from clipq_ray.work import (
 )
 
 log = logging.getLogger(__name__)
-_DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4}
-_TAIL_SECONDS = 60.0  # kept free before a deadline for packing, verification and commit
 
 
 @dataclass(frozen=True)
@@ -56,52 +47,17 @@ class Result:
     manifest: dict[str, Any]
     reused: bool
 
-
-@dataclass
-class Run:
-    """One run in the making: what the stages know and add."""
-
-    source: Source
-    engine: Engine
-    reporter: Reporter
-    storage: Store
-    data: Data
-    started: float
-    notes: list[str] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
-
     @property
-    def config(self) -> Config:
-        """The configuration."""
-        return self.source.config
-
-    @property
-    def deadline(self) -> float | None:
-        """The time of `time.time()` by which trainings should have ended."""
-        hours = self.config.deadline_hours
-        return None if hours is None else self.started + 3600 * hours - _TAIL_SECONDS
-
-    def stage(
-        self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
-    ) -> Store:
-        """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
-        key = identity.stage_key(name, self.config, inputs)
-        store = stage_store(self.storage, name, key)
-        started, reused = time.monotonic(), store.exists(finished)
-        if reused:
-            self.reporter.say(f"{name}: already there, reused ({store.uri})")
-        else:
-            with self.reporter.stage(name) as progress:
-                make(store, progress)
-        seconds = round(time.monotonic() - started, 1)
-        self.stages.append({"stage": name, "key": key, "seconds": seconds, "reused": reused})
-        return store
+    def kept(self) -> bool:
+        """Whether the file keeps the promise that the intent makes."""
+        return bool(self.manifest.get("promise", {}).get("kept", True))
 
 
 def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     """Compress one network and commit the run; a run that is committed already is returned as it is.
 
-    `engine` must be entered. Raises the errors of `errors`; whatever was finished before stays in the storage for the next attempt.
+    `engine` must be entered. Raises the errors of `errors`; whatever was finished before stays in the storage for the next attempt. A
+    promise that no round keeps is no error: the closest round is committed, and the manifest says so.
     """
     config = source.config
     storage = Store(config.storage)
@@ -132,23 +88,30 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
     inventory = network.inventory(model, sample.to(source.device()), config.keep)
     run.notes += [note for note in inventory.notes if note not in run.notes]
-    choice, trials = _search(run, weights, model, inventory)
+    trials = _search(run, weights, inventory)
     reference_error = _search_reference(run, model)
-    plan = make_plan(model.cpu(), {layer: trial.theta for layer, trial in choice.trials.items()})
-    schedule = _schedule(config, config.epochs, config.learning_rate)
-    tuned = _train(run, "finetune", schedule, weights, plan, work)
-    control = _train(run, "control", schedule, weights, None, work) if wants_control(run.source) else None
-    with reporter.stage("pack and verify"):
-        packed = packing.pack(run.source, tuned, plan, inventory, data, inputs["weights"])
-        run.notes += packed.notes
-        scores = _scores(run, packed.file, baseline, control)
+    control = _control(run, weights, work) if stages.wants_control(source) else None
+    dense = _dense(run, control)
+    reference = dense["validation"] or baseline["validation"]
+    assert reference is not None
+    made = rounds.run_rounds(
+        run, rounds.Given(trials, weights, inventory, reference_error, reference, inputs["weights"], work)
+    )
+    best = made.best
+    if not made.kept:
+        run.notes.append(
+            f"the promise ({made.intent.words()}) is not kept: this is the round that came closest"
+        )
+    with reporter.stage("verify"):
+        scores = _scores(run, best, baseline, dense)
     document = results.document(
-        name=name, run_id=run_id, run=asdict_run(run), identity=inputs, inventory=inventory, choice=choice,
-        packed=packed, scores=scores, curves=_curves(tuned, control, run),
+        name=name, run_id=run_id, run=stages.run_document(run), identity=inputs, inventory=inventory, choice=best.choice,
+        packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
+        promise=made.document("control" if control else "original"),
     )  # fmt: skip
-    recovery = json.loads(tuned.read(CURVE))["recovery"]
+    recovery = json.loads(best.tuned.read(CURVE))["recovery"]
     files = results.files(
-        document, packed, inventory, plan, choice, trials, scores, reference_error, recovery
+        document, best.packed, inventory, best.plan, best.choice, trials, scores, reference_error, recovery
     )
     if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
         reporter.say(
@@ -158,28 +121,6 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     manifest.commit(target, files, document)
     work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)
-
-
-def asdict_run(run: Run) -> dict[str, Any]:
-    """What the manifest says about the run itself."""
-    return {
-        "created_utc": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(
-            timespec="seconds"
-        ),
-        "versions": identity.versions(),
-        "config": run.config.model_dump(mode="json"),
-        "stages": run.stages,
-        "notes": run.notes,
-        "seconds": round(time.time() - run.started, 1),
-        "data": {
-            "description": run.data.description,
-            "train_images": len(run.data.train),
-            "validation_images": len(run.data.validation),
-            "test_images": len(run.data.test) if run.data.test else 0,
-            "class_names": list(run.data.class_names),
-            "validation_held_out": run.data.validation_held_out,
-        },
-    }
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------------
@@ -201,8 +142,8 @@ def _baseline(
     """Store the original's weights (trained first if there are none) and score them; stop near chance."""
     config = run.config
     if state is None:
-        schedule = _schedule(config, config.baseline_epochs, config.baseline_learning_rate)
-        store = _train(run, "baseline", schedule, None, None, work)
+        schedule = stages.schedule_of(config, config.baseline_epochs, config.baseline_learning_rate)
+        store = stages.trained(run, "baseline", schedule, None, None, work)
     else:
 
         def make(store: Store, progress: Any) -> None:
@@ -212,20 +153,9 @@ def _baseline(
         store = run.stage("baseline", {"weights": models.weights_sha256(state)}, CURVE, make)
     model = run.source.network()
     model.load_state_dict(read_state(store))
-    scores = {split: _evaluate(run, model, images) for split, images in _splits(run).items()}
+    scores = {split: scored(run, model, images) for split, images in splits(run).items()}
     _refuse_bad_baseline(run, scores, origin)
     return store, scores
-
-
-def _splits(run: Run) -> dict[str, Split | None]:
-    return {"validation": run.data.validation, "test": run.data.test}
-
-
-def _evaluate(run: Run, model: nn.Module, images: Split | None) -> Evaluation | None:
-    if images is None:
-        return None
-    device = run.source.device()
-    return evaluate(model.to(device), images, batch_size=run.config.evaluation_batch_size, device=device)
 
 
 def _refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], origin: str) -> None:
@@ -246,17 +176,8 @@ def _refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], orig
         )
 
 
-def _schedule(config: Config, epochs: int, rate: float) -> Schedule:
-    return Schedule(
-        epochs, config.batch_size, rate, config.warmup_epochs, config.momentum, config.weight_decay,
-        config.label_smoothing,
-    )  # fmt: skip
-
-
-def _search(
-    run: Run, weights: Store, model: nn.Module, inventory: network.Inventory
-) -> tuple[search.Choice, dict[str, list[search.Trial]]]:
-    """Trials of every layer, and the point of every layer that serves the intent."""
+def _search(run: Run, weights: Store, inventory: network.Inventory) -> dict[str, list[search.Trial]]:
+    """Measured points of every layer."""
     config = run.config
     tradeoffs = (config.tradeoff,) if config.tradeoff is not None else search.LADDER
     settings = search.Settings(config.search_evaluations, config.search_start, tradeoffs, config.seed)
@@ -270,7 +191,7 @@ def _search(
     def task_at(store: Store) -> SearchTask:
         return SearchTask(
             run.source, weights.uri, layers, settings, min(config.search_images, len(run.data.train)),
-            inventory.bytes_before, store.uri, _share(run, "search"),
+            inventory.bytes_before, store.uri, stages.deadline_of(run, "search"),
         )  # fmt: skip
 
     def make(store: Store, progress: Any) -> None:
@@ -284,15 +205,7 @@ def _search(
         run.notes.append(
             f"search: shortened from {settings.evaluations} to {fewest} or more evaluations per layer by --deadline-hours"
         )
-    if config.tradeoff is not None:
-        choice = search.choose(trials, config.tradeoff)
-    else:
-        choice = _choice_for_ratio(run, trials, model, inventory)
-    predicted = choice.bytes + packing.other_bytes(run.source, model, inventory, run.data)
-    run.reporter.say(
-        f"search: lambda {choice.tradeoff:.4g}, predicted {predicted:,} bytes ({inventory.bytes_before / predicted:.1f}x)"
-    )
-    return choice, trials
+    return trials
 
 
 def _search_reference(run: Run, model: nn.Module) -> float:
@@ -300,83 +213,39 @@ def _search_reference(run: Run, model: nn.Module) -> float:
     images = search_images(
         run.data.train, min(run.config.search_images, len(run.data.train)), run.config.seed
     )
-    found = _evaluate(run, model, images)
+    found = scored(run, model, images)
     assert found is not None
     return 1.0 - found.top1
 
 
-def _choice_for_ratio(
-    run: Run, trials: Mapping[str, list[search.Trial]], model: nn.Module, inventory: network.Inventory
-) -> search.Choice:
-    ratio = run.config.ratio_wanted
-    assert ratio is not None
-    budget = int(inventory.bytes_before / ratio) - packing.other_bytes(run.source, model, inventory, run.data)
-    choice = search.choose_for_bytes(trials, budget)
-    if choice.bytes > budget:
-        note = f"--target-ratio {ratio} is beyond the measured points; the smallest of them were taken"
-        run.notes.append(note)
-        run.reporter.say(note)
-    return choice
+def _control(run: Run, weights: Store, work: Store) -> Store:
+    """The dense control: the same schedule as the first round, without the operator."""
+    schedule = stages.schedule_of(run.config, run.config.epochs, run.config.learning_rate)
+    return stages.trained(run, "control", schedule, weights, None, work)
 
 
-def _train(
-    run: Run, stage: str, schedule: Schedule, initial: Store | None, plan: Plan | None, work: Store
-) -> Store:
-    """Train with the operator (`plan`) or without, from `initial` weights or from the network's own start."""
-    config, architecture = run.config, run.source.architecture()
-    inputs = {
-        "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
-        "weights": models.weights_sha256(read_state(initial)) if initial else None,
-        "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
-        "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
-    }  # fmt: skip
-
-    def make(store: Store, progress: Any) -> None:
-        task = TrainTask(
-            run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(stage).uri, _share(run, stage),
-        )  # fmt: skip
-        run.engine.train(task, progress)
-
-    store = run.stage(stage, inputs, CURVE, make)
-    run.notes += json.loads(store.read(CURVE))["notes"]
-    return store
-
-
-def _share(run: Run, stage: str) -> float | None:
-    """The time of `time.time()` by which `stage` should end: its share of what is left before the deadline."""
-    if run.deadline is None:
-        return None
-    control_comes = stage == "finetune" and wants_control(run.source)
-    share = 0.5 if control_comes else _DEADLINE_SHARES.get(stage, 1.0)
-    return time.time() + max(0.0, run.deadline - time.time()) * share
-
-
-def wants_control(source: Source) -> bool:
-    """Whether a dense control is trained: where the given network has seen the validation images, or always."""
-    wanted = source.config.control
-    seen = source.data().validation_held_out and source.weights_origin() not in ("train", "random")
-    return wanted == "always" or (wanted == "auto" and seen)
+def _dense(run: Run, control: Store | None) -> dict[str, Evaluation | None]:
+    if control is None:
+        return {"validation": None, "test": None}
+    model = run.source.network()
+    model.load_state_dict(read_state(control))
+    return {split: scored(run, model, images) for split, images in splits(run).items()}
 
 
 def _scores(
-    run: Run, file: bytes, baseline: Mapping[str, Evaluation | None], control: Store | None
+    run: Run,
+    best: rounds.Round,
+    baseline: Mapping[str, Evaluation | None],
+    dense: Mapping[str, Evaluation | None],
 ) -> results.Scores:
     """Original, control and decoded file on validation and test images."""
-    decoded = loading.from_bytes(file, factory=run.source.network)
-    compressed = {split: _evaluate(run, decoded, images) for split, images in _splits(run).items()}
-    dense: dict[str, Evaluation | None] = {"validation": None, "test": None}
-    if control is not None:
-        model = run.source.network()
-        model.load_state_dict(read_state(control))
-        dense = {split: _evaluate(run, model, images) for split, images in _splits(run).items()}
-    labels = {
-        split: np.asarray(images.labels) for split, images in _splits(run).items() if images is not None
-    }
-    return results.Scores(dict(baseline), dense, compressed, labels)
+    decoded = loading.from_bytes(best.packed.file, factory=run.source.network)
+    compressed = {"validation": best.packed.validation, "test": scored(run, decoded, run.data.test)}
+    labels = {split: np.asarray(images.labels) for split, images in splits(run).items() if images is not None}
+    return results.Scores(dict(baseline), dict(dense), compressed, labels)
 
 
-def _curves(tuned: Store, control: Store | None, run: Run) -> dict[str, Any]:
+def _curves(tuned: Store, control: Store | None) -> dict[str, Any]:
     def rows(store: Store | None) -> list[dict[str, Any]]:
         return json.loads(store.read(CURVE))["curve"] if store else []
 

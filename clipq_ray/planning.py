@@ -6,6 +6,7 @@ Not covered: the time that Ray takes to start (about twenty seconds a stage).
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 from clipq_ray import network
 from clipq_ray.evaluate import logits
 from clipq_ray.operator import Operator, make_plan
-from clipq_ray.pipeline import wants_control
 from clipq_ray.plan import Theta
+from clipq_ray.stages import wants_control
 from clipq_ray.work import Source, prepare_process
 
 _RAY_SECONDS = 20.0  # start of a worker group, seen
@@ -37,6 +38,9 @@ def dry_run(source: Source) -> str:
     fresh = source.weights_origin() == "train"
     trainings = [("baseline", config.baseline_epochs)] * fresh + [("fine-tuning", config.epochs)]
     trainings += [("dense control", config.epochs)] * wants_control(source)
+    if config.tradeoff is None and config.rounds > 1:
+        further = (config.rounds - 1) * (config.round_epochs or math.ceil(config.epochs / 2))
+        trainings.append(("more rounds", further))
     search_seconds = evaluations * min(config.search_images, images) * forward / parallel
     lines = [
         f"network     {config.model}: {found.parameters:,} parameters, {len(found.layers)} layers to compress",
@@ -46,7 +50,9 @@ def dry_run(source: Source) -> str:
     total = search_seconds
     for name, epochs in trainings:
         seconds = epochs * (images * step / config.workers + held * forward) + _RAY_SECONDS
-        lines.append(f"{name:<11} {epochs} epochs on {config.workers} workers: about {_clock(seconds)}")
+        lines.append(
+            f"{name:<11} {'at most ' if name == 'more rounds' else ''}{epochs} epochs on {config.workers} workers: about {_clock(seconds)}"
+        )
         total += seconds
     lines.append(
         f"time        about {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads"

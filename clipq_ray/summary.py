@@ -48,8 +48,30 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
             lines.append(
                 f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %"
             )
+        if promise := manifest.get("promise"):
+            lines.append(_promise(promise))
         lines.append(f"run: {uri}")
         lines += [f"note: {note}" for note in manifest["notes"]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *lines])
+
+
+def _promise(promise: Mapping[str, Any]) -> str:
+    """What was promised, whether it is kept, and how sure that is."""
+    verdict = "kept" if promise["kept"] else "NOT KEPT"
+    if promise["intent"] == "tradeoff":
+        verdict = "no promise"
+    return (
+        f"promise: {promise['words']}: {verdict}; validation top-1 {promise['drop_points']:+.2f} points lost against the {promise['reference']} "
+        f"({promise['confidence_percent']} % interval {promise['drop_low_points']:+.2f} to {promise['drop_high_points']:+.2f}, "
+        f"{promise['validation_images']:,} images), round {_number(promise)} of {len(promise['rounds'])}"
+    )
+
+
+def _number(promise: Mapping[str, Any]) -> int:
+    return 1 + next(
+        index
+        for index, one in enumerate(promise["rounds"])
+        if one["drop_points"] == promise["drop_points"] and one["bytes"] == promise["bytes"]
+    )

@@ -1,7 +1,7 @@
 """Compress a trained network: `python jobs/compress.py --model resnet20 --weights URI --data URI --storage URI`.
 
 Parse, build, call; the stages are in `clipq_ray.pipeline`. Everything that was finished is in the storage, so the same command run again
-continues. Exit code 0: committed; 1: the run failed; 2: something in the input is wrong.
+continues. Exit code 0: committed; 1: the run failed, or the file does not keep the promise of the intent; 2: something in the input is wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     with make_engine(config.engine) as engine:
         result = compress(source, engine, reporter)
     print(table([result.manifest], [result.uri]))
-    return 0
+    return 0 if result.kept else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from clipq_ray.pipeline import Result
 
 QUICK: dict[str, Any] = {
     "engine": "local", "epochs": 2, "batch_size": 20, "search_evaluations": 4, "search_start": 3, "search_images": 60,
-    "control": "never", "target_ratio": 4, "quiet": True,
+    "control": "never", "target_ratio": 4, "rounds": 1, "quiet": True,
 }  # fmt: skip
 
 

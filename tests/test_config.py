@@ -67,7 +67,11 @@ def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"target_ratio": 15.0, "tradeoff": 2.0}, "got both"),
+        ({"target_ratio": 15.0, "tradeoff": 2.0}, "expected one intent"),
+        ({"max_drop": 0.0, "target_bytes": 9}, "expected one intent"),
+        ({"max_drop": -0.1}, "--max-drop"),
+        ({"target_bytes": 0}, "--target-bytes"),
+        ({"rounds": 0}, "--rounds"),
         ({"engine": "local", "workers": 2}, "--engine ray"),
         ({"search_start": 9, "search_evaluations": 8}, "--search-start at most"),
         ({"workers": 64, "batch_size": 32}, "--batch-size of at least"),
@@ -105,9 +109,3 @@ def test_an_unknown_option_gets_the_nearest_name() -> None:
         make(learningrate=0.1)
     with pytest.raises(ConfigError, match="see --help"):
         make(zzzzzz=1)
-
-
-def test_without_an_intent_the_target_is_fifteenfold_and_a_given_lambda_replaces_it() -> None:
-    assert make().ratio_wanted == 15.0
-    assert make(target_ratio=20).ratio_wanted == 20.0
-    assert make(tradeoff=3.0).ratio_wanted is None

@@ -37,7 +37,7 @@ CLASSES = ("checks", "circles", "gradients", "stripes")
 QUICK: dict[str, Any] = {
     "engine": "local", "weights": "random", "epochs": 1, "batch_size": 8, "evaluation_batch_size": 8, "learning_rate": 0.005,
     "search_evaluations": 4, "search_start": 3, "search_images": 2, "batch_norm_images": 8, "validation_images": 4,
-    "control": "never",
+    "control": "never", "target_ratio": 15, "rounds": 1,
 }  # fmt: skip
 
 

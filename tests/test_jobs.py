@@ -21,7 +21,7 @@ from clipq_ray.storage import Store
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
     "--engine", "local", "--epochs", "1", "--baseline-epochs", "2", "--batch-size", "32", "--search-evaluations", "4",
-    "--search-start", "3", "--search-images", "60",
+    "--search-start", "3", "--search-images", "60", "--target-ratio", "15", "--rounds", "1",
 ]  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def test_a_file_may_hold_lists_objects_and_names_with_hyphens(tmp_path: Path) ->
     [
         ("epoch: 3\n", "did you mean --epochs"),
         ("epochs: 0\n", "--epochs"),
-        ("target_ratio: 3\ntradeoff: 1\n", "got both"),
+        ("target_ratio: 3\ntradeoff: 1\n", "expected one intent"),
         ("- a\n- b\n", "'name: value'"),
         ("epochs\n", "'name: value'"),
         ("epochs: [\n", "expected YAML"),

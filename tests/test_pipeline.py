@@ -25,7 +25,7 @@ from clipq_ray.work import Source
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {
     "engine": "local", "epochs": 2, "baseline_epochs": 2, "batch_size": 32, "search_evaluations": 4, "search_start": 3,
-    "search_images": 100,
+    "search_images": 100, "target_ratio": 15,
 }  # fmt: skip
 
 

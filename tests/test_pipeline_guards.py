@@ -34,7 +34,7 @@ pytest_plugins = ["s3_server"]
 
 QUICK: dict[str, Any] = {
     "engine": "local", "epochs": 2, "batch_size": 32, "search_evaluations": 4, "search_start": 3, "search_images": 60,
-    "control": "never",
+    "control": "never", "target_ratio": 15, "rounds": 1,
 }  # fmt: skip
 
 

@@ -1,0 +1,134 @@
+"""What the user wants of the result, and which size to try next: pure decisions, so that policy is tested without training.
+
+An intent is a promise on the file: at most so many bytes, or a top-1 on the validation images at most so many points below the reference
+(method, section 4). Fine-tuning goes in rounds: after each, the decoded file says whether the promise is kept, and `next_request` whether
+another size is worth a round: smaller ones while it is kept, larger ones while it is not. A lambda of the user's own promises nothing
+and takes one round. Not covered: which layers give the bytes (`search`), and training (`pipeline`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from clipq_ray.config import Config
+
+Kind = Literal["bytes", "max_drop", "tradeoff"]
+_Z95 = 1.959963984540054
+CLOSE = 1.05
+"""A kept and a broken promise whose sizes are within this ratio leave nothing to look for between them."""
+SMALLER, LARGER = 0.75, 1.4
+"""Of the last size, while nothing on the other side is known."""
+SPARE = 0.99
+"""Of the bytes that a file of a new round may take, since fine-tuning moves them."""
+
+
+@dataclass(frozen=True)
+class Intent:
+    """`value`: bytes of the file, points of top-1, or lambda."""
+
+    kind: Kind
+    value: float
+
+    @classmethod
+    def of(cls, config: Config, bytes_before: int) -> Intent:
+        """What the configuration wants of a network of `bytes_before` bytes."""
+        if config.tradeoff is not None:
+            return cls("tradeoff", config.tradeoff)
+        if config.target_bytes is not None:
+            return cls("bytes", config.target_bytes)
+        if config.target_ratio is not None:
+            return cls("bytes", math.floor(bytes_before / config.target_ratio))
+        return cls("max_drop", config.max_drop or 0.0)
+
+    def words(self) -> str:
+        """The promise, as a person would say it."""
+        if self.kind == "bytes":
+            return f"at most {self.value:,.0f} bytes"
+        if self.kind == "max_drop":
+            return f"at most {self.value:g} points of top-1 below the reference on validation images"
+        return f"lambda {self.value:g}"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Top-1 of the reference less that of the file on the same `n` validation images, in points, with its paired 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def between(
+        cls, reference: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+    ) -> Drop:
+        """Of two arrays of predicted classes, int64 (n,); the interval is the normal one of the mean of differences."""
+        differences = 100.0 * ((reference == labels).astype(np.float64) - (found == labels))
+        n = len(differences)
+        half = _Z95 * float(differences.std()) / math.sqrt(n)
+        points = float(differences.mean())
+        return cls(points, points - half, points + half, n)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one round gave: the bytes of the file that it was asked for (None: by lambda), those of the file, its drop, training epochs so far."""
+
+    requested: int | None
+    bytes: int
+    drop: Drop
+    epochs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object for the manifest."""
+        return {
+            "requested_bytes": self.requested, "bytes": self.bytes, "drop_points": self.drop.points,
+            "drop_low_points": self.drop.low, "drop_high_points": self.drop.high, "epochs": self.epochs,
+        }  # fmt: skip
+
+
+def keeps(intent: Intent, outcome: Outcome) -> bool:
+    """Whether a round keeps the promise: as measured, not as sure; the interval stands beside it."""
+    if intent.kind == "bytes":
+        return outcome.bytes <= intent.value
+    return intent.kind == "tradeoff" or outcome.drop.points <= intent.value + 1e-9
+
+
+def best(intent: Intent, outcomes: Sequence[Outcome]) -> int:
+    """The number of the round to commit: the smallest file that keeps the promise, else the one that is closest to it."""
+    kept = [index for index, outcome in enumerate(outcomes) if keeps(intent, outcome)]
+    if kept:
+        return min(kept, key=lambda index: (outcomes[index].bytes, outcomes[index].drop.points))
+    if intent.kind == "bytes":
+        return min(range(len(outcomes)), key=lambda index: outcomes[index].bytes)
+    return min(range(len(outcomes)), key=lambda index: (outcomes[index].drop.points, outcomes[index].bytes))
+
+
+def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int) -> int | None:
+    """The bytes of the file to ask the next round for, after at least one; None where the rounds are over."""
+    if len(outcomes) >= rounds or intent.kind == "tradeoff":
+        return None
+    last = outcomes[-1]
+    if intent.kind == "bytes":
+        if keeps(intent, last) or last.requested is None:
+            return None
+        return max(1, math.floor(last.requested * intent.value / last.bytes * SPARE))
+    kept = [outcome.bytes for outcome in outcomes if keeps(intent, outcome)]
+    broken = [outcome.bytes for outcome in outcomes if not keeps(intent, outcome)]
+    if not broken:
+        return math.floor(min(kept) * SMALLER)
+    if not kept:
+        return math.ceil(max(broken) * LARGER)
+    # a larger file that broke the promise says nothing of smaller ones: noise, or a round that was trained less
+    below = [size for size in broken if size < min(kept)]
+    if not below:
+        return math.floor(min(kept) * SMALLER)
+    if min(kept) <= CLOSE * max(below):
+        return None
+    return math.floor(math.sqrt(min(kept) * max(below)))

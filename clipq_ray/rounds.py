@@ -1,0 +1,179 @@
+"""Fine-tuning in rounds until the promise is kept: choose a plan for a size, train, pack, look at the decoded file, and try another size.
+
+The first round starts from the given weights, each further one from the full-precision weights of the one before, with half the epochs and
+half the rate. Everything is decided on validation images; the test set is not touched. Not covered: what is tried next (`intent`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from clipq_ray import packing, search, stages
+from clipq_ray.evaluate import Evaluation
+from clipq_ray.intent import Drop, Intent, Outcome, best, keeps, next_request
+from clipq_ray.network import Inventory
+from clipq_ray.operator import make_plan
+from clipq_ray.plan import Plan
+from clipq_ray.stages import Run
+from clipq_ray.storage import Store
+from clipq_ray.work import read_state
+
+Trials = Mapping[str, Sequence[search.Trial]]
+_START_ERROR = 0.03
+"""A first plan may add so much one-shot error, summed over layers: on ResNet-20 that is a 15-fold smaller file, of which ten epochs recover all
+but 0.3 points; more by five times what may be lost. A start only: the rounds decide."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: the plan and what became of it; `predicted` are the bytes of the file before training."""
+
+    choice: search.Choice
+    plan: Plan
+    predicted: int
+    tuned: Store
+    packed: packing.PackedNetwork
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """All rounds, in order, and the one to commit."""
+
+    intent: Intent
+    all: tuple[Round, ...]
+
+    @property
+    def best(self) -> Round:
+        """The one to commit."""
+        return self.all[best(self.intent, [one.outcome for one in self.all])]
+
+    @property
+    def kept(self) -> bool:
+        """Whether it keeps the promise."""
+        return keeps(self.intent, self.best.outcome)
+
+    def document(self, reference: str) -> dict[str, Any]:
+        """What the manifest says of the promise; `reference`: what the drop is measured against."""
+        outcome = self.best.outcome
+        return {
+            "intent": self.intent.kind, "value": self.intent.value, "words": self.intent.words(), "kept": self.kept,
+            "reference": reference, "validation_images": outcome.drop.n, "confidence_percent": 95,
+            "bytes": outcome.bytes, "drop_points": outcome.drop.points, "drop_low_points": outcome.drop.low, "drop_high_points": outcome.drop.high,
+            "predicted_bytes": self.best.predicted, "rounds": [one.outcome.to_json() for one in self.all],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """What all rounds share: trials of the search, the original's weights and scores, the file's metadata."""
+
+    trials: Trials
+    weights: Store
+    inventory: Inventory
+    search_error: float
+    reference: Evaluation
+    source_sha256: str
+    work: Store
+
+
+def run_rounds(run: Run, given: Given) -> Rounds:
+    """At least one round, and as many as the intent, `--rounds` and the deadline leave."""
+    config, model = run.config, run.source.network()
+    model.load_state_dict(read_state(given.weights))
+    intent = Intent.of(config, given.inventory.bytes_before)
+    other = packing.other_bytes(run.source, model, given.inventory, run.data)
+    requested = _first_request(intent, given, other)
+    done: list[Round] = []
+    initial, seconds = given.weights, 0.0
+    while True:
+        choice = _choice(run, intent, given, requested, other)
+        if any(_thetas(choice) == _thetas(one.choice) for one in done):
+            run.notes.append("no further round: the search has no other point for the next size")
+            break
+        if done and run.deadline is not None and time.time() + seconds > run.deadline:
+            run.notes.append("no further round before --deadline-hours")
+            break
+        started = time.time()
+        done.append(_round(run, given, done, choice, requested, choice.bytes + other, initial, model))
+        seconds = time.time() - started
+        _say(run, intent, done, given.inventory.bytes_before)
+        requested = next_request(intent, [one.outcome for one in done], config.rounds)
+        if requested is None:
+            break
+        initial = done[-1].tuned
+    return Rounds(intent, tuple(done))
+
+
+def _thetas(choice: search.Choice) -> list[Any]:
+    return [trial.theta for trial in choice.trials.values()]
+
+
+def _first_request(intent: Intent, given: Given, other: int) -> int | None:
+    """The bytes to ask the first round for; None where lambda is given."""
+    if intent.kind == "tradeoff":
+        return None
+    if intent.kind == "bytes":
+        return math.floor(intent.value)
+    allowed = _START_ERROR + 5 * intent.value / 100
+    smallest = None
+    for tradeoff in np.geomspace(1e-4, 1e6, 200):
+        choice = search.choose(given.trials, float(tradeoff))
+        if sum(trial.error - given.search_error for trial in choice.trials.values()) <= allowed:
+            smallest = choice
+    # where even lambda's mildest points cost more, the mildest are the start
+    return (smallest or search.choose(given.trials, 1e-4)).bytes + other
+
+
+def _choice(run: Run, intent: Intent, given: Given, requested: int | None, other: int) -> search.Choice:
+    if requested is None:
+        return search.choose(given.trials, intent.value)
+    choice = search.choose_for_bytes(given.trials, requested - other)
+    if choice.bytes > requested - other:
+        note = f"{requested:,} bytes are beyond the measured points; the smallest of them were taken"
+        run.notes.append(note)
+        run.reporter.say(note)
+    return choice
+
+
+def _round(
+    run: Run, given: Given, before: Sequence[Round], choice: search.Choice, requested: int | None, predicted: int,
+    initial: Store, model: nn.Module,
+) -> Round:  # fmt: skip
+    config, number = run.config, len(before) + 1
+    run.reporter.say(
+        f"round {number}: lambda {choice.tradeoff:.4g}, predicted {predicted:,} bytes "
+        f"({given.inventory.bytes_before / predicted:.1f}x)"
+    )
+    model.cpu().load_state_dict(read_state(initial))
+    plan = make_plan(model, {layer: trial.theta for layer, trial in choice.trials.items()})
+    epochs, rate = config.epochs, config.learning_rate
+    if before:
+        epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2
+    schedule = stages.schedule_of(config, epochs, rate)
+    schedule = replace(schedule, warmup_epochs=min(schedule.warmup_epochs, epochs / 2))
+    tuned = stages.trained(run, "finetune", schedule, initial, plan, given.work, number)
+    with run.reporter.stage(f"pack round {number}"):
+        packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256)
+    drop = Drop.between(
+        given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
+    )
+    trained = epochs + (before[-1].outcome.epochs if before else 0)
+    outcome = Outcome(requested, len(packed.file), drop, trained)
+    return Round(choice, plan, predicted, tuned, packed, outcome)
+
+
+def _say(run: Run, intent: Intent, done: Sequence[Round], bytes_before: int) -> None:
+    outcome = done[-1].outcome
+    verdict = "" if intent.kind == "tradeoff" else (", kept" if keeps(intent, outcome) else ", not kept")
+    run.reporter.say(
+        f"round {len(done)}: {outcome.bytes:,} bytes ({bytes_before / outcome.bytes:.1f}x), validation top-1 "
+        f"{outcome.drop.points:+.2f} points lost (95 % {outcome.drop.low:+.2f} to {outcome.drop.high:+.2f}); {intent.words()}{verdict}"
+    )

@@ -1,0 +1,159 @@
+"""A run in the making, and the stages that several parts of the pipeline need: training, evaluation.
+
+A stage is a function from inputs to stored outputs, in `_stages/{stage}-{key}`, keyed by a hash of everything that decides it; a job that
+is run again continues behind the last finished one. Not covered: the order of the stages (`pipeline`), and rounds (`rounds`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from clipq_ray import identity, models
+from clipq_ray.cluster.engine import Engine
+from clipq_ray.config import Config
+from clipq_ray.data import Data, Split
+from clipq_ray.evaluate import Evaluation, evaluate
+from clipq_ray.finetune import Schedule
+from clipq_ray.plan import Plan
+from clipq_ray.progress import Reporter
+from clipq_ray.storage import Store, stage_store
+from clipq_ray.work import CURVE, Source, TrainTask, read_state
+
+_DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7}
+"""Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""
+_TAIL_SECONDS = 60.0  # kept free before a deadline for packing, verification and commit
+
+
+@dataclass
+class Run:
+    """One run in the making: what the stages know and add."""
+
+    source: Source
+    engine: Engine
+    reporter: Reporter
+    storage: Store
+    data: Data
+    started: float
+    notes: list[str] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.source.config
+
+    @property
+    def deadline(self) -> float | None:
+        """The time of `time.time()` by which trainings should have ended."""
+        hours = self.config.deadline_hours
+        return None if hours is None else self.started + 3600 * hours - _TAIL_SECONDS
+
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
+    ) -> Store:
+        """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
+        key = identity.stage_key(name, self.config, inputs)
+        store = stage_store(self.storage, name, key)
+        started, reused = time.monotonic(), store.exists(finished)
+        if reused:
+            self.reporter.say(f"{name}: already there, reused ({store.uri})")
+        else:
+            with self.reporter.stage(name) as progress:
+                make(store, progress)
+        seconds = round(time.monotonic() - started, 1)
+        self.stages.append({"stage": name, "key": key, "seconds": seconds, "reused": reused})
+        return store
+
+
+def run_document(run: Run) -> dict[str, Any]:
+    """What the manifest says about the run itself."""
+    return {
+        "created_utc": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(
+            timespec="seconds"
+        ),
+        "versions": identity.versions(),
+        "config": run.config.model_dump(mode="json"),
+        "stages": run.stages,
+        "notes": run.notes,
+        "seconds": round(time.time() - run.started, 1),
+        "data": {
+            "description": run.data.description,
+            "train_images": len(run.data.train),
+            "validation_images": len(run.data.validation),
+            "test_images": len(run.data.test) if run.data.test else 0,
+            "class_names": list(run.data.class_names),
+            "validation_held_out": run.data.validation_held_out,
+        },
+    }
+
+
+def splits(run: Run) -> dict[str, Split | None]:
+    """The images that judge, by what they are for."""
+    return {"validation": run.data.validation, "test": run.data.test}
+
+
+def scored(run: Run, model: nn.Module, images: Split | None) -> Evaluation | None:
+    """What `model` scores on `images`, None where there are none."""
+    if images is None:
+        return None
+    device = run.source.device()
+    return evaluate(model.to(device), images, batch_size=run.config.evaluation_batch_size, device=device)
+
+
+def schedule_of(config: Config, epochs: int, rate: float) -> Schedule:
+    """A schedule of so many epochs up to this rate, the rest from the configuration."""
+    return Schedule(
+        epochs, config.batch_size, rate, config.warmup_epochs, config.momentum, config.weight_decay,
+        config.label_smoothing,
+    )  # fmt: skip
+
+
+def trained(
+    run: Run,
+    stage: str,
+    schedule: Schedule,
+    initial: Store | None,
+    plan: Plan | None,
+    work: Store,
+    number: int = 1,
+) -> Store:
+    """Train with the operator (`plan`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind."""
+    config, architecture = run.config, run.source.architecture()
+    inputs = {
+        "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
+        "weights": models.weights_sha256(read_state(initial)) if initial else None,
+        "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
+        "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
+    }  # fmt: skip
+
+    def make(store: Store, progress: Any) -> None:
+        task = TrainTask(
+            run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
+            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage),
+        )  # fmt: skip
+        run.engine.train(task, progress)
+
+    store = run.stage(stage, inputs, CURVE, make)
+    run.notes += json.loads(store.read(CURVE))["notes"]
+    return store
+
+
+def deadline_of(run: Run, stage: str) -> float | None:
+    """The time of `time.time()` by which `stage` should end: its share of what is left before the deadline."""
+    if run.deadline is None:
+        return None
+    return time.time() + max(0.0, run.deadline - time.time()) * _DEADLINE_SHARES[stage]
+
+
+def wants_control(source: Source) -> bool:
+    """Whether a dense control is trained: where the given network has seen the validation images, or always."""
+    wanted = source.config.control
+    seen = source.data().validation_held_out and source.weights_origin() not in ("train", "random")
+    return wanted == "always" or (wanted == "auto" and seen)

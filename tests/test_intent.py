@@ -1,0 +1,119 @@
+"""The promise and what to try next, as pure decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipq_ray.config import make
+from clipq_ray.intent import Drop, Intent, Outcome, best, keeps, next_request
+
+
+def outcome(size: int, drop: float = 0.0, requested: int | None = None) -> Outcome:
+    return Outcome(requested or size, size, Drop(drop, drop - 0.3, drop + 0.3, 1000), 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "value"),
+    [
+        ({}, "max_drop", 0.0),
+        ({"max_drop": 0.5}, "max_drop", 0.5),
+        ({"target_ratio": 16}, "bytes", 62_500),
+        ({"target_bytes": 5_000}, "bytes", 5_000),
+        ({"tradeoff": 8.0}, "tradeoff", 8.0),
+    ],
+)
+def test_an_intent_is_what_the_options_say_and_no_loss_without_any(
+    options: dict[str, float], kind: str, value: float
+) -> None:
+    assert Intent.of(make(**options), 1_000_000) == Intent(kind, value)  # type: ignore[arg-type]
+
+
+def test_a_drop_is_paired_and_has_an_interval() -> None:
+    labels = np.arange(1000) % 10
+    reference, found = labels.copy(), labels.copy()
+    reference[:100] += 1  # both wrong on 90, the file alone on 30, the reference alone on 10
+    found[10:130] += 1
+    drop = Drop.between(reference, found, labels)
+    assert drop.points == pytest.approx(100 * (30 - 10) / 1000)
+    half = 1.96 * 100 * math.sqrt((40 / 1000 - 0.02**2) / 1000)
+    assert (drop.high - drop.points, drop.points - drop.low) == pytest.approx((half, half), rel=1e-3)
+    assert Drop.between(labels, labels, labels) == Drop(0.0, 0.0, 0.0, 1000)
+
+
+@pytest.mark.parametrize(
+    ("intent", "kept", "broken"),
+    [
+        (Intent("max_drop", 0.0), outcome(9, 0.0), outcome(9, 0.01)),
+        (Intent("max_drop", 0.5), outcome(9, 0.5), outcome(1, 0.6)),
+        (Intent("bytes", 100), outcome(100, 50.0), outcome(101)),
+    ],
+)
+def test_a_promise_is_kept_up_to_its_value(intent: Intent, kept: Outcome, broken: Outcome) -> None:
+    assert keeps(intent, kept)
+    assert not keeps(intent, broken)
+
+
+def test_the_smallest_file_that_keeps_the_promise_is_the_best() -> None:
+    intent = Intent("max_drop", 0.2)
+    assert best(intent, [outcome(90), outcome(60, 0.1), outcome(40, 0.5)]) == 1
+    assert best(intent, [outcome(90, 0.9), outcome(60, 0.4), outcome(70, 0.4)]) == 1
+    assert best(Intent("bytes", 50), [outcome(80), outcome(60), outcome(70)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "following"),
+    [
+        ([outcome(1000)], 750),
+        ([outcome(1000, 0.5)], 1400),
+        ([outcome(1000), outcome(700, 0.5)], math.floor(math.sqrt(700_000))),
+        ([outcome(1000, 0.5), outcome(1400)], math.floor(math.sqrt(1_400_000))),
+        ([outcome(1000), outcome(970, 0.5)], None),  # nothing left between
+        ([outcome(1000, 0.5), outcome(900)], 675),  # the larger file's failure says nothing of smaller ones
+    ],
+)
+def test_the_next_size_presses_on_backs_off_or_halves_what_is_between(
+    outcomes: list[Outcome], following: int | None
+) -> None:
+    assert next_request(Intent("max_drop", 0.1), outcomes, 9) == following
+
+
+def test_a_byte_promise_that_is_missed_is_asked_for_again_by_as_much() -> None:
+    intent = Intent("bytes", 1000)
+    assert next_request(intent, [outcome(1000, requested=1000)], 3) is None
+    assert next_request(intent, [outcome(1100, requested=1000)], 3) == math.floor(1000 * 1000 / 1100 * 0.99)
+
+
+def test_rounds_end_with_their_number_and_a_lambda_takes_one() -> None:
+    assert next_request(Intent("max_drop", 0.0), [outcome(9)] * 3, 3) is None
+    assert next_request(Intent("tradeoff", 4.0), [outcome(9)], 3) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    limit=st.integers(200, 100_000), start=st.integers(200, 100_000), rounds=st.integers(1, 12),
+    allowed=st.floats(0.0, 2.0),
+)  # fmt: skip
+def test_on_a_network_that_loses_more_the_smaller_it_is_the_rounds_close_in(
+    limit: int, start: int, rounds: int, allowed: float
+) -> None:
+    """Files of at least `limit` bytes lose nothing more than what is allowed, smaller ones do."""
+    lost: Callable[[int], float] = lambda size: allowed if size >= limit else allowed + 1  # noqa: E731
+    intent, asked, seen = Intent("max_drop", allowed), start, list[Outcome]()
+    while True:
+        seen.append(outcome(asked, lost(asked)))
+        following = next_request(intent, seen, rounds)
+        if following is None:
+            break
+        assert following not in [one.bytes for one in seen]
+        asked = following
+    assert len(seen) <= rounds
+    chosen = seen[best(intent, seen)]
+    if len(seen) < rounds:
+        assert keeps(intent, chosen)
+        assert chosen.bytes <= 1.06 * limit + 1

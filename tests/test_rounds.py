@@ -1,0 +1,122 @@
+"""Whole runs with a promise: what is committed is the smallest round that keeps it, and what is said is what was measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clipq_ray
+from clipq_ray import loading, manifest
+from clipq_ray.cluster.engine import LocalEngine
+from clipq_ray.config import make
+from clipq_ray.data import open_data
+from clipq_ray.evaluate import evaluate
+from clipq_ray.pipeline import Result, compress
+from clipq_ray.progress import Reporter
+from clipq_ray.storage import Store
+from clipq_ray.work import Source
+
+ROOT = Path(__file__).parents[1]
+QUICK: dict[str, Any] = {
+    "engine": "local", "epochs": 2, "baseline_epochs": 3, "batch_size": 32, "search_evaluations": 6, "search_start": 4,
+    "search_images": 100, "round_epochs": 1,
+}  # fmt: skip
+
+
+def run(storage: Path, **changes: Any) -> Result:
+    config = make(**{**QUICK, "storage": str(storage), **changes})
+    return compress(Source(config), LocalEngine(), Reporter(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def promised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    storage = tmp_path_factory.mktemp("promised")
+    return storage, run(storage, max_drop=3.0)
+
+
+def test_the_smallest_round_that_keeps_the_promise_is_committed(promised: tuple[Path, Result]) -> None:
+    _, result = promised
+    promise = result.manifest["promise"]
+    assert promise["kept"]
+    assert result.kept
+    rounds = promise["rounds"]
+    assert 1 < len(rounds) <= 3
+    kept = [one for one in rounds if one["drop_points"] <= 3.0]
+    assert result.manifest["metrics"]["bytes_after"] == min(one["bytes"] for one in kept)
+    assert (promise["intent"], promise["value"], promise["reference"]) == ("max_drop", 3.0, "original")
+    assert [one["epochs"] for one in rounds] == [2, 3, 4][: len(rounds)]
+
+
+def test_the_drop_is_that_of_the_decoded_file_on_validation_images(promised: tuple[Path, Result]) -> None:
+    _, result = promised
+    validation = open_data("digits", input_shape=(1, 28, 28)).validation
+    file = evaluate(clipq_ray.load(result.uri), validation, batch_size=250)
+    promise, scores = result.manifest["promise"], result.manifest["metrics"]["validation"]
+    assert promise["validation_images"] == file.n
+    assert scores["compressed"]["top1_percent"] == pytest.approx(100 * file.top1)
+    drop = scores["original"]["top1_percent"] - 100 * file.top1
+    assert promise["drop_points"] == pytest.approx(drop, abs=1e-9)
+    assert promise["drop_low_points"] <= promise["drop_points"] <= promise["drop_high_points"]
+
+
+def test_the_size_is_predicted_before_training(promised: tuple[Path, Result]) -> None:
+    promise = promised[1].manifest["promise"]
+    assert promise["predicted_bytes"] == pytest.approx(
+        promised[1].manifest["metrics"]["bytes_after"], rel=0.2
+    )
+
+
+def test_the_same_promise_in_another_storage_with_the_stages_trains_nothing(
+    promised: tuple[Path, Result],
+) -> None:
+    storage, result = promised
+    again = run(storage, max_drop=3.0, force=True)
+    assert all(stage["reused"] for stage in again.manifest["stages"])
+    assert again.manifest["files"]["model.clq"] == result.manifest["files"]["model.clq"]
+
+
+def test_a_file_of_so_many_bytes_is_not_larger(promised: tuple[Path, Result]) -> None:
+    storage, _ = promised
+    result = run(storage, target_bytes=6_000)
+    assert result.kept
+    assert 3_000 < len(loading.read_file(result.uri)) <= 6_000
+
+
+def test_a_promise_that_nothing_keeps_is_said_and_the_closest_round_committed(
+    promised: tuple[Path, Result],
+) -> None:
+    storage, _ = promised
+    result = run(storage, target_bytes=10)
+    assert not result.kept
+    assert manifest.verify(Store(result.uri)) == []
+    assert any("not kept" in note for note in result.manifest["notes"])
+    assert any("beyond the measured points" in note for note in result.manifest["notes"])
+
+
+def test_a_lambda_promises_nothing_and_takes_one_round(promised: tuple[Path, Result]) -> None:
+    storage, _ = promised
+    promise = run(storage, tradeoff=8.0).manifest["promise"]
+    assert promise["kept"]
+    assert [one["requested_bytes"] for one in promise["rounds"]] == [None]
+
+
+def test_the_job_ends_with_1_and_says_why_where_the_promise_is_not_kept(
+    promised: tuple[Path, Result],
+) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "compress.py"),
+        "--storage",
+        str(promised[0]),
+        "--target-bytes",
+        "10",
+    ]
+    for name, value in QUICK.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 1
+    assert "promise: at most 10 bytes: NOT KEPT" in ended.stdout
