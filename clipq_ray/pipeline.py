@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import identity, loading, manifest, models, network, results, rounds, search, stages
+from clipq_ray import identity, loading, manifest, models, network, results, rounds, search, stages, together
 from clipq_ray.cluster.engine import Engine
+from clipq_ray.data import Split
 from clipq_ray.errors import FormatError, RunError
 from clipq_ray.evaluate import Evaluation
+from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run, scored, splits
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
@@ -108,6 +110,7 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
         name=name, run_id=run_id, run=stages.run_document(run), identity=inputs, inventory=inventory, choice=best.choice,
         packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
         promise=made.document("control" if control else "original"),
+        together=_together(run, best, trials, weights, reference_error),
     )  # fmt: skip
     recovery = json.loads(best.tuned.read(CURVE))["recovery"]
     files = results.files(
@@ -208,12 +211,14 @@ def _search(run: Run, weights: Store, inventory: network.Inventory) -> dict[str,
     return trials
 
 
+def _search_split(run: Run) -> Split:
+    count = min(run.config.search_images, len(run.data.train))
+    return search_images(run.data.train, count, run.config.seed)
+
+
 def _search_reference(run: Run, model: nn.Module) -> float:
     """Top-1 error of the original on the images that scored the search."""
-    images = search_images(
-        run.data.train, min(run.config.search_images, len(run.data.train)), run.config.seed
-    )
-    found = scored(run, model, images)
+    found = scored(run, model, _search_split(run))
     assert found is not None
     return 1.0 - found.top1
 
@@ -243,6 +248,20 @@ def _scores(
     compressed = {"validation": best.packed.validation, "test": scored(run, decoded, run.data.test)}
     labels = {split: np.asarray(images.labels) for split, images in splits(run).items() if images is not None}
     return results.Scores(dict(baseline), dict(dense), compressed, labels)
+
+
+def _together(
+    run: Run, best: rounds.Round, trials: Mapping[str, list[search.Trial]], weights: Store, error: float
+) -> dict[str, Any]:
+    """The front of the whole network, and how far the layers' errors add up, from the original's weights."""
+    model = run.source.network()
+    model.load_state_dict(read_state(weights))
+    plan = make_plan(model, {layer: trial.theta for layer, trial in best.choice.trials.items()})
+    found = together.interaction(
+        model, plan, best.choice, _search_split(run), error, batch_size=run.config.evaluation_batch_size,
+        device=run.source.device(),
+    )  # fmt: skip
+    return together.document(together.front(trials, error), found)
 
 
 def _curves(tuned: Store, control: Store | None) -> dict[str, Any]:

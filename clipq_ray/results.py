@@ -67,7 +67,7 @@ def _metrics(scores: Scores) -> dict[str, Any]:
 
 def document(
     *, name: str, run_id: str, run: Mapping[str, Any], identity: Mapping[str, Any], inventory: Inventory,
-    choice: search.Choice, packed: PackedNetwork, scores: Scores, curves: Mapping[str, Any], promise: Mapping[str, Any],
+    choice: search.Choice, packed: PackedNetwork, scores: Scores, curves: Mapping[str, Any], promise: Mapping[str, Any], together: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest without its list of files."""
     size = len(packed.file)
@@ -89,6 +89,7 @@ def document(
             **_metrics(scores),
         },
         "promise": dict(promise),
+        "search": dict(together),
         "curves": dict(curves),
     }
 

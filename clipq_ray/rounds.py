@@ -23,6 +23,7 @@ from clipq_ray.operator import make_plan
 from clipq_ray.plan import Plan
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
+from clipq_ray.together import added
 from clipq_ray.work import read_state
 
 Trials = Mapping[str, Sequence[search.Trial]]
@@ -126,7 +127,7 @@ def _first_request(intent: Intent, given: Given, other: int) -> int | None:
     smallest = None
     for tradeoff in np.geomspace(1e-4, 1e6, 200):
         choice = search.choose(given.trials, float(tradeoff))
-        if sum(trial.error - given.search_error for trial in choice.trials.values()) <= allowed:
+        if added(choice, given.search_error) <= allowed:
             smallest = choice
     # where even lambda's mildest points cost more, the mildest are the start
     return (smallest or search.choose(given.trials, 1e-4)).bytes + other

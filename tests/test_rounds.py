@@ -70,6 +70,18 @@ def test_the_size_is_predicted_before_training(promised: tuple[Path, Result]) ->
     )
 
 
+def test_the_front_and_the_interaction_of_the_layers_are_in_the_manifest(
+    promised: tuple[Path, Result],
+) -> None:
+    told = promised[1].manifest["search"]
+    sizes = [point["bytes"] for point in told["front"]]
+    assert sizes == sorted(sizes)
+    assert told["interaction"]["images"] == 100
+    assert told["interaction"]["together_points"] == pytest.approx(
+        told["interaction"]["together_error_percent"] - told["interaction"]["original_error_percent"]
+    )
+
+
 def test_the_same_promise_in_another_storage_with_the_stages_trains_nothing(
     promised: tuple[Path, Result],
 ) -> None:

@@ -186,6 +186,30 @@ def search(name: str, layer: str, trials: Sequence[Row], reference: float | None
     return _draw((264, 176), name, told, draw)
 
 
+def front(points: Sequence[Row], chosen: Row | None) -> Markup:
+    """The choices of all lambdas: what the layers add in error, summed, over their bytes; the chosen one marked."""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        _margins(figure, 52, 14, 8, 40)
+        x, y = [row["bytes"] for row in points], [row["added_error_points"] for row in points]
+        axes.plot(x, y, "o-", markersize=4, linewidth=1.2, color=svg.MUTED)
+        if chosen is not None:
+            axes.plot(
+                chosen["bytes"], chosen["added_error_points"], "D", markersize=7.5, color=svg.COMPRESSED,
+                markeredgecolor=svg.PAPER,
+            )  # fmt: skip
+        axes.margins(x=0.06, y=0.1)
+        axes.set_xlim(left=0)
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.xaxis.set_major_locator(_ticks(5))
+        axes.xaxis.set_major_formatter(_BYTES)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_ylabel("added error, points")
+        axes.set_xlabel("size of all layers")
+
+    return _draw((460, 236), "front", f"Added error over bytes of all layers, {len(points)} choices", draw)
+
+
 def curve(name: str, ylabel: str, series: Sequence[Series]) -> Markup:
     """A value per epoch, a line per network; epochs without a value are left out."""
 

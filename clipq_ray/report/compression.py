@@ -113,13 +113,16 @@ def _totals(layers: Sequence[Row], metrics: Mapping[str, Any]) -> list[list[str]
     ]
 
 
-def search_section(layers: Sequence[Row], trials: Sequence[Row]) -> dict[str, Any]:
-    """Small multiples, a layer each: what the search measured and what was chosen."""
+def search_section(
+    layers: Sequence[Row], trials: Sequence[Row], together: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Small multiples, a layer each: what the search measured and what was chosen; and what the layers do together."""
     by_layer: dict[str, list[Row]] = {}
     for row in trials:
         by_layer.setdefault(row["layer"], []).append(row)
     if not by_layer:
-        return {"missing": "No search: the run has no trials, p and b were not searched.", "charts": []}
+        missing = "No search: the run has no trials, p and b were not searched."
+        return {"missing": missing, "charts": [], "together": None}
     known = {row["layer"]: (place, row) for place, row in enumerate(layers)}
     order = sorted(by_layer, key=lambda name: (known[name][0] if name in known else len(known), name))
     shown, note = order, None
@@ -141,6 +144,22 @@ def search_section(layers: Sequence[Row], trials: Sequence[Row]) -> dict[str, An
             _search_chart(place, name, by_layer[name], known[name][1] if name in known else None)
             for place, name in enumerate(shown)
         ],
+        "together": _together(together, trials) if together else None,
+    }
+
+
+def _together(together: Mapping[str, Any], trials: Sequence[Row]) -> dict[str, Any]:
+    """The front of the whole network, and how far single errors add up."""
+    found, points = together["interaction"], together["front"]
+    size = sum(row["bytes"] for row in trials if row["chosen"])
+    chosen = {"bytes": size, "added_error_points": found["sum_points"]} if size else None
+    return {
+        "told": f"One by one, the layers of the chosen plan add {words.number(found['sum_points'], 2, 'points')} of error in sum; all at once, "
+        f"without training, {words.number(found['together_points'], 2, 'points')} (from {words.percent(found['original_error_percent'])} to "
+        f"{words.percent(found['together_error_percent'])} on {words.count(found['images'])} training images).",
+        "chart": charts.front(points, chosen),
+        "caption": "What lambda offers for the whole network before fine-tuning: errors that the layers add one by one, summed, over the "
+        "bytes of all layers; the chosen plan marked. Linear up to one point, then logarithmic.",
     }
 
 

@@ -46,7 +46,7 @@ def page(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Tab
             _set(name, metrics.get(name), manifest.get("data") or {}) for name in ("test", "validation")
         ],
         "layers": compression.layer_section(rows, metrics),
-        "search": compression.search_section(rows, trials.to_pylist()),
+        "search": compression.search_section(rows, trials.to_pylist(), manifest.get("search")),
         "finetune": _finetune(manifest.get("curves") or {}),
         "predictions": _predictions(manifest, predictions),
         "record": _record(manifest),

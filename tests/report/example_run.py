@@ -106,6 +106,13 @@ def manifest(of: pa.Table | None = None, **metrics: Any) -> dict[str, Any]:
         },
         "curves": {"finetune": epochs, "control": control},
         "stages": [{"stage": "search", "key": "5e" * 8, "seconds": 312.4, "reused": False}],
+        "search": {
+            "front": [{"tradeoff": 9.0 / (i + 1), "bytes": 9000 * (i + 1), "added_error_points": 40.0 / 3**i} for i in range(6)],
+            "interaction": {
+                "images": 2000, "original_error_percent": 0.1, "together_error_percent": 9.35, "together_points": 9.25,
+                "sum_points": 5.5,
+            },
+        },
         "notes": ["fc.bias is stored as float32"],
         "files": {name: {"bytes": 53613, "sha256": "ab" * 32} for name in ("model.clq", "layers.parquet", "report.html")},
     }  # fmt: skip
