@@ -123,11 +123,20 @@ def describe(data: bytes, origin: str) -> Iterator[str]:
 
 
 def _headline(metadata: dict[str, Any], origin: str) -> Iterator[str]:
+    """What the file says of itself; texts without control characters, since they come from anywhere."""
+    from clipq_ray.report import words
+
+    for line in _headlines(metadata, origin):
+        yield words.printable(line)
+
+
+def _headlines(metadata: dict[str, Any], origin: str) -> Iterator[str]:
     architecture = metadata.get("architecture") or {}
     options = ", ".join(f"{key}={value}" for key, value in (architecture.get("kwargs") or {}).items())
     yield f"{origin}: {architecture.get('name', 'unnamed architecture')}({options})"
     if "input" in metadata:
-        shape = "x".join(str(size) for size in metadata["input"].get("shape", ()))
+        sides = metadata["input"].get("shape")
+        shape = "x".join(map(str, sides)) if isinstance(sides, list) else "of unknown shape"
         yield f"input {shape}, {metadata.get('classes', '?')} classes, weights from {metadata.get('source', '?')}"
     for alias, name in (metadata.get("ties") or {}).items():
         yield f"tied: {alias} is {name}"

@@ -17,6 +17,7 @@ from clipq_ray import codec
 from clipq_ray import manifest as manifests
 from clipq_ray.cli import main
 from clipq_ray.deep_compression import network_bytes
+from clipq_ray.errors import ArtifactError
 from clipq_ray.loading import load_state_dict
 from clipq_ray.storage import MANIFEST, MODEL, REPORT, Store, run_store
 
@@ -244,3 +245,27 @@ def test_help_names_the_commands_and_an_unknown_one_exits_with_2() -> None:
     unknown = subprocess.run(command("explode"), capture_output=True, text=True, check=False, cwd=root)
     assert unknown.returncode == 2
     assert "Traceback" not in unknown.stderr
+
+
+def test_what_a_hostile_file_says_of_itself_does_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = {
+        "architecture": {"name": "\x1b[2Jlenet", "kwargs": {}},
+        "input": {"shape": 5},
+        "dropped": ["\x1b]0;x\x07"],
+    }
+    path = tmp_path / "hostile.clq"
+    path.write_bytes(codec.encode(codec.Packed(metadata, {"b": np.ones(2, np.float32)})))
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "lenet" in text
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"architecture": [1]}, {"input": 5}, {"ties": {"a": "nothing"}}, {"classes": "x"}]
+)
+def test_metadata_of_another_kind_is_damage(metadata: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match=r"metadata|ties"):
+        codec.encode(codec.Packed(metadata, {"b": np.ones(2, np.float32)}))

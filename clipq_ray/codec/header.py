@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipq_ray.codec import varint
+from clipq_ray.codec import metadata, varint
 from clipq_ray.errors import ArtifactError
 
 MAGIC = b"CLQ"
@@ -28,7 +28,7 @@ MARKS_FREE, DEPTH_LIMIT, DIGITS_LIMIT = 1 << 17, 64, 32
 at most DEPTH_LIMIT deep, so that the caller's stack does not decide what is read, and whole numbers have at most DIGITS_LIMIT digits."""
 SIDES_LIMIT = 32
 """A tensor has at most so many dimensions; NumPy before 2 allows no more."""
-ELEMENTS_FREE, ELEMENTS_PER_BYTE = 1 << 24, 1 << 12
+ELEMENTS_FREE, ELEMENTS_PER_BYTE = 1 << 22, 1 << 12
 """A file of n bytes holds at most ELEMENTS_FREE + n ELEMENTS_PER_BYTE elements, so that a small file cannot ask for a large memory."""
 PREFIX = struct.Struct("<3sBII")  # magic, version, bytes of the packed header, its CRC-32
 CHECKSUM = 4
@@ -36,6 +36,7 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 """The tensors of a folded batch norm; only the first two take bytes."""
 _SIZE_BITS = 48
 _SOURCE = re.compile(r"[0-9a-f]{64}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # could steer the terminal that a name is printed on
 
 DICTIONARY_1 = (
     b'{"t":[["features.classifier.downsample.0.weight","linear.weight",[64,64,3,3],"q",'
@@ -116,14 +117,14 @@ def norm_names(module: str) -> tuple[str, ...]:
     return tuple(f"{module}.{name}" if module else name for name in NORM)
 
 
-def build(metadata: Mapping[str, Any], table: Table, sizes: Iterable[int]) -> bytes:
-    """Prefix and header; `sizes` are those of the blobs without checksums."""
+def build(described: Mapping[str, Any], table: Table, sizes: Iterable[int]) -> bytes:
+    """Prefix and header; `described` is the metadata; `sizes` are those of the blobs without checksums."""
     names, shapes, coders = zip(*table.tensors, strict=True) if table.tensors else ((), (), ())
-    source = metadata.get("source")
+    source = described.get("source")
     binary = isinstance(source, str) and bool(_SOURCE.fullmatch(source))
     content = {
         "n": names, "s": shapes, "c": coders, "b": table.norms, "v": table.vectors, "k": table.coder,
-        "m": {key: value for key, value in metadata.items() if not (binary and key == "source")},
+        "m": {key: value for key, value in described.items() if not (binary and key == "source")},
     }  # fmt: skip
     kept = {key: value for key, value in content.items() if value or key == "m"}
     text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -180,7 +181,9 @@ def parse(data: bytes, file_bytes: int) -> Header:
         raise ArtifactError(
             f"the header of the .clq file cannot be read ({error}); fetch the file again"
         ) from error
-    return Header(content["m"], _entries(table, sizes, end, file_bytes), table, end)
+    found = _entries(table, sizes, end, file_bytes)
+    metadata.check(content["m"], {name for entry in found for name in entry.tensors})
+    return Header(content["m"], found, table, end)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -267,7 +270,7 @@ def _entries(table: Table, sizes: Sequence[Any], offset: int, file_bytes: int) -
             raise ArtifactError(f"the entry of tensor {name!r} is not valid")
         entry = Entry(name, shape, coder, offset, size + CHECKSUM, inside)
         for one in entry.tensors:
-            if not isinstance(one, str) or one in names:
+            if not isinstance(one, str) or one in names or _CONTROL.search(one):
                 raise ArtifactError(f"the entry of tensor {one!r} is not valid")
             names.add(one)
         elements += entry.elements

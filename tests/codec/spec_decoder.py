@@ -134,12 +134,35 @@ def _check(header: dict[str, Any], length: int) -> None:
     names = header["n"] + [name for name, _ in header["v"]]
     names += [_of(module, tensor) for module, _ in header["b"] for tensor in NORM]
     demand(len(set(names)) == len(names), "two tensors of one name")
+    odd = any(ord(sign) < 32 or 127 <= ord(sign) < 160 for name in names for sign in name)
+    demand(not odd, "a name with control characters")
+    _check_metadata(header["m"], set(names))
     for coder in header["c"]:
         known = isinstance(coder, str) and coder in {*PLAIN, *CODERS, *(letter + "h" for letter in CODERS)}
         demand(known, f"coder {coder!r} is unknown")
     demand(header["k"] in CODERS or not (header["b"] or header["v"]), f"coder {header['k']!r} is unknown")
     elements = sum(map(math.prod, shapes)) + 4 * sum(channels for _, channels in header["b"])
-    demand(elements <= (1 << 24) + 4096 * length, "too many elements")
+    demand(elements <= (1 << 22) + 4096 * length, "too many elements")
+
+
+def _check_metadata(about: dict[str, Any], names: set[str]) -> None:
+    """The keys that the project writes have the kinds that the prose gives them."""
+    network = about.get("architecture")
+    demand(network is None or isinstance(network, dict), "architecture")
+    if network is not None:
+        demand(isinstance(network.get("name"), str), "the architecture's name")
+        demand(isinstance(network.get("kwargs", {}), dict), "the architecture's kwargs")
+    demand(type(about.get("classes", 0)) is int and about.get("classes", 0) >= 0, "classes")
+    for key in ("class_names", "dropped"):
+        texts = about.get(key, [])
+        demand(isinstance(texts, list) and all(isinstance(text, str) for text in texts), key)
+    demand(
+        isinstance(about.get("input", {}), dict) and isinstance(about.get("source", ""), str),
+        "input or source",
+    )
+    ties = about.get("ties", {})
+    demand(isinstance(ties, dict), "ties")
+    demand(all(isinstance(name, str) and name in names for name in ties.values()), "a tie to nothing")
 
 
 def _tensor(blob: bytes, shape: tuple[int, ...], coder: str) -> Tensor:
