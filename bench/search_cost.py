@@ -5,14 +5,19 @@ with the layer at another theta each time; predictions must be equal. A layer's 
 one that keeps values and the rest on them. "bound" is what the same layers could reach if keeping cost nothing: the ratio of whole evaluations to
 what lies behind each layer, which passes 2 where early layers take more than their share. ResNet-20 has the given weights and CIFAR-10's images,
 ResNet-50 random weights and random images.
+
+"makespan" is a simulation: layers, the longest first, as the job hands them out, on so many equal workers, each layer taking the time that was
+measured here for all its evaluations; in units of the critical path, which is the longest layer. "efficiency" is the work over workers x makespan.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,21 +69,49 @@ def one_layer(model: nn.Module, layer: str, split: Split, batch: int) -> tuple[f
     return statistics.median(times["whole"]), first, statistics.median(times["kept"])
 
 
+def makespan(times: Sequence[float], workers: int) -> float:
+    """The end of the last layer where every worker takes the longest one left as soon as it is free."""
+    free = [0.0] * workers
+    for seconds in sorted(times, reverse=True):
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
+
+
+def simulated(place: str, times: Sequence[float]) -> list[Row]:
+    """Makespans for 1 to 256 workers."""
+    rows, longest = [], max(times)
+    for workers in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        end = makespan(times, workers)
+        goal = 0.9 if workers == 16 and "resnet50" in place else None
+        rows.append(Row(f"{place}/makespan/{workers}", end / longest, "critical paths"))
+        rows.append(
+            Row(
+                f"{place}/efficiency/{workers}",
+                sum(times) / (workers * end),
+                "ratio",
+                goal=goal,
+                better="higher",
+            )
+        )
+    return rows
+
+
 def network(place: str, model: nn.Module, split: Split, batch: int, repeats: int) -> list[Row]:
     """Rows of one network."""
     layers = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
-    ratios, bounds = [], []
+    ratios, bounds, times = [], [], list[list[float]]()
     for _ in range(repeats):
         found = [one_layer(model, layer, split, batch) for layer in layers]
         whole = EVALUATIONS * sum(one for one, _, _ in found)
-        cost = sum(first + (EVALUATIONS - 1) * further for _, first, further in found)
-        ratios.append(whole / cost)
+        times.append([first + (EVALUATIONS - 1) * further for _, first, further in found])
+        ratios.append(whole / sum(times[-1]))
         bounds.append(sum(one for one, _, _ in found) / sum(further for _, _, further in found))
     return [
         row(f"{place}/whole_over_kept", ratios, "ratio", goal=1.7, better="higher"),
         row(f"{place}/bound", bounds, "ratio"),
         Row(f"{place}/layers", len(layers), "layers"),
         Row(f"{place}/images", len(split), "images"),
+        *simulated(place, [statistics.median(layer) for layer in zip(*times, strict=True)]),
     ]
 
 
