@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-models attack check ci install bench bench-operator bench-joint bench-codec
+.PHONY: demo test test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search
 
 install: .venv/installed
 
@@ -43,6 +43,9 @@ bench-operator: install
 
 bench-joint: install
 	$(BIN)/python bench/joint.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
+
+bench-search: install
+	$(BIN)/python bench/search.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 
 bench-codec: install .venv-nncodec/installed
 	$(BIN)/python bench/codec.py --weights $(CLIPQ_SHARED)/weights

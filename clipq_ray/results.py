@@ -191,6 +191,8 @@ def _trial_rows(trials: Mapping[str, Sequence[search.Trial]], choice: search.Cho
             "saved_fraction": trial.saved,
             "tradeoff": trial.tradeoff,
             "objective": trial.objective(trial.tradeoff),
+            "predicted_mean": trial.predicted_mean,
+            "predicted_deviation": trial.predicted_deviation,
             "chosen": choice.trials[layer] == trial,
             "seconds": trial.seconds,
             "node": trial.node,

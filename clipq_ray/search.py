@@ -2,9 +2,10 @@
 
 For each layer by itself, all others at full precision, one shot: minimise eps(theta) - lambda * c(theta), where eps is the top-1 error on
 a subset of the training images and c the bits saved on the layer over the network's bits (method: CLIP-Q, section 3.2). The size is
-what the codec really writes for the layer. A Gaussian process (Matern 5/2) models the objective on the measured points; expected
-improvement is maximised over the grid of all b and of p in steps of 0.01, so no point is measured twice. One suggestion is a pure
-function of (seed, layer, step, points so far): a search that was cut off goes on as if it had not been.
+what the codec really writes for the layer. What a point saves and how far it moves the weights is known before it is measured, from the
+quantizer and the encoder alone; the first points come from there, and only the error is modelled (`acquisition`). Expected improvement is
+maximised over the grid of all b and of p in steps of 0.01, so no point is measured twice; a layer may end when too little of it is left. One
+suggestion is a pure function of (seed, layer, step, points so far, weights): a search that was cut off goes on as if it had not been.
 
 With a target ratio, steps take turns over a ladder of lambdas, and the lambda that meets the target is found afterwards from the
 measured points (`choose`); error and size per point do not depend on lambda. Not covered: how evaluations are made cheap (`prefix`).
@@ -13,19 +14,16 @@ measured points (`choose`); error and size per point do not depend on lambda. No
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from bayes_opt import BayesianOptimization
-from bayes_opt.acquisition import ExpectedImprovement
-from sklearn.gaussian_process.kernels import Matern
 from torch import nn
 
 from clipq_ray import codec, seeds
+from clipq_ray.acquisition import Candidates, Point, propose, start_point
 from clipq_ray.data import Split
 from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 from clipq_ray.prefix import LayerScores
@@ -35,25 +33,40 @@ LADDER = (2.0, 8.0, 32.0)
 """The lambdas that share a search with a target ratio: around them lie the choices for 8- to 40-fold smaller networks (measured on
 ResNet-20 and LeNet-5; every measured point stays open to every lambda)."""
 
-START = ((0.6, 2), (0.5, 3), (0.8, 3), (0.3, 4), (0.9, 4), (0.1, 6), (0.7, 2), (0.95, 4), (0.4, 3), (0.2, 2))
-"""The first points of every layer: from mild to hard along the useful diagonal; further ones are drawn at random."""
+START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
+"""The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
+lost, the point that saves the most; further ones are drawn at random."""
 
 GRID = tuple(Theta(step / 100, b) for b in range(BITS_MIN, BITS_MAX + 1) for step in range(100))
+
+ANCHORS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""The p at which size and distortion of a layer are computed for every b, from about `SAMPLE` weights; between them they are interpolated."""
+
+SAMPLE = 1 << 18
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one layer is searched; `tradeoffs` are the lambdas that steps take turns over."""
+    """How one layer is searched; `tradeoffs` are the lambdas that steps take turns over.
+
+    A layer ends before `evaluations` when at no lambda a further one is expected to lower the objective by as much as an error on `stop_gain`
+    images would raise it; 0 switches that off. `loss_share`: how far the loss stands for the error in the model; 0 leaves the paper's eps.
+    """
 
     evaluations: int
     start: int
     tradeoffs: tuple[float, ...]
     seed: int
+    stop_gain: float = 0.0
+    loss_share: float = 0.5
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured point of one layer; `error` and `loss` with only this layer compressed, `saved` = c(theta)."""
+    """One measured point of one layer; `error` and `loss` with only this layer compressed, `saved` = c(theta).
+
+    `predicted_mean` and `predicted_deviation`: the objective at `tradeoff` as the model saw it before; None for start points.
+    """
 
     layer: str
     step: int
@@ -68,6 +81,8 @@ class Trial:
     tradeoff: float
     seconds: float
     node: str
+    predicted_mean: float | None = None
+    predicted_deviation: float | None = None
 
     @property
     def theta(self) -> Theta:
@@ -83,38 +98,42 @@ class Trial:
         return asdict(self)
 
 
-def suggest(trials: Sequence[Trial], layer: str, settings: Settings) -> tuple[Theta, str]:
-    """The next point of `layer` and where it comes from ("start" or "bayes")."""
+@dataclass(frozen=True)
+class Suggestion:
+    """The next point of a layer; `origin` is "start" or "bayes"; the prediction as in `Trial`; `gain` the largest expected improvement."""
+
+    theta: Theta
+    origin: str
+    tradeoff: float
+    mean: float | None = None
+    deviation: float | None = None
+    gain: float | None = None
+
+
+def suggest(trials: Sequence[Trial], layer: str, settings: Settings, known: Candidates) -> Suggestion:
+    """The next point of `layer`, none of those measured; `known` are all points and what is known of them without the network."""
     step = len(trials)
     measured = {trial.theta for trial in trials}
+    free = known.without(measured)
+    turn = step % len(settings.tradeoffs)
+    seed = seeds.derive(settings.seed, "search", layer, step)
     if step < settings.start:
-        if step < len(START):
-            return Theta(*START[step]), "start"
-        free = [theta for theta in GRID if theta not in measured and theta not in {Theta(*s) for s in START}]
-        return free[seeds.derive(settings.seed, "search", layer, step) % len(free)], "start"
-    tradeoff = settings.tradeoffs[step % len(settings.tradeoffs)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # typed parameters are announced as experimental every time
-        optimizer = BayesianOptimization(
-            f=None,
-            pbounds={"p": (0.0, 0.99), "b": (BITS_MIN, BITS_MAX, int)},
-            acquisition_function=ExpectedImprovement(xi=0.0),
-            random_state=seeds.derive(settings.seed, "search", layer, step) % 2**32,
-            verbose=0,
-            allow_duplicate_points=True,
-        )
-    # one length for each axis, in units of p and of bits; errors of a few images are the noise
-    optimizer.set_gp_params(
-        kernel=Matern(length_scale=[0.3, 2.0], nu=2.5), alpha=1e-4, n_restarts_optimizer=1
+        fixed = start_point(free, START[step]) if step < len(START) else seed % len(free.thetas)
+        return Suggestion(free.thetas[fixed], "start", settings.tradeoffs[turn])
+    place = {theta: index for index, theta in enumerate(known.thetas)}
+    points = [
+        Point(t.theta, t.error, t.loss, t.images, t.saved, float(known.distortion[place[t.theta]]))
+        for t in trials
+    ]
+    found = propose(points, free, settings.tradeoffs, turn, settings.loss_share, seed)
+    return Suggestion(
+        free.thetas[found.index], "bayes", found.tradeoff, found.mean, found.deviation, found.gain
     )
-    for trial in trials:
-        optimizer.register(params={"p": trial.p, "b": trial.b}, target=-trial.objective(tradeoff))
-    free = [theta for theta in GRID if theta not in measured]
-    mean, deviation = optimizer.predict([{"p": theta.p, "b": theta.b} for theta in free], return_std=True)
-    acquisition = optimizer.acquisition_function
-    acquisition.y_max = max(-trial.objective(tradeoff) for trial in trials)
-    gain = acquisition.base_acq(np.asarray(mean), np.maximum(np.asarray(deviation), 1e-12))
-    return free[int(np.argmax(gain))], "bayes"
+
+
+def exhausted(suggestion: Suggestion, trials: Sequence[Trial], settings: Settings) -> bool:
+    """Whether a layer ends before its last evaluation: what `suggestion` may gain is not worth measuring."""
+    return suggestion.gain is not None and suggestion.gain * trials[0].images < settings.stop_gain
 
 
 class LayerEvaluator:
@@ -140,10 +159,23 @@ class LayerEvaluator:
         self._scores = LayerScores(model.to(device), images, batch_size, device, cache_bytes)
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
         self._node = node
+        self._known: dict[str, Candidates] = {}
 
     @torch.no_grad()
-    def measure(self, layer: str, theta: Theta, *, step: int, origin: str, tradeoff: float) -> Trial:
-        """Error, loss and size with only `layer` compressed by `theta`."""
+    def known(self, layer: str) -> Candidates:
+        """What is known of `layer` on the grid without the network; computed once. Of a large layer only every k-th row is coded."""
+        if layer not in self._known:
+            full = self._model.get_parameter(layer).detach()
+            rows = full[:: max(1, round(full.numel() / SAMPLE))]
+            self._known[layer] = _curves(rows, full.numel(), self._network_bytes, self._size)
+        return self._known[layer]
+
+    @torch.no_grad()
+    def measure(
+        self, layer: str, theta: Theta, *, step: int, origin: str, tradeoff: float,
+        mean: float | None = None, deviation: float | None = None,
+    ) -> Trial:  # fmt: skip
+        """Error, loss and size with only `layer` compressed by `theta`; `mean` and `deviation` are what was predicted."""
         started = time.monotonic()
         parameter = self._model.get_parameter(layer)
         full = parameter.detach().clone()
@@ -169,14 +201,41 @@ class LayerEvaluator:
             tradeoff=tradeoff,
             seconds=time.monotonic() - started,
             node=self._node,
+            predicted_mean=mean,
+            predicted_deviation=deviation,
         )
 
 
-def step_layer(evaluator: LayerEvaluator, layer: str, trials: list[Trial], settings: Settings) -> Trial:
-    """One suggestion and its measurement; appended to `trials`."""
-    theta, origin = suggest(trials, layer, settings)
-    tradeoff = settings.tradeoffs[len(trials) % len(settings.tradeoffs)]
-    trial = evaluator.measure(layer, theta, step=len(trials), origin=origin, tradeoff=tradeoff)
+def _curves(
+    weights: torch.Tensor, elements: int, network_bytes: int, size: Callable[[codec.CodedLayer], int]
+) -> Candidates:
+    """Size and distortion on the grid, `weights` standing for all `elements` of a layer."""
+    energy = max(float(weights.double().square().sum()), 1e-300)
+    rates = [step / 100 for step in range(100)]
+    saved, distortion = [], []
+    for b in range(BITS_MIN, BITS_MAX + 1):
+        sizes, lost = [], []
+        for p in ANCHORS:
+            share = decide_share(weights, Theta(p, b))
+            quantized = quantize(weights, Theta(p, b), share)
+            sizes.append(size(codec.coded(quantized, share)) * elements / weights.numel())
+            lost.append(float((weights - quantized.values).double().square().sum()) / energy)
+        saved.append((4 * elements - np.interp(rates, ANCHORS, sizes)) / network_bytes)
+        distortion.append(np.interp(rates, ANCHORS, lost))
+    return Candidates(GRID, np.concatenate(saved), np.concatenate(distortion))
+
+
+def step_layer(
+    evaluator: LayerEvaluator, layer: str, trials: list[Trial], settings: Settings
+) -> Trial | None:
+    """One suggestion and its measurement, appended to `trials`; None where the layer ends before its last evaluation (`exhausted`)."""
+    found = suggest(trials, layer, settings, evaluator.known(layer))
+    if exhausted(found, trials, settings):
+        return None
+    trial = evaluator.measure(
+        layer, found.theta, step=len(trials), origin=found.origin, tradeoff=found.tradeoff,
+        mean=found.mean, deviation=found.deviation,
+    )  # fmt: skip
     trials.append(trial)
     return trial
 

@@ -93,11 +93,19 @@ TRIALS: pa.Schema = pa.schema(
             "",
             "error_percent / 100 - lambda x saved_fraction; the search minimises it",
         ),
+        _column(
+            "predicted_mean", pa.float64(), "",
+            "objective that the model expected before the evaluation; null for start points", null=True,
+        ),
+        _column(
+            "predicted_deviation", pa.float64(), "",
+            "standard deviation of that expectation, without the noise of the images; null for start points", null=True,
+        ),
         _column("chosen", pa.bool_(), "", "whether the plan took this point"),
         _column("seconds", pa.float64(), "s", "wall time of the evaluation"),
         _column("node", pa.string(), "", "host that evaluated it"),
     ]
-)
+)  # fmt: skip
 """One row per evaluation of the search."""
 
 PREDICTIONS: pa.Schema = pa.schema(

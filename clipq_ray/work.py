@@ -285,10 +285,10 @@ class Searcher:
         )
 
     def step(self, index: int, trials: list[Trial]) -> bool:
-        """One more trial of layer `index`; True when the layer is done, and then its trials are stored."""
-        step_layer(self._evaluator, self.task.layers[index], trials, self.task.settings)
+        """One more trial of layer `index`, if one is worth measuring; True when the layer is done, and then its trials are stored."""
+        made = step_layer(self._evaluator, self.task.layers[index], trials, self.task.settings)
         late = self.task.deadline is not None and time.time() > self.task.deadline
-        if len(trials) < self.task.settings.evaluations and not late:
+        if made is not None and len(trials) < self.task.settings.evaluations and not late:
             return False
         write_trials(self.task, index, trials)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from clipq_ray import codec
+from clipq_ray.acquisition import Candidates
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.evaluate import evaluate
@@ -21,9 +23,11 @@ from clipq_ray.search import (
     START,
     LayerEvaluator,
     Settings,
+    Suggestion,
     Trial,
     choose,
     choose_for_bytes,
+    exhausted,
     step_layer,
     suggest,
 )
@@ -36,15 +40,25 @@ def trial(layer: str, step: int, theta: Theta) -> Trial:
     """An error that grows with p, and a size that falls with it."""
     size = int(1000 * (1 - theta.p) * theta.b)
     error = theta.p**4 + 0.3 / 2**theta.b
+    loss = -math.log(max(1.0 - error, 1e-3))
     saved = (32_000 - size) / 64_000
-    return replace(BASE, layer=layer, step=step, p=theta.p, b=theta.b, error=error, bytes=size, saved=saved)
+    return replace(
+        BASE, layer=layer, step=step, p=theta.p, b=theta.b, error=error, loss=loss, bytes=size, saved=saved
+    )
+
+
+KNOWN = Candidates(
+    GRID,
+    np.array([trial("a", 0, theta).saved for theta in GRID]),
+    np.array([theta.p**2 + (1 - theta.p**2) / 4**theta.b for theta in GRID]),
+)
 
 
 def searched(layer: str, settings: Settings) -> list[Trial]:
     trials: list[Trial] = []
     for step in range(settings.evaluations):
-        theta, origin = suggest(trials, layer, settings)
-        trials.append(replace(trial(layer, step, theta), origin=origin))
+        found = suggest(trials, layer, settings, KNOWN)
+        trials.append(replace(trial(layer, step, found.theta), origin=found.origin, tradeoff=found.tradeoff))
     return trials
 
 
@@ -54,14 +68,37 @@ def test_a_suggestion_is_a_function_of_its_arguments_only() -> None:
         np.random.seed(step)
         random.seed(step)
         torch.manual_seed(step)
-        theta, origin = suggest(trials[:step], "conv1.weight", SETTINGS)
-        assert (theta, origin) == (trials[step].theta, trials[step].origin)
+        found = suggest(trials[:step], "conv1.weight", SETTINGS, KNOWN)
+        assert (found.theta, found.origin) == (trials[step].theta, trials[step].origin)
 
 
-def test_the_start_points_come_first() -> None:
+def test_the_start_points_come_first_and_save_the_most_at_their_distortion() -> None:
     trials = searched("a", SETTINGS)
-    assert [(t.p, t.b) for t in trials[:4]] == list(START[:4])
     assert [t.origin for t in trials] == ["start"] * 4 + ["bayes"] * 5
+    place = {theta: index for index, theta in enumerate(GRID)}
+    for made, most in zip(trials[:4], START, strict=False):
+        allowed = KNOWN.distortion <= most
+        assert allowed[place[made.theta]]
+        assert made.saved == KNOWN.saved[allowed].max()
+
+
+def test_only_suggested_points_carry_a_prediction() -> None:
+    trials = searched("a", SETTINGS)
+    assert suggest(trials[:3], "a", SETTINGS, KNOWN).mean is None
+    found = suggest(trials, "a", SETTINGS, KNOWN)
+    made = trial("a", 9, found.theta)
+    assert found.mean is not None
+    assert found.deviation is not None
+    assert abs(found.mean - made.objective(found.tradeoff)) < max(4 * found.deviation, 0.05)
+
+
+@pytest.mark.parametrize(("gain", "ends"), [(None, False), (0.0009, True), (0.0011, False)])
+def test_a_layer_ends_when_less_than_a_tenth_of_an_image_is_to_be_gained(
+    gain: float | None, ends: bool
+) -> None:
+    settings = replace(SETTINGS, stop_gain=0.1)
+    assert exhausted(Suggestion(GRID[0], "bayes", 2.0, 0.0, 0.1, gain), [BASE], settings) is ends
+    assert not exhausted(Suggestion(GRID[0], "bayes", 2.0, 0.0, 0.1, gain), [BASE], SETTINGS)
 
 
 def test_no_point_is_measured_twice() -> None:
@@ -79,9 +116,9 @@ def test_further_start_points_differ_by_layer_and_seed() -> None:
 
 
 def test_the_search_improves_on_its_start_points() -> None:
-    settings = replace(SETTINGS, evaluations=12, tradeoffs=(8.0,))
+    settings = replace(SETTINGS, evaluations=12, start=3, tradeoffs=(8.0,))
     trials = searched("a", settings)
-    assert min(t.objective(8.0) for t in trials[4:]) < min(t.objective(8.0) for t in trials[:4])
+    assert min(t.objective(8.0) for t in trials[3:]) < min(t.objective(8.0) for t in trials[:3])
 
 
 def test_the_objective_is_the_error_less_lambda_times_what_is_saved() -> None:
@@ -163,6 +200,43 @@ def test_a_measurement_is_the_network_with_only_this_layer_compressed(layer: str
     result = evaluate(model, images(), batch_size=32)
     assert (made.error, made.loss, made.images) == (1.0 - result.top1, result.loss, 60)
     assert (made.layer, made.step, made.origin, made.tradeoff, made.node) == (layer, 3, "bayes", 8.0, "here")
+
+
+def test_what_is_known_of_a_layer_is_what_the_encoder_writes_and_the_quantizer_loses() -> None:
+    model, measures = evaluator()
+    known = measures.known("3.weight")
+    assert known is measures.known("3.weight")
+    assert known.thetas == GRID
+    weight = model.get_parameter("3.weight").detach()
+    for theta in (Theta(0.0, 2), Theta(0.6, 3), Theta(0.95, 8)):
+        made = measures.measure("3.weight", theta, step=0, origin="start", tradeoff=8.0)
+        assert known.saved[GRID.index(theta)] == pytest.approx(made.saved)
+        lost = (weight - quantize(weight, theta, decide_share(weight, theta)).values).square().sum()
+        assert known.distortion[GRID.index(theta)] == pytest.approx(
+            float(lost / weight.square().sum()), abs=1e-6
+        )
+
+
+def test_of_a_large_layer_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4000))
+    given = (model, images(), 4 * 68_000)
+    options = {"batch_size": 32, "device": torch.device("cpu"), "node": "here"}
+    whole = LayerEvaluator(*given, **options).known("1.weight")
+    monkeypatch.setattr("clipq_ray.search.SAMPLE", 8_000)
+    sampled = LayerEvaluator(*given, **options).known("1.weight")
+    assert sampled.saved == pytest.approx(whole.saved, abs=0.03)  # the levels of 8,000 weights weigh more
+    assert sampled.distortion == pytest.approx(whole.distortion, abs=0.05)
+    assert not np.array_equal(sampled.distortion, whole.distortion)
+
+
+def test_a_layer_that_is_exhausted_is_measured_no_more() -> None:
+    _, measures = evaluator()
+    trials: list[Trial] = []
+    settings = replace(SETTINGS, evaluations=50, stop_gain=1e9)  # nothing is worth that
+    made = [step_layer(measures, "0.weight", trials, settings) for _ in range(5)]
+    assert made[:4] == trials
+    assert made[4] is None
 
 
 def test_measuring_leaves_the_weights_bit_for_bit() -> None:

@@ -45,8 +45,9 @@ class LocalEngine:
             finished = False
             while not finished:
                 finished = searcher.step(index, trials)
-                done += 1
-                progress(done, len(task.layers) * each, layer)
+                # a layer that ends early counts as whole
+                progress(done + (each if finished else len(trials)), len(task.layers) * each, layer)
+            done += each
 
     def train(self, task: TrainTask, progress: Progress) -> None:
         """One rank of one."""

@@ -124,7 +124,8 @@ class _LayerTrial(tune.Trainable):  # type: ignore[misc]
             return {"done": True, "trials": len(self._trials)}
         each = self._task.settings.evaluations
         layer = self._task.layers[self._index]
-        self._board.write.remote(layer, len(self._trials), len(self._task.layers) * each, layer)
+        done = each if finished else len(self._trials)  # a layer that ends early counts as whole
+        self._board.write.remote(layer, done, len(self._task.layers) * each, layer)
         return {"done": finished, "trials": len(self._trials)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

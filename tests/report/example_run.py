@@ -50,7 +50,7 @@ def trials(of: pa.Table, steps: int = 14, seed: int = 1) -> pa.Table:
                 {
                     "layer": layer["layer"], "step": step, "origin": "start" if step < 5 else "bayes", "p": p, "bits": bits,
                     "images": 2000, "error_percent": error, "loss": 0.3, "bytes": size, "saved_fraction": 0.01,
-                    "tradeoff": 5.0, "objective": error - 5, "chosen": step == steps - 1, "seconds": 1.5, "node": "127.0.0.1",
+                    "tradeoff": 5.0, "objective": error - 5, "predicted_mean": None, "predicted_deviation": None, "chosen": step == steps - 1, "seconds": 1.5, "node": "127.0.0.1",
                 }
             )  # fmt: skip
     return pa.Table.from_pylist(rows, schema=tables.TRIALS)
