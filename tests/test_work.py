@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def test_a_search_whose_deadline_has_passed_still_measures_every_layer_once(tmp_
     LocalEngine().search(task, silent)
     assert {len(trials) for trials in read_trials(task).values()} == {1}
     assert len(read_trials(task)) == 5
+
+
+def test_a_layer_that_ends_early_is_stored_and_counts_as_whole(tmp_path: Path) -> None:
+    task = search_task(tmp_path, None)
+    task = replace(task, settings=replace(task.settings, stop_gain=1e9))  # nothing is worth that
+    told: list[tuple[int, int]] = []
+    LocalEngine().search(task, lambda done, total, words: told.append((done, total)))
+    assert {len(trials) for trials in read_trials(task).values()} == {3}  # the start points
+    assert told == sorted(told)
+    assert told[-1] == (5 * 4, 5 * 4)
 
 
 def photographs(root: Path) -> str:
