@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clipq_ray.errors import ConfigError
 
+INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
+"""What the user wants of the result: one of these options."""
+
 
 class Config(BaseModel):
     """Everything that decides a run; one field is one option."""
@@ -108,26 +111,41 @@ class Config(BaseModel):
     # The file
     profile: Literal["fast", "small"] = Field(
         "fast",
-        description="coders that layers choose from; small takes 4 to 6 %% less than fast, at a tenth of the speed",
+        description="coders that layers choose from; small takes 3 to 5 %% less than fast, and codes a tenth as fast",
     )
     vectors: Literal["auto", "exact"] = Field(
         "auto",
-        description="batch norm, biases and levels; auto: folded, on the coarsest grids that change no validation result, levels as float16; "
-        "exact: as trained",
+        description="batch norm, biases and levels; auto: folded, on the coarsest grids that change nothing measured on validation images, levels as "
+        "float16; exact: not folded, float16 where that keeps a relative error of 2^-10, else float32",
     )
 
     # Search
     search_images: int = Field(2000, ge=2, description="training images that score one (p, b)")
-    search_evaluations: int = Field(18, ge=4, le=693, description="evaluations per layer")
+    search_evaluations: int = Field(18, ge=4, le=693, description="evaluations per layer, at most")
     search_start: int = Field(
-        6, ge=3, le=100, description="evaluations per layer before the Gaussian process is asked"
+        4,
+        ge=3,
+        le=100,
+        description="evaluations per layer before the Gaussian process is asked, at points from the layer's curves of size and distortion",
+    )
+    search_stop_gain: float = Field(
+        0.1,
+        ge=0,
+        description="a layer's search ends when the largest expected improvement over all lambdas is below the error on this many images; "
+        "0: never [images]",
+    )
+    search_loss_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how far the loss stands for the top-1 error in the search's model; 0: the paper's error alone",
     )
 
     search_cache_gib: float = Field(
         2.0,
         ge=0,
-        description="of a network's values before the layer that is searched, kept by each search trial [GiB]; images beyond it are "
-        "evaluated whole",
+        description="of a network's values before the layer that is searched, kept by each search trial, at most half of the memory over the CPUs, or a quarter of a GPU's that is free [GiB]; "
+        "images beyond it are evaluated whole",
     )
 
     # Fine-tuning
@@ -186,19 +204,22 @@ class Config(BaseModel):
     max_failures: int = Field(3, ge=0, description="restarts of a training whose worker or node was lost")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_intent(cls, given: Any) -> Any:
+        """No loss where nothing else is wanted: one configuration, however it is said."""
+        if isinstance(given, dict) and all(given.get(name) is None for name in INTENTS):
+            return {**given, "max_drop": 0.0}
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        intents = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
-        wanted = [f"--{name.replace('_', '-')}" for name in intents if getattr(self, name) is not None]
+        wanted = [f"--{name.replace('_', '-')}" for name in INTENTS if getattr(self, name) is not None]
         if len(wanted) > 1:
             raise ValueError(f"expected one intent, got {' and '.join(wanted)}; leave one out")
         if self.engine == "local" and self.workers > 1:
             raise ValueError(
                 f"expected --workers 1 with --engine local, got {self.workers}; use --engine ray"
-            )
-        if self.search_start > self.search_evaluations:
-            raise ValueError(
-                f"expected --search-start at most --search-evaluations ({self.search_evaluations}), got {self.search_start}"
             )
         if self.workers > self.batch_size:
             raise ValueError(

@@ -36,18 +36,20 @@ LADDER = (Precision(16, 8), Precision(32, 16), Precision(64, 32))
 
 
 def on_grids(
-    model: nn.Module, kept: Collection[str], precision: Precision
+    model: nn.Module, kept: Collection[str], precision: Precision, shared: Collection[str] = ()
 ) -> tuple[dict[str, codec.Vector], tuple[str, ...]]:
     """The tensors among `kept` (names in the state dict) that go on grids, and the modules of the batch norms that are folded.
 
-    What does not fit a grid, or is no batch norm and no parameter of one dimension, is left out: it is stored as it is.
+    `shared`: names whose tensor has further names. A batch norm that shares some of its tensors with another one is not folded, since each would
+    need values of its own; one that is used under two names is. What does not fit a grid, or is no batch norm and no parameter of one dimension, is left out: it is stored as it is.
     """
     result: dict[str, codec.Vector] = {}
     norms = []
     inside: set[str] = set()
     for module, norm in model.named_modules():
         names = codec.norm_names(module)
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and set(names) <= set(kept):
+        alone = len(set(names) & set(shared)) in (0, len(names))
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and set(names) <= set(kept) and alone:
             found = _folded(norm, precision)
             inside |= set(names)
             if found is not None:
@@ -69,7 +71,9 @@ def _folded(norm: Any, precision: Precision) -> tuple[codec.Vector, codec.Vector
         value.detach().cpu().double().numpy()
         for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
-    dead = variance == 0  # the channel is always its mean, so its scale, large as it may be, never counts
+    dead = (
+        variance == 0
+    )  # in training the channel was always its mean: its scale, large as it may be, did not count
     scale = np.where(dead, 0.0, weight / np.sqrt(variance + norm.eps))
     shift = bias - scale * mean
     grids = _scale(scale * np.sqrt(1 + norm.eps), precision), _shift(shift, precision)

@@ -22,7 +22,7 @@ from clipq_ray.errors import StorageError
 from clipq_ray.storage import MANIFEST, Store, run_store
 from clipq_ray.work import Source
 
-STAGE_VERSIONS = {"baseline": 1, "search": 2, "finetune": 2, "control": 1}
+STAGE_VERSIONS = {"baseline": 1, "search": 3, "finetune": 2, "control": 1}
 """Raised when a change of the code changes what a stage makes of the same inputs."""
 
 _DECIDES_NOTHING = {

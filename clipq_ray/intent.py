@@ -3,7 +3,7 @@
 An intent is a promise on the file: at most so many bytes, or a top-1 on the validation images at most so many points below the reference
 (method, section 4). Fine-tuning goes in rounds: after each, the decoded file says whether the promise is kept, and `next_request` whether
 another size is worth a round: smaller ones while it is kept, larger ones while it is not. A lambda of the user's own promises nothing
-and takes one round. Not covered: which layers give the bytes (`search`), and training (`pipeline`).
+and takes one round. Not covered: which layers give the bytes (`search`), and training (`rounds`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class Intent:
 
 @dataclass(frozen=True)
 class Drop:
-    """Top-1 of the reference less that of the file on the same `n` validation images, in points, with its paired 95 % interval."""
+    """Top-1 of the reference less that of the file on the same `n` validation images, in points, with its paired 95 % interval.
+
+    Of several rounds one is chosen on the same images, which the interval does not know.
+    """
 
     points: float
     low: float
@@ -68,12 +71,14 @@ class Drop:
     def between(
         cls, reference: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
     ) -> Drop:
-        """Of two arrays of predicted classes, int64 (n,); the interval is the normal one of the mean of differences."""
-        differences = 100.0 * ((reference == labels).astype(np.float64) - (found == labels))
-        n = len(differences)
-        half = _Z95 * float(differences.std()) / math.sqrt(n)
-        points = float(differences.mean())
-        return cls(points, points - half, points + half, n)
+        """Of two arrays of predicted classes, int64 (n,); the interval is that of Agresti and Min 2005: half an image more in each of the four
+        cells, so that few differing images do not look like certainty."""
+        right, also = reference == labels, found == labels
+        n, lost, gained = len(labels), int((right & ~also).sum()), int((also & ~right).sum())
+        total, down, up = n + 2, lost + 0.5, gained + 0.5
+        middle = (down - up) / total
+        half = _Z95 * math.sqrt(down + up - (down - up) ** 2 / total) / total
+        return cls(100 * (lost - gained) / n, 100 * (middle - half), 100 * (middle + half), n)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def load_state_dict(uri: str | os.PathLike[str], names: Iterable[str] | None = N
     """
     if names is None:
         return state_dict(read_file(uri))
+    names = [names] if isinstance(names, str) else list(names)
     store, name = located(uri)
     size = store.size(name)
 
@@ -58,9 +59,8 @@ def load_state_dict(uri: str | os.PathLike[str], names: Iterable[str] | None = N
 
     found = codec.read_header(read, size)
     ties = found.metadata.get("ties", {})
-    wanted = list(names)
-    arrays = codec.arrays_from(read, found, {ties.get(one, one) for one in wanted})
-    return {one: torch.from_numpy(arrays[ties.get(one, one)]) for one in wanted}
+    arrays = codec.arrays_from(read, found, {ties.get(one, one) for one in names})
+    return {one: torch.from_numpy(arrays[ties.get(one, one)]) for one in names}
 
 
 def load(
@@ -104,20 +104,34 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
         raise ModelError(
             f"the network does not fit the file: it lacks {', '.join(missing[:3])}; pass the factory that it was made with"
         )
+    empty = any(parameter.is_meta for parameter in model.parameters())
     complete = model.state_dict()  # carries the versions of the modules' state, which some networks ask for
-    complete.update(state)
+    complete.update(_parameters(model, state) if empty else state)
     try:
-        model.load_state_dict(complete, assign=_is_empty(model))
+        model.load_state_dict(complete, assign=empty)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the network does not fit the file: {reason}; pass the factory that it was made with"
         ) from error
+    lost = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+    if lost:
+        raise ModelError(
+            f"the network has no memory behind {lost[0]}, which no file holds; build it on a device"
+        )
     return model.eval()
 
 
-def _is_empty(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
+def _parameters(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` for a network without memory: a tensor that has several names there is one parameter here, of the network's type."""
+    made: dict[int, nn.Parameter] = {}
+    result = dict(state)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in made:
+            value = state[name].to(parameter.dtype)
+            made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        result[name] = made[id(parameter)]
+    return result
 
 
 def _registered(metadata: dict[str, Any]) -> nn.Module:

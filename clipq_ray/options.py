@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from clipq_ray.config import Config, make, unknown
+from clipq_ray.config import INTENTS, Config, make, unknown
 from clipq_ray.console import OneLineParser
 from clipq_ray.errors import ConfigError
 
@@ -66,11 +66,10 @@ def parse(arguments: Sequence[str], description: str) -> Config:
         raise ConfigError(unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
     given = vars(known)
     path = given.pop("config")
-    options = {
-        **(read_yaml(path) if path else {}),
-        **{name: _value(name, text) for name, text in given.items()},
-    }
-    return make(**options)
+    filed = read_yaml(path) if path else {}
+    if any(name in given for name in INTENTS):  # an intent of the command line replaces that of the file
+        filed = {name: value for name, value in filed.items() if name not in INTENTS}
+    return make(**{**filed, **{name: _value(name, text) for name, text in given.items()}})
 
 
 def _value(name: str, text: Any) -> Any:

@@ -1,7 +1,7 @@
 """From a fine-tuned network to the bytes of its file.
 
 Weights are quantized for good, batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
-batch norm folded and put on the coarsest grids that change no validation result, and all is encoded. What a choice costs is measured on
+batch norm folded and put on the coarsest grids that change nothing measured on validation images, and all is encoded. What a choice costs is measured on
 the decoded file. Not covered: the format (`codec`) and the report.
 """
 
@@ -41,7 +41,6 @@ class PackedNetwork:
     batch_norm: str
     vectors: str
     validation: Evaluation
-    notes: list[str]
 
 
 def pack(
@@ -69,7 +68,7 @@ def pack(
         _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
     )
     file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
-    return PackedNetwork(file, quantized, norms, words, vectors, found, [])
+    return PackedNetwork(file, quantized, norms, words, vectors, found)
 
 
 def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:
@@ -122,7 +121,7 @@ def _on_grids(
     model: nn.Module, inventory: Inventory, packed: codec.Packed, precision: folding.Precision
 ) -> codec.Packed:
     """`packed` with folded batch norms and with vectors on grids."""
-    grids, norms = folding.on_grids(model, inventory.kept, precision)
+    grids, norms = folding.on_grids(model, inventory.kept, precision, set(inventory.ties.values()))
     gone = {name for module in norms for name in codec.norm_names(module)}
     tensors = {name: value for name, value in packed.tensors.items() if name not in gone} | grids
     return replace(packed, tensors=tensors, norms=norms)

@@ -96,15 +96,35 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     dense = _dense(run, control)
     reference = dense["validation"] or baseline["validation"]
     assert reference is not None
+    sha256 = models.weights_sha256(read_state(weights))
     made = rounds.run_rounds(
-        run, rounds.Given(trials, weights, inventory, reference_error, reference, inputs["weights"], work)
+        run, rounds.Given(trials, weights, inventory, reference_error, reference, sha256, work)
     )
-    best = made.best
     if not made.kept:
         run.notes.append(
             f"the promise ({made.intent.words()}) is not kept: this is the round that came closest"
         )
-    with reporter.stage("verify"):
+    files, document = _files(
+        run, name, run_id, inputs, made, trials, weights, control, baseline, dense, reference_error
+    )
+    if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
+        reporter.say(
+            f"run {run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
+        )
+        return Result(target.uri, manifest.read_manifest(target), True)
+    manifest.commit(target, files, document)
+    work.remove_tree()
+    return Result(target.uri, manifest.read_manifest(target), False)
+
+
+def _files(
+    run: Run, name: str, run_id: str, inputs: Mapping[str, Any], made: rounds.Rounds,
+    trials: Mapping[str, list[search.Trial]], weights: Store, control: Store | None,
+    baseline: Mapping[str, Evaluation | None], dense: Mapping[str, Evaluation | None], reference_error: float,
+) -> tuple[dict[str, bytes], dict[str, Any]]:  # fmt: skip
+    """All files of the run, and the manifest without their list; the test images are looked at here."""
+    best, inventory = made.best, made.inventory
+    with run.reporter.stage("verify"):
         scores = _scores(run, best, baseline, dense)
     document = results.document(
         name=name, run_id=run_id, run=stages.run_document(run), identity=inputs, inventory=inventory, choice=best.choice,
@@ -116,14 +136,7 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     files = results.files(
         document, best.packed, inventory, best.plan, best.choice, trials, scores, reference_error, recovery
     )
-    if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
-        reporter.say(
-            f"run {run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
-        )
-        return Result(target.uri, manifest.read_manifest(target), True)
-    manifest.commit(target, files, document)
-    work.remove_tree()
-    return Result(target.uri, manifest.read_manifest(target), False)
+    return files, document
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------------
@@ -183,12 +196,15 @@ def _search(run: Run, weights: Store, inventory: network.Inventory) -> dict[str,
     """Measured points of every layer."""
     config = run.config
     tradeoffs = (config.tradeoff,) if config.tradeoff is not None else search.LADDER
-    settings = search.Settings(config.search_evaluations, config.search_start, tradeoffs, config.seed)
+    settings = search.Settings(
+        config.search_evaluations, min(config.search_start, config.search_evaluations), tradeoffs, config.seed,
+        config.search_stop_gain, config.search_loss_share,
+    )  # fmt: skip
     layers = tuple(layer.name for layer in inventory.layers)
     inputs = {
         "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
         "layers": layers, "images": config.search_images, "bytes": inventory.bytes_before,
-        "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile,
+        "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,
     }  # fmt: skip
 
     def task_at(store: Store) -> SearchTask:
@@ -198,13 +214,15 @@ def _search(run: Run, weights: Store, inventory: network.Inventory) -> dict[str,
         )  # fmt: skip
 
     def make(store: Store, progress: Any) -> None:
-        run.engine.search(task_at(store), progress)
-        store.write("done.json", b"{}")
+        task = task_at(store)
+        run.engine.search(task, progress)
+        late = task.deadline is not None and time.time() > task.deadline
+        store.write("done.json", json.dumps({"late": late}).encode())
 
     store = run.stage("search", inputs, "done.json", make)
     trials = read_trials(task_at(store))
     fewest = min(len(points) for points in trials.values())
-    if fewest < settings.evaluations:
+    if json.loads(store.read("done.json"))["late"]:
         run.notes.append(
             f"search: shortened from {settings.evaluations} to {fewest} or more evaluations per layer by --deadline-hours"
         )

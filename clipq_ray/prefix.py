@@ -48,15 +48,17 @@ def cut(graph: fx.GraphModule, model: nn.Module, layer: str, images: Tensor) -> 
     if not dependent:
         return None
     frontier = _frontier(graph, dependent)
-    before = _module(graph, [n for n in graph.graph.nodes if n not in dependent], (), frontier)
-    behind = _module(graph, [n for n in graph.graph.nodes if n in dependent], frontier, None)
-    result = Cut(before, lambda values: logits(behind(*values)))
     with evaluating(model):
+        before = _module(graph, [n for n in graph.graph.nodes if n not in dependent], (), frontier)
+        behind = _module(graph, [n for n in graph.graph.nodes if n in dependent], frontier, None)
+        result = Cut(before, lambda values: logits(behind(*values)))
         try:
             expected = logits(model(images))
             values = result.before(images)
             # twice: what is changed in place shows in the second pass
             found = [result.behind(values) for _ in range(2)]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:
             return None
     most = AGREEMENT * max(float(expected.abs().max()), 1.0)
@@ -69,13 +71,20 @@ def _dependent(graph: fx.GraphModule, parameter: nn.Parameter) -> set[fx.Node]:
     for node in graph.graph.nodes:
         reads = False
         if node.op == "call_module":
-            reads = any(one is parameter for one in graph.get_submodule(str(node.target)).parameters())
+            reads = any(_same(one, parameter) for one in graph.get_submodule(str(node.target)).parameters())
         elif node.op == "get_attr":
-            reads = _attribute(graph, str(node.target)) is parameter
+            reads = _same(_attribute(graph, str(node.target)), parameter)
         if reads or any(source in result for source in node.all_input_nodes):
             result.add(node)
     outputs = [node for node in graph.graph.nodes if node.op == "output"]
     return result if result.issuperset(outputs) else set()
+
+
+def _same(one: Any, parameter: nn.Parameter) -> bool:
+    """Whether both hold the same memory: two parameters may be views of one tensor."""
+    if not isinstance(one, Tensor):
+        return False
+    return one.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 
 def _attribute(graph: fx.GraphModule, name: str) -> Any:
@@ -131,17 +140,28 @@ class LayerScores:
     @torch.inference_mode()
     def evaluate(self, layer: str) -> Evaluation:
         """Score the network as it is; between calls with the same `layer` nothing but that parameter may have changed."""
+        try:
+            return self._evaluate(layer)
+        except torch.OutOfMemoryError:
+            # what is kept leaves too little memory, or a whole batch does not fit: the whole network goes on in parts
+            self._cut, self._kept, self._limit = None, [], 0
+            return self._evaluate(layer)
+
+    def _evaluate(self, layer: str) -> Evaluation:
         tally = Tally(len(self._split))
         with evaluating(self._model):
             if layer != self._layer:
                 self._begin(layer)
             for values, labels in self._kept:
-                if self._cut is not None:
-                    tally.add(self._cut.behind(values).float().cpu(), labels)
+                tally.add(self._behind(values), labels)
             images = batches(self._split, self._parts[len(self._kept) :], lambda step: None)
             for pixels, labels in images:
                 tally.add(self._forward(pixels), labels)
         return tally.result()
+
+    def _behind(self, values: tuple[Any, ...]) -> Tensor:
+        assert self._cut is not None
+        return self._cut.behind(values).float().cpu()
 
     def _begin(self, layer: str) -> None:
         """Cut the network at `layer`, and keep the values of the first batches."""
@@ -167,6 +187,19 @@ class LayerScores:
         return None if self._graph is None else cut(self._graph, self._model, layer, images)
 
 
-def size(values: tuple[Any, ...]) -> int:
-    """Bytes of the tensors among `values`."""
-    return sum(one.numel() * one.element_size() for one in values if isinstance(one, Tensor))
+def size(values: Any) -> int:
+    """Bytes of the memory behind the tensors in `values`, each once, however deep they lie."""
+    found: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, list | tuple):
+            for one in value:
+                look(one)
+        elif isinstance(value, dict):
+            look(list(value.values()))
+
+    look(values)
+    return sum(found.values())

@@ -49,6 +49,7 @@ class Rounds:
     """All rounds, in order, and the one to commit."""
 
     intent: Intent
+    inventory: Inventory
     all: tuple[Round, ...]
 
     @property
@@ -68,7 +69,7 @@ class Rounds:
             "intent": self.intent.kind, "value": self.intent.value, "words": self.intent.words(), "kept": self.kept,
             "reference": reference, "validation_images": outcome.drop.n, "confidence_percent": 95,
             "bytes": outcome.bytes, "drop_points": outcome.drop.points, "drop_low_points": outcome.drop.low, "drop_high_points": outcome.drop.high,
-            "predicted_bytes": self.best.predicted, "rounds": [one.outcome.to_json() for one in self.all],
+            "predicted_bytes": self.best.predicted, "round": 1 + self.all.index(self.best), "rounds": [one.outcome.to_json() for one in self.all],
         }  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
     done: list[Round] = []
     initial, seconds = given.weights, 0.0
     while True:
-        choice = _choice(run, intent, given, requested, other)
+        choice = _choice(intent, given, requested, other)
         if any(_thetas(choice) == _thetas(one.choice) for one in done):
             run.notes.append("no further round: the search has no other point for the next size")
             break
@@ -110,7 +111,12 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         if requested is None:
             break
         initial = done[-1].tuned
-    return Rounds(intent, tuple(done))
+    made = Rounds(intent, given.inventory, tuple(done))
+    asked = made.best.outcome.requested
+    if asked is not None and made.best.choice.bytes > asked - other:
+        run.notes.append(f"{asked:,} bytes are beyond the measured points; the smallest of them were taken")
+        run.reporter.say(run.notes[-1])
+    return made
 
 
 def _thetas(choice: search.Choice) -> list[Any]:
@@ -133,15 +139,10 @@ def _first_request(intent: Intent, given: Given, other: int) -> int | None:
     return (smallest or search.choose(given.trials, 1e-4)).bytes + other
 
 
-def _choice(run: Run, intent: Intent, given: Given, requested: int | None, other: int) -> search.Choice:
+def _choice(intent: Intent, given: Given, requested: int | None, other: int) -> search.Choice:
     if requested is None:
         return search.choose(given.trials, intent.value)
-    choice = search.choose_for_bytes(given.trials, requested - other)
-    if choice.bytes > requested - other:
-        note = f"{requested:,} bytes are beyond the measured points; the smallest of them were taken"
-        run.notes.append(note)
-        run.reporter.say(note)
-    return choice
+    return search.choose_for_bytes(given.trials, requested - other)
 
 
 def _round(

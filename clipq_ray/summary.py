@@ -49,7 +49,7 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
                 f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %"
             )
         if promise := manifest.get("promise"):
-            lines.append(_promise(promise))
+            lines.append(promise_line(promise))
         lines.append(f"run: {uri}")
         lines += [f"note: {note}" for note in manifest["notes"]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -57,21 +57,13 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *lines])
 
 
-def _promise(promise: Mapping[str, Any]) -> str:
+def promise_line(promise: Mapping[str, Any]) -> str:
     """What was promised, whether it is kept, and how sure that is."""
-    verdict = "kept" if promise["kept"] else "NOT KEPT"
+    told = f"{promise['words']}: {'kept' if promise['kept'] else 'NOT KEPT'}"
     if promise["intent"] == "tradeoff":
-        verdict = "no promise"
+        told = f"none, {promise['words']} was given"
     return (
-        f"promise: {promise['words']}: {verdict}; validation top-1 {promise['drop_points']:+.2f} points lost against the {promise['reference']} "
+        f"promise: {told}; validation top-1 {promise['drop_points']:+.2f} points lost against the {promise['reference']} "
         f"({promise['confidence_percent']} % interval {promise['drop_low_points']:+.2f} to {promise['drop_high_points']:+.2f}, "
-        f"{promise['validation_images']:,} images), round {_number(promise)} of {len(promise['rounds'])}"
-    )
-
-
-def _number(promise: Mapping[str, Any]) -> int:
-    return 1 + next(
-        index
-        for index, one in enumerate(promise["rounds"])
-        if one["drop_points"] == promise["drop_points"] and one["bytes"] == promise["bytes"]
+        f"{promise['validation_images']:,} images), round {promise['round']} of {len(promise['rounds'])}"
     )

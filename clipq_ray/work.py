@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -245,9 +246,18 @@ def layer_name(index: int) -> str:
     return f"layer-{index:04d}.json"
 
 
+def partial_name(index: int) -> str:
+    """The object that holds one layer's trials until the layer is done."""
+    return f"partial-{index:04d}.json"
+
+
 def write_trials(task: SearchTask, index: int, trials: Sequence[Trial]) -> None:
     """One layer's trials, whole."""
-    Store(task.output).write(layer_name(index), json.dumps([trial.to_json() for trial in trials]).encode())
+    Store(task.output).write(layer_name(index), _to_json(trials))
+
+
+def _to_json(trials: Sequence[Trial]) -> bytes:
+    return json.dumps([trial.to_json() for trial in trials]).encode()
 
 
 def read_trials(task: SearchTask) -> dict[str, list[Trial]]:
@@ -281,17 +291,37 @@ class Searcher:
             device=device,
             node=platform.node(),
             size=functools.partial(layer_bytes, config),
-            cache_bytes=config.search_cache_bytes,
+            cache_bytes=min(config.search_cache_bytes, _fair_share(device)),
         )
+
+    def begin(self, index: int) -> list[Trial]:
+        """The trials of layer `index` that an attempt before left behind."""
+        store, name = Store(self.task.output), partial_name(index)
+        if not store.exists(name):
+            return []
+        try:
+            return [Trial(**row) for row in json.loads(store.read(name))]
+        except (ValueError, TypeError):  # of another version; what is measured anew is at most one layer
+            return []
 
     def step(self, index: int, trials: list[Trial]) -> bool:
         """One more trial of layer `index`, if one is worth measuring; True when the layer is done, and then its trials are stored."""
         made = step_layer(self._evaluator, self.task.layers[index], trials, self.task.settings)
         late = self.task.deadline is not None and time.time() > self.task.deadline
         if made is not None and len(trials) < self.task.settings.evaluations and not late:
+            Store(self.task.output).write(partial_name(index), _to_json(trials))
             return False
         write_trials(self.task, index, trials)
+        Store(self.task.output).remove(partial_name(index))
         return True
+
+
+def _fair_share(device: torch.device) -> int:
+    """Bytes that one of as many trials as a machine runs may keep: results do not depend on it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(memory) // (2 * (os.cpu_count() or 1))
 
 
 def layer_bytes(config: Config, layer: codec.CodedLayer) -> int:

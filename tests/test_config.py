@@ -73,7 +73,6 @@ def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, 
         ({"target_bytes": 0}, "--target-bytes"),
         ({"rounds": 0}, "--rounds"),
         ({"engine": "local", "workers": 2}, "--engine ray"),
-        ({"search_start": 9, "search_evaluations": 8}, "--search-start at most"),
         ({"workers": 64, "batch_size": 32}, "--batch-size of at least"),
         ({"epochs": 1, "warmup_epochs": 1.0}, "--warmup-epochs below"),
     ],
@@ -109,3 +108,8 @@ def test_an_unknown_option_gets_the_nearest_name() -> None:
         make(learningrate=0.1)
     with pytest.raises(ConfigError, match="see --help"):
         make(zzzzzz=1)
+
+
+def test_no_intent_is_the_intent_to_lose_nothing() -> None:
+    assert make() == make(max_drop=0.0)
+    assert make(target_ratio=20.0).max_drop is None

@@ -89,6 +89,25 @@ def test_a_norm_that_fits_no_grid_is_stored_as_it_is(value: float) -> None:
     assert not {"1.weight", "1.bias"} & set(grids)
 
 
+def test_norms_that_share_a_tensor_are_not_folded_and_one_under_two_names_is() -> None:
+    model = trained()
+    shared = nn.Sequential(model[1], nn.BatchNorm2d(8))
+    shared[1].weight = shared[0].weight
+    kept = [
+        "0.weight",
+        "0.bias",
+        "0.running_mean",
+        "0.running_var",
+        "1.bias",
+        "1.running_mean",
+        "1.running_var",
+    ]
+    assert folding.on_grids(shared, kept, FINE, shared=["0.weight"])[1] == ()
+    twice = nn.Sequential(model[1], model[1])
+    names = [f"0.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    assert folding.on_grids(twice, names, FINE, shared=names)[1] == ("0",)
+
+
 def test_norms_without_weights_or_statistics_are_left_alone() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4, track_running_stats=False))
     grids, norms = folding.on_grids(model, kept_of(model), FINE)

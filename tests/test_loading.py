@@ -51,6 +51,41 @@ def test_a_network_of_ones_own_needs_its_factory(tmp_path: Path) -> None:
     assert isinstance(clipq_ray.load(path, factory=lambda: nn.Linear(3, 2)), nn.Linear)
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, a half-precision one, and a buffer that no state dict holds."""
+
+    def __init__(self, hidden: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.short = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2).half()
+        self.b.weight = self.a.weight
+        if hidden:
+            self.register_buffer("hidden", torch.ones(2), persistent=False)
+
+
+def test_a_factory_without_memory_gives_ties_and_types_as_they_were(tmp_path: Path) -> None:
+    made = Tied()
+    content = packed(made, None, drop="b.weight")
+    content.metadata["ties"] = {"b.weight": "a.weight"}
+    path = written(tmp_path, content)
+
+    def empty(hidden: bool = False) -> nn.Module:
+        with torch.device("meta"):
+            return Tied(hidden)
+
+    for loaded in (clipq_ray.load(path, factory=empty), clipq_ray.load(path, factory=Tied)):
+        assert isinstance(loaded, Tied)
+        assert loaded.a.weight is loaded.b.weight
+        assert loaded.short.weight.dtype == torch.float16
+        assert torch.allclose(loaded.a.weight, made.a.weight, rtol=2**-10)
+    with pytest.raises(ModelError, match="hidden"):
+        clipq_ray.load(path, factory=lambda: empty(True))
+
+
+def test_one_name_is_taken_as_one_name(tmp_path: Path) -> None:
+    path = written(tmp_path, packed(nn.Linear(3, 2), None))
+    assert list(clipq_ray.load_state_dict(path, "bias")) == ["bias"]
+
+
 def test_a_file_cannot_make_the_loader_import_code(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="factory"):
         clipq_ray.load(written(tmp_path, packed(nn.Linear(3, 2), "os:getcwd")))

@@ -156,3 +156,10 @@ def test_an_error_ends_the_job_with_one_line_and_its_code(
 
     assert console.run("job", main) == code
     assert capsys.readouterr().err == line
+
+
+def test_an_intent_of_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("target_ratio: 20\nepochs: 3\n")
+    found = options.parse(["--config", str(path), "--max-drop", "1"], "")
+    assert (found.max_drop, found.target_ratio, found.epochs) == (1.0, None, 3)

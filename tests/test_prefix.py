@@ -169,6 +169,46 @@ def test_networks_that_no_graph_holds_keep_nothing() -> None:
     assert prefix.cut(graph, model, "second.weight", sample) is None
 
 
+class Narrow(nn.Conv2d):
+    """A convolution that has memory for 16 images and no more."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(input) > 16:
+            raise torch.OutOfMemoryError("pretended")
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("layer", ["first.weight", "end.weight"])
+def test_a_batch_that_does_not_fit_is_evaluated_whole_and_in_parts(layer: str) -> None:
+    model = Looks().eval()
+    model.forward = lambda pixels: model.end(model.first(pixels).mean(dim=(2, 3)))  # type: ignore[method-assign]
+    model.first = Narrow(3, 4, 3)
+    split = images(12)
+    found = LayerScores(model, split, 40, CPU, PLENTY).evaluate(layer)
+    np.testing.assert_array_equal(found.predictions, evaluate(model, split, batch_size=16).predictions)
+
+
+def test_parameters_that_are_views_of_one_memory_change_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1),
+        nn.ReLU(),
+        nn.Conv2d(3, 3, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 5),
+    )
+    model[2].weight = nn.Parameter(model[0].weight.data)  # type: ignore[union-attr]
+    assert_equal(model.eval(), images(12))
+
+
+def test_kept_bytes_are_those_of_the_memory_behind_the_values() -> None:
+    whole = torch.zeros(8, 4)
+    assert (
+        prefix.size((whole, whole[0], (whole.t(), [torch.zeros(2)]), {"x": torch.zeros(1)}, 3)) == 128 + 8 + 4
+    )
+
+
 def test_tracing_leaves_modes_as_they_were() -> None:
     model = Branches().train()
     model.norm.eval()

@@ -19,14 +19,16 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.errors import FormatError
 from clipq_ray.finetune import Rank, Schedule
-from clipq_ray.search import Settings
+from clipq_ray.search import Settings, Trial
 from clipq_ray.storage import Store
 from clipq_ray.work import (
     CURVE,
     WEIGHTS,
+    Searcher,
     SearchTask,
     Source,
     TrainTask,
+    partial_name,
     read_state,
     read_trials,
     train,
@@ -116,3 +118,21 @@ def test_weights_that_are_damaged_are_named(tmp_path: Path) -> None:
     store.write(WEIGHTS, b"no tensors")
     with pytest.raises(FormatError, match=r"expected safetensors at .*weights\.safetensors"):
         read_state(store)
+
+
+def test_a_search_that_was_cut_off_continues_behind_its_last_evaluation(tmp_path: Path) -> None:
+    task = search_task(tmp_path, None)
+    first = Searcher(task, torch.device("cpu"))
+    trials: list[Trial] = []
+    for _ in range(3):
+        assert not first.step(0, trials)
+    again = Searcher(task, torch.device("cpu"))
+    assert again.begin(0) == trials
+    assert again.begin(1) == []
+    Store(task.output).write(partial_name(1), b"[{]")
+    assert again.begin(1) == []
+    resumed = again.begin(0)
+    while not again.step(0, resumed):
+        pass
+    assert again.begin(0) == []
+    assert [one.step for one in resumed] == list(range(len(resumed)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Protocol, Self
 
 from clipq_ray.finetune import Progress, Rank
-from clipq_ray.search import Trial
 from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
 
@@ -41,7 +40,7 @@ class LocalEngine:
             return
         searcher = Searcher(task, task.source.device())
         for index, layer in open_layers:
-            trials: list[Trial] = []
+            trials = searcher.begin(index)
             finished = False
             while not finished:
                 finished = searcher.step(index, trials)

@@ -108,7 +108,7 @@ class _LayerTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._index: int = config["index"]
-        self._trials: list[Trial] = []
+        self._trials: list[Trial] = self._searcher.begin(self._index)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._begin(new_config)

@@ -103,7 +103,7 @@ def metadata(data: bytes) -> dict[str, Any]:
 
 
 def decode(data: bytes, names: Iterable[str] | None = None, threads: int | None = None) -> Packed:
-    """The content of a .clq file, or of the tensors in `names` only; `ArtifactError` where anything is damaged.
+    """The content of a .clq file, or of the blobs that hold the tensors in `names`; `ArtifactError` where anything is damaged.
 
     `threads`: at most so many blobs are decoded at a time; default: the CPUs of this process.
     """
@@ -185,7 +185,9 @@ def _in_order(
     work: Callable[[Entry], dict[str, Tensor]], chosen: list[Entry], threads: int | None
 ) -> list[dict[str, Tensor]]:
     """What `work` gives for each; the largest are begun first."""
-    most = threads or len(os.sched_getaffinity(0))
+    most = (
+        threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
+    )
     if most < 2 or len(chosen) < 2 or sum(entry.elements for entry in chosen) < _ALONE:
         return [work(entry) for entry in chosen]
     with ThreadPoolExecutor(min(most, len(chosen))) as pool:

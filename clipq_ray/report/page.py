@@ -19,6 +19,7 @@ from clipq_ray import tables
 from clipq_ray.errors import FormatError
 from clipq_ray.report import charts, compression, svg, words
 from clipq_ray.report.agreement import Agreement, Ints, compare, per_class
+from clipq_ray.summary import promise_line
 
 Json = Mapping[str, Any]
 
@@ -42,6 +43,7 @@ def page(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Tab
         "created": manifest.get("created_utc"),
         "headline": _headline(metrics),
         "verdict": _verdict(metrics, predictions),
+        "promise": promise_line(manifest["promise"]).capitalize() if manifest.get("promise") else None,
         "accuracy": [
             _set(name, metrics.get(name), manifest.get("data") or {}) for name in ("test", "validation")
         ],
