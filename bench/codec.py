@@ -1,7 +1,7 @@
 """`make bench-codec`: bytes and speed of our coders beside NNCodec 2, `zstd -19` and the order-0 entropy, in one run on one core.
 
 Codes of all conv and linear weights of two networks, quantized once with one (p, b) for all layers (the table of issue 4), and of every
-network that CLIP-Q trained in `bench/records`. Symbols are signed around zero: 0 is clipped, levels by their order. Sizes are codes only: no
+network that CLIP-Q trained in `bench/records`, and of an older one. Symbols are signed around zero: 0 is clipped, levels by their order. Sizes are codes only: no
 level tables, no headers, no checksums; every coder's blob is decoded and compared. The peers run in an environment of their own
 (`codec_peers.py`); passes of all coders are interleaved, and ratios of speed are medians of ratios within a round.
 
@@ -43,6 +43,8 @@ TABLE = {
     ("resnet56", 0.9, 3): 63462,
 }
 """The networks of issue 4 and NNCodec's bytes as quoted there."""
+FIRST = ROOT / "tests" / "golden" / "v1-resnet20-cifar10.clq"
+"""A network of another plan, the first that CLIP-Q trained here; coder "a" was fitted to its codes among others."""
 PEER = ROOT / ".venv-nncodec" / "bin" / "python"
 
 
@@ -230,7 +232,7 @@ def main() -> None:
         for network, p, b in TABLE
     }
     quoted = dict(zip(networks, TABLE.values(), strict=True))
-    for path in sorted((ROOT / "bench" / "records").glob("*.clq")):
+    for path in (*sorted((ROOT / "bench" / "records").glob("*.clq")), FIRST):
         networks[f"{path.stem}-trained"] = recorded(path)
     peers = Peers(given.peer, networks)
     for coder in OURS:  # compiled outside of the measurement

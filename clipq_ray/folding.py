@@ -31,8 +31,16 @@ class Precision:
         return f"scales to 1/{self.scale} of their mean, shifts to 1/{self.shift} of their root mean square"
 
 
-LADDER = (Precision(16, 8), Precision(32, 16), Precision(64, 32))
-"""From coarse to fine: 4.7, 5.7 and 6.6 bits a number in the file of a ResNet-20, whose scores move by 7, 4 and 2 % (bench/LOG.md)."""
+_COARSEST = 16
+LADDER = (
+    Precision(16, 8),
+    Precision(24, 12),
+    Precision(32, 16),
+    Precision(48, 24),
+    Precision(64, 32),
+    Precision(128, 64),
+)
+"""From coarse to fine: about 4.7 to 7.7 bits a number in the file (bench/LOG.md)."""
 
 
 def on_grids(
@@ -74,14 +82,21 @@ def _folded(norm: Any, precision: Precision) -> tuple[codec.Vector, codec.Vector
     dead = (
         variance == 0
     )  # in training the channel was always its mean: its scale, large as it may be, did not count
-    scale = np.where(dead, 0.0, weight / np.sqrt(variance + norm.eps))
-    shift = bias - scale * mean
-    grids = _scale(scale * np.sqrt(1 + norm.eps), precision), _shift(shift, precision)
-    return None if grids[0] is None or grids[1] is None else (grids[0], grids[1])
+    loaded = np.sqrt(1 + norm.eps)  # what the loaded network divides by, its variance being 1
+    scale = _scale(np.where(dead, 0.0, loaded * weight / np.sqrt(variance + norm.eps)), precision)
+    if scale is None:
+        return None
+    # from the scale as it is stored, so that its rounding moves no channel's mean
+    shift = _shift(bias - scale.values().astype(np.float64) / loaded * mean, precision)
+    return None if shift is None else (scale, shift)
 
 
 def _scale(values: Float64, precision: Precision) -> codec.Vector | None:
-    return codec.on_grid(values, float(np.abs(values).mean()), precision.scale)
+    """On the grid, or on the next coarser one that can hold the largest scale."""
+    parts = precision.scale
+    while (found := codec.on_grid(values, float(np.abs(values).mean()), parts)) is None and parts > _COARSEST:
+        parts //= 2
+    return found
 
 
 def _shift(values: Float64, precision: Precision) -> codec.Vector | None:

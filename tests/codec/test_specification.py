@@ -113,6 +113,7 @@ def test_the_golden_files(path: Path) -> None:
 
 
 def test_a_trained_network() -> None:
+    same((ROOT / "tests" / "golden" / "v1-resnet20-cifar10.clq").read_bytes())
     same((ROOT / "bench" / "records" / "resnet20-cifar10.clq").read_bytes())
 
 
