@@ -31,7 +31,7 @@ class Precision:
         return f"scales to 1/{self.scale} of their mean, shifts to 1/{self.shift} of their root mean square"
 
 
-_COARSEST = 16
+_COARSEST, _FEWEST = 16, 8  # steps of the mean and of the median scale
 LADDER = (
     Precision(16, 8),
     Precision(24, 12),
@@ -92,11 +92,12 @@ def _folded(norm: Any, precision: Precision) -> tuple[codec.Vector, codec.Vector
 
 
 def _scale(values: Float64, precision: Precision) -> codec.Vector | None:
-    """On the grid, or on the next coarser one that can hold the largest scale."""
-    parts = precision.scale
-    while (found := codec.on_grid(values, float(np.abs(values).mean()), parts)) is None and parts > _COARSEST:
+    """On the grid, or on the next coarser one that can hold the largest scale, unless it is too coarse for the others."""
+    sizes, parts = np.abs(values), precision.scale
+    while (found := codec.on_grid(values, float(sizes.mean()), parts)) is None and parts > _COARSEST:
         parts //= 2
-    return found
+    spoilt = parts < precision.scale and float(sizes.mean()) / parts > float(np.median(sizes)) / _FEWEST
+    return None if spoilt else found
 
 
 def _shift(values: Float64, precision: Precision) -> codec.Vector | None:

@@ -26,9 +26,9 @@ from clipq_ray.quantizer import Quantized
 from clipq_ray.storage import Store
 from clipq_ray.work import Source, read_state
 
-_DROP_POINTS, _LOSS_MARGIN = 0.05, 0.02
+_DROP_POINTS, _LOSS_NATS = 0.05, 0.005
 """Grids change nothing that was measured where top-1 on validation images is lower by at most the first [points], its paired 95 % interval
-holds 0, and the loss is higher by at most the second: top-1 alone may be equal by luck."""
+holds 0, and the loss is higher by at most the second [nats]: top-1 alone may be equal by luck."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _smallest(
         file = codec.encode(_on_grids(model, inventory, packed, precision), profile)
         found = _decoded(source, file, data)
         drop = Drop.between(exact.predictions, found.predictions, np.asarray(data.validation.labels))
-        if drop.low <= 0 and drop.points <= _DROP_POINTS and found.loss <= (1 + _LOSS_MARGIN) * exact.loss:
+        if drop.low <= 0 and drop.points <= _DROP_POINTS and found.loss <= exact.loss + _LOSS_NATS:
             return file, str(precision), found
     file = codec.encode(packed, profile)
     return file, "as they are", _decoded(source, file, data)
