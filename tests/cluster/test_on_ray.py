@@ -43,7 +43,8 @@ def weights(digits_weights: dict[str, Tensor], tmp_path_factory: pytest.TempPath
 def command(storage: Path, weights: Path, **changes: Any) -> list[str]:
     given = {
         "storage": storage, "weights": weights, "epochs": EPOCHS, "workers": 2, "batch_size": 32, "control": "never",
-        "search_evaluations": 4, "search_start": 3, "search_images": 60, "learning_rate": 0.01, **changes,
+        "search_evaluations": 4, "search_start": 3, "search_images": 60, "learning_rate": 0.01, "target_ratio": 15, "rounds": 1,
+        **changes,
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     return [sys.executable, str(ROOT / "jobs" / "compress.py"), *words]
