@@ -154,7 +154,7 @@ def test_the_card_says_what_the_run_measured(tmp_path: Path) -> None:
     assert result["dataset"] == {"type": "cifar10", "name": "cifar10", "split": "test"}
     assert [metric["value"] for metric in result["metrics"]] == [91.31, 99.5]
     text = card.read_text(encoding="utf-8")
-    assert "| `model.clq` | 69,903 (15.5x smaller than float32) |" in text
+    assert "| `model.clq` | 57,336 (18.9x smaller than float32) |" in text
     assert "| `model.clq` | 91.31 % (90.81 to 91.81) | 99.50 % |" in text
 
 
