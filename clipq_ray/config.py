@@ -111,7 +111,7 @@ class Config(BaseModel):
     # The file
     profile: Literal["fast", "small"] = Field(
         "fast",
-        description="coders that layers choose from; small takes 3 to 5 %% less than fast, and codes a tenth as fast",
+        description="coders that layers choose from; small takes 3 to 5 %% less than fast, and codes at a fifteenth of its speed",
     )
     vectors: Literal["auto", "exact"] = Field(
         "auto",
