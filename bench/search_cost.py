@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/cifar10")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="passes over all layers of ResNet-20 (default: %(default)s)"
+        "--repeats", type=int, default=1, help="passes over all layers of ResNet-20 (default: %(default)s)"
     )
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -131,14 +131,14 @@ def main() -> None:
     )
     models.apply_weights(resnet20, weights, "given")
     cifar = open_data(str(given.shared / "data" / "cifar10"), input_shape=(3, 32, 32)).train
-    rows = network("search/resnet20", resnet20, cifar.subset(torch.arange(500)), 250, given.repeats)
+    rows = network("search/resnet20", resnet20, cifar.subset(torch.arange(200)), 200, given.repeats)
     torch.manual_seed(0)
     resnet50 = models.build(models.architecture("resnet50", 1000, {})).eval()
     random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (8, 3, 224, 224), dtype=np.uint8)
+    pixels = random.integers(0, 256, (4, 3, 224, 224), dtype=np.uint8)
     way = Preprocessing((3, 224, 224), None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    images = TensorSplit(pixels, random.integers(0, 1000, 8), way)
-    rows += network("search/resnet50-random-weights", resnet50, images, 8, 1)
+    images = TensorSplit(pixels, random.integers(0, 1000, 4), way)
+    rows += network("search/resnet50-random-weights", resnet50, images, 4, 1)
     print(write("search_cost", rows))
 
 
