@@ -22,24 +22,19 @@ if TYPE_CHECKING:
     from clipq_ray import models
 
 
-def located(uri: str | os.PathLike[str]) -> tuple[Store, str]:
-    """The store and the name of a .clq file, given by itself or by its run directory."""
+def _located(uri: str | os.PathLike[str]) -> tuple[Store, str, dict[str, Any] | None]:
+    """The store and the name of a .clq file, given by itself or by its run directory; then what the manifest states of it."""
     if str(uri).rstrip("/").endswith(".clq"):
-        return Store.of_file(uri)
+        return *Store.of_file(uri), None
     run = Store(uri)
-    manifest.read_manifest(run)  # without one, the run does not exist
-    return run, MODEL
+    return run, MODEL, manifest.read_manifest(run)["files"].get(MODEL, {})
 
 
 def read_file(uri: str | os.PathLike[str]) -> bytes:
     """The bytes of a .clq file, given by itself or by its run directory (then checked against the manifest)."""
-    if str(uri).rstrip("/").endswith(".clq"):
-        store, name = Store.of_file(uri)
-        return store.read(name)
-    run = Store(uri)
-    stated = manifest.read_manifest(run)["files"].get(MODEL, {})
-    data = run.read(MODEL)
-    return manifest.checked(data, stated, f"{run.uri}/{MODEL}")
+    store, name, stated = _located(uri)
+    data = store.read(name)
+    return data if stated is None else manifest.checked(data, stated, f"{store.uri}/{name}")
 
 
 def load_state_dict(uri: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -51,7 +46,7 @@ def load_state_dict(uri: str | os.PathLike[str], names: Iterable[str] | None = N
     if names is None:
         return state_dict(read_file(uri))
     names = [names] if isinstance(names, str) else list(names)
-    store, name = located(uri)
+    store, name, _ = _located(uri)
     size = store.size(name)
 
     def read(start: int, stop: int) -> bytes:

@@ -7,7 +7,6 @@ decoded file. A job that is run again continues behind the last finished stage (
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -37,8 +36,6 @@ from clipq_ray.work import (
     search_images,
     write_state,
 )
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
