@@ -30,6 +30,7 @@ from bench.record import RESULTS, Row, row, write
 from clipq_ray import network, seeds
 from clipq_ray.acquisition import Candidates
 from clipq_ray.data import open_data
+from clipq_ray.groups import Group
 from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.search import LADDER, LayerEvaluator, Settings, Trial, suggest
@@ -75,7 +76,9 @@ def unit(evaluator: LayerEvaluator, layer: str, model: nn.Module, bytes_before: 
     points, seconds, images = [], 0.0, 0
     for p in RATES:
         for b in BITS:
-            made = evaluator.measure(layer, Theta(p, b), step=0, origin="start", tradeoff=1.0)
+            made = evaluator.measure(
+                Group(layer, (layer,)), Theta(p, b), step=0, origin="start", tradeoff=1.0
+            )
             points.append(
                 [p, b, round(made.error * made.images), round(made.loss, 5), made.bytes, distortion(weight, made.theta)]
             )  # fmt: skip

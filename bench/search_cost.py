@@ -42,7 +42,7 @@ LIMIT = 8 << 30
 
 def _timed(scores: LayerScores, layer: str) -> tuple[float, npt.NDArray[np.int64]]:
     began = time.perf_counter()
-    found = scores.evaluate(layer)
+    found = scores.evaluate((layer,))
     return time.perf_counter() - began, found.predictions
 
 

@@ -141,10 +141,19 @@ class Config(BaseModel):
         description="how far the loss stands for the top-1 error in the search's model; 0: the paper's error alone",
     )
 
+    search_early_stop: bool = Field(
+        False,
+        description="with --tradeoff: search at this lambda alone, and end an evaluation once it cannot win; its points serve no other lambda",
+    )
+    groups: tuple[str, ...] = Field(
+        (),
+        description="layers that share one (p, b): blocks (residual blocks, inception modules), network (all), or patterns, comma-separated, of which "
+        "each is a group; default: every layer has its own",
+    )
     search_cache_gib: float = Field(
         2.0,
         ge=0,
-        description="of a network's values before the layer that is searched, kept by each search trial, at most half of the memory over the CPUs, or a quarter of a GPU's that is free [GiB]; "
+        description="of a network's values before the layer that is searched, kept by each search trial, at most half of the memory over the CPUs, or half of its share of a GPU's [GiB]; "
         "images beyond it are evaluated whole",
     )
 
@@ -193,7 +202,12 @@ class Config(BaseModel):
         1, ge=1, le=256, description="CPU threads of a worker and of a search trial"
     )
     search_parallel: int | None = Field(
-        None, ge=1, description="trials at a time; default: what the cluster has"
+        None,
+        ge=1,
+        description="trials of the search at a time, so that others keep their share; default: what the cluster has",
+    )
+    search_gpu_share: float = Field(
+        1.0, gt=0, le=1, description="of a GPU for each trial of the search: 0.25 runs four on one"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     evaluation_batch_size: int = Field(250, ge=1, description="images per batch without gradients")
@@ -217,6 +231,10 @@ class Config(BaseModel):
         wanted = [f"--{name.replace('_', '-')}" for name in INTENTS if getattr(self, name) is not None]
         if len(wanted) > 1:
             raise ValueError(f"expected one intent, got {' and '.join(wanted)}; leave one out")
+        if self.search_early_stop and self.tradeoff is None:
+            raise ValueError(
+                "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it or leave that out"
+            )
         if self.engine == "local" and self.workers > 1:
             raise ValueError(
                 f"expected --workers 1 with --engine local, got {self.workers}; use --engine ray"

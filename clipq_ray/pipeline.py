@@ -1,41 +1,42 @@
-"""The stages of one network, top to bottom: baseline, search, dense control, rounds of fine-tuning and packing, verification, commit.
+"""The stages of a network, top to bottom: baseline, search, dense control, rounds of fine-tuning and packing, verification, commit.
 
 Decisions use training and validation images only; the test set is looked at for the report. Sizes come from the file, accuracies from the
-decoded file. A job that is run again continues behind the last finished stage (`stages`). Not covered: several networks in one job.
+decoded file. A job that is run again continues behind the last finished stage (`stages`). Several networks are searched together (`searching`). Not covered: training them at a time.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import identity, loading, manifest, models, network, results, rounds, search, stages, together
+from clipq_ray import identity, loading, manifest, models, network, results, rounds, stages, together
 from clipq_ray.cluster.engine import Engine
-from clipq_ray.data import Split
-from clipq_ray.errors import FormatError, RunError
+from clipq_ray.errors import ClipqError, FormatError, RunError
 from clipq_ray.evaluate import Evaluation
+from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
+from clipq_ray.search import Trial
+from clipq_ray.searching import Search, one_image, original_error, planned, scoring_images, search_all
 from clipq_ray.stages import Run, scored, splits
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
 from clipq_ray.work import (
     CURVE,
     WEIGHTS,
-    SearchTask,
     Source,
     prepare_process,
     read_state,
-    read_trials,
-    search_images,
     write_state,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,72 @@ class Result:
         return bool(self.manifest.get("promise", {}).get("kept", True))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """One network that is ready to be searched."""
+
+    run: Run
+    run_id: str
+    inputs: Mapping[str, Any]
+    target: Store
+    weights: Store
+    baseline: Mapping[str, Evaluation | None]
+    model: nn.Module
+    inventory: network.Inventory
+    groups: tuple[Group, ...]
+    search: Search
+
+    @property
+    def work(self) -> Store:
+        """Where unfinished trainings keep their checkpoints."""
+        return self.target.child(WORK)
+
+
 def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     """Compress one network and commit the run; a run that is committed already is returned as it is.
 
     `engine` must be entered. Raises the errors of `errors`; whatever was finished before stays in the storage for the next attempt. A
     promise that no round keeps is no error: the closest round is committed, and the manifest says so.
     """
+    (result,) = compress_all([source], engine, reporter)
+    if isinstance(result, ClipqError):
+        raise result
+    return result
+
+
+def compress_all(sources: Sequence[Source], engine: Engine, reporter: Reporter) -> list[Result | ClipqError]:
+    """Compress several networks, of different names: all are prepared, then searched together, then finished one after the other.
+
+    As `compress`; one that fails leaves its error in its place and does not stop the others.
+    """
+    ready = [_caught(_prepare, source, engine, reporter) for source in sources]
+    open_ones = [one for one in ready if isinstance(one, Prepared)]
+    errors = search_all([one.search for one in open_ones], engine, reporter)
+    searched = iter(errors)
+    results: list[Result | ClipqError] = []
+    for one in ready:
+        if isinstance(one, Prepared):
+            error = next(searched)
+            results.append(_caught(_finish, one) if error is None else error)
+        else:
+            results.append(one)
+    return results
+
+
+def _caught(step: Callable[..., T], *given: Any) -> T | ClipqError:
+    try:
+        return step(*given)
+    except ClipqError as error:
+        return error
+
+
+def _prepare(source: Source, engine: Engine, reporter: Reporter) -> Prepared | Result:
+    """Everything before the search; the result of a run that is committed already."""
     config = source.config
     storage = Store(config.storage)
     storage.check_writable()
     prepare_process(config.threads_per_worker)
     started = time.time()
-    name = config.name or config.model.replace(":", ".")
     reporter.say(f"data: opening {config.data}")
     data = source.data()
     source.check_fit()
@@ -71,8 +126,8 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(run)
     inputs = identity.of_run(source, data, state_given)
-    run_id, committed = identity.run_id(storage, name, inputs, force=config.force)
-    target = run_store(storage, name, run_id)
+    run_id, committed = identity.run_id(storage, source.name, inputs, force=config.force)
+    target = run_store(storage, source.name, run_id)
     if committed is not None:
         if problems := manifest.verify(target):
             raise FormatError(
@@ -80,59 +135,67 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
             )
         reporter.say(f"run {run_id} is committed already at {target.uri}; --force makes a new one")
         return Result(target.uri, committed, True)
-    work = target.child(WORK)
-    weights, baseline = _baseline(run, state_given, origin, work)
     model = source.network()
-    model.load_state_dict(read_state(weights))
     sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
-    inventory = network.inventory(model, sample.to(source.device()), config.keep)
+    inventory = network.inventory(model, sample, config.keep)
+    groups = grouped(model, [layer.name for layer in inventory.layers], config.groups)
+    weights, baseline = _baseline(run, state_given, origin, target.child(WORK))
+    model.load_state_dict(read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
-    trials = _search(run, weights, inventory)
-    reference_error = _search_reference(run, model)
-    control = _control(run, weights, work) if stages.wants_control(source) else None
+    search = planned(run, model, weights, inventory, groups, one_image(run))
+    return Prepared(run, run_id, inputs, target, weights, baseline, model, inventory, groups, search)
+
+
+def _finish(given: Prepared) -> Result:
+    """Everything behind the search."""
+    run, reporter, target, weights = given.run, given.run.reporter, given.target, given.weights
+    prepare_process(run.config.threads_per_worker)
+    trials = given.search.trials()
+    reference_error = original_error(run, given.model)
+    control = _control(run, weights, given.work) if stages.wants_control(run.source) else None
     dense = _dense(run, control)
-    reference = dense["validation"] or baseline["validation"]
+    reference = dense["validation"] or given.baseline["validation"]
     assert reference is not None
     sha256 = models.weights_sha256(read_state(weights))
     made = rounds.run_rounds(
-        run, rounds.Given(trials, weights, inventory, reference_error, reference, sha256, work)
+        run,
+        rounds.Given(
+            trials, given.groups, weights, given.inventory, reference_error, reference, sha256, given.work
+        ),
     )
     if not made.kept:
         run.notes.append(
             f"the promise ({made.intent.words()}) is not kept: this is the round that came closest"
         )
-    files, document = _files(
-        run, name, run_id, inputs, made, trials, weights, control, baseline, dense, reference_error
-    )
+    files, document = _files(given, made, trials, control, dense, reference_error)
     if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
         reporter.say(
-            f"run {run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
+            f"run {given.run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
         )
         return Result(target.uri, manifest.read_manifest(target), True)
     manifest.commit(target, files, document)
-    work.remove_tree()
+    given.work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)
 
 
 def _files(
-    run: Run, name: str, run_id: str, inputs: Mapping[str, Any], made: rounds.Rounds,
-    trials: Mapping[str, list[search.Trial]], weights: Store, control: Store | None,
-    baseline: Mapping[str, Evaluation | None], dense: Mapping[str, Evaluation | None], reference_error: float,
+    given: Prepared, made: rounds.Rounds, trials: Mapping[str, list[Trial]], control: Store | None,
+    dense: Mapping[str, Evaluation | None], reference_error: float,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:  # fmt: skip
     """All files of the run, and the manifest without their list; the test images are looked at here."""
-    best, inventory = made.best, made.inventory
+    run, best = given.run, made.best
     with run.reporter.stage("verify"):
-        scores = _scores(run, best, baseline, dense)
+        scores = _scores(run, best, given.baseline, dense)
     document = results.document(
-        name=name, run_id=run_id, run=stages.run_document(run), identity=inputs, inventory=inventory, choice=best.choice,
-        packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
+        name=run.source.name, run_id=given.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
+        choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
         promise=made.document("control" if control else "original"),
-        together=_together(run, best, trials, weights, reference_error),
+        together=_together(given, best, trials, reference_error),
     )  # fmt: skip
     recovery = json.loads(best.tuned.read(CURVE))["recovery"]
     files = results.files(
-        document, best.packed, inventory, best.plan, best.choice, trials, scores, reference_error, recovery
-    )
+        document, best.packed, given.inventory, best.plan, best.choice, given.groups, trials, scores, reference_error, recovery
+    )  # fmt: skip
     return files, document
 
 
@@ -189,55 +252,6 @@ def _refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], orig
         )
 
 
-def _search(run: Run, weights: Store, inventory: network.Inventory) -> dict[str, list[search.Trial]]:
-    """Measured points of every layer."""
-    config = run.config
-    tradeoffs = (config.tradeoff,) if config.tradeoff is not None else search.LADDER
-    settings = search.Settings(
-        config.search_evaluations, min(config.search_start, config.search_evaluations), tradeoffs, config.seed,
-        config.search_stop_gain, config.search_loss_share,
-    )  # fmt: skip
-    layers = tuple(layer.name for layer in inventory.layers)
-    inputs = {
-        "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
-        "layers": layers, "images": config.search_images, "bytes": inventory.bytes_before,
-        "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,
-    }  # fmt: skip
-
-    def task_at(store: Store) -> SearchTask:
-        return SearchTask(
-            run.source, weights.uri, layers, settings, min(config.search_images, len(run.data.train)),
-            inventory.bytes_before, store.uri, stages.deadline_of(run, "search"),
-        )  # fmt: skip
-
-    def make(store: Store, progress: Any) -> None:
-        task = task_at(store)
-        run.engine.search(task, progress)
-        late = task.deadline is not None and time.time() > task.deadline
-        store.write("done.json", json.dumps({"late": late}).encode())
-
-    store = run.stage("search", inputs, "done.json", make)
-    trials = read_trials(task_at(store))
-    fewest = min(len(points) for points in trials.values())
-    if json.loads(store.read("done.json"))["late"]:
-        run.notes.append(
-            f"search: shortened from {settings.evaluations} to {fewest} or more evaluations per layer by --deadline-hours"
-        )
-    return trials
-
-
-def _search_split(run: Run) -> Split:
-    count = min(run.config.search_images, len(run.data.train))
-    return search_images(run.data.train, count, run.config.seed)
-
-
-def _search_reference(run: Run, model: nn.Module) -> float:
-    """Top-1 error of the original on the images that scored the search."""
-    found = scored(run, model, _search_split(run))
-    assert found is not None
-    return 1.0 - found.top1
-
-
 def _control(run: Run, weights: Store, work: Store) -> Store:
     """The dense control: the same schedule as the first round, without the operator."""
     schedule = stages.schedule_of(run.config, run.config.epochs, run.config.learning_rate)
@@ -266,15 +280,15 @@ def _scores(
 
 
 def _together(
-    run: Run, best: rounds.Round, trials: Mapping[str, list[search.Trial]], weights: Store, error: float
+    given: Prepared, best: rounds.Round, trials: Mapping[str, list[Trial]], error: float
 ) -> dict[str, Any]:
-    """The front of the whole network, and how far the layers' errors add up, from the original's weights."""
-    model = run.source.network()
-    model.load_state_dict(read_state(weights))
-    plan = make_plan(model, {layer: trial.theta for layer, trial in best.choice.trials.items()})
+    """The front of the whole network, and how far the groups' errors add up, from the original's weights."""
+    model, config = given.run.source.network(), given.run.config
+    model.load_state_dict(read_state(given.weights))
+    plan = make_plan(model, best.choice.thetas(given.groups))
     found = together.interaction(
-        model, plan, best.choice, _search_split(run), error, batch_size=run.config.evaluation_batch_size,
-        device=run.source.device(),
+        model, plan, best.choice, scoring_images(given.run), error, batch_size=config.evaluation_batch_size,
+        device=given.run.source.device(),
     )  # fmt: skip
     return together.document(together.front(trials, error), found)
 

@@ -1,6 +1,6 @@
-"""The evaluations of one layer without the part of the network that does not depend on it.
+"""The evaluations of one layer, or of a few, without the part of the network that does not depend on it.
 
-Only one weight changes between the evaluations of a search, so everything that does not come behind it is computed once per batch and kept:
+Only their weights change between the evaluations of a search, so everything that does not come behind it is computed once per batch and kept:
 the network's graph (torch.fx) is cut at the values that the dependent part reads, whatever branches and shortcuts there are. `cut` gives
 both parts, checked against the whole network on real images; a network that cannot be traced, or whose parts do not agree with it (values
 that are changed in place, control flow that depends on values), is evaluated whole. `LayerScores` keeps the values of as many batches as a limit allows.
@@ -9,7 +9,7 @@ Not covered: what is changed between evaluations (`search`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from clipq_ray.evaluate import Evaluation, Forward, Tally, evaluating, logits
 
 AGREEMENT = 1e-5
 """Of the largest logit: the most by which logits of the cut network may differ from those of the whole one."""
+
+CHECKED = 2
+"""Images on which a cut network is compared with the whole one, for every layer."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,9 @@ def traced(model: nn.Module) -> fx.GraphModule | None:
 
 
 @torch.inference_mode()
-def cut(graph: fx.GraphModule, model: nn.Module, layer: str, images: Tensor) -> Cut | None:
-    """`model` cut at the parameter `layer`; None where its parts do not give the same as the whole on `images`."""
-    parameter = model.get_parameter(layer)
-    dependent = _dependent(graph, parameter)
+def cut(graph: fx.GraphModule, model: nn.Module, layers: Sequence[str], images: Tensor) -> Cut | None:
+    """`model` cut at the parameters `layers`; None where its parts do not give the same as the whole on `images`."""
+    dependent = _dependent(graph, [model.get_parameter(layer) for layer in layers])
     if not dependent:
         return None
     frontier = _frontier(graph, dependent)
@@ -65,26 +67,25 @@ def cut(graph: fx.GraphModule, model: nn.Module, layer: str, images: Tensor) -> 
     return result if all(torch.allclose(one, expected, rtol=0, atol=most) for one in found) else None
 
 
-def _dependent(graph: fx.GraphModule, parameter: nn.Parameter) -> set[fx.Node]:
-    """The nodes that read `parameter`, by whatever name, and all that read them; the output among them."""
+def _dependent(graph: fx.GraphModule, parameters: Sequence[nn.Parameter]) -> set[fx.Node]:
+    """The nodes that read one of `parameters`, by whatever name, and all that read them; the output among them."""
     result: set[fx.Node] = set()
+    storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     for node in graph.graph.nodes:
         reads = False
         if node.op == "call_module":
-            reads = any(_same(one, parameter) for one in graph.get_submodule(str(node.target)).parameters())
+            reads = any(_held(one, storages) for one in graph.get_submodule(str(node.target)).parameters())
         elif node.op == "get_attr":
-            reads = _same(_attribute(graph, str(node.target)), parameter)
+            reads = _held(_attribute(graph, str(node.target)), storages)
         if reads or any(source in result for source in node.all_input_nodes):
             result.add(node)
     outputs = [node for node in graph.graph.nodes if node.op == "output"]
     return result if result.issuperset(outputs) else set()
 
 
-def _same(one: Any, parameter: nn.Parameter) -> bool:
-    """Whether both hold the same memory: two parameters may be views of one tensor."""
-    if not isinstance(one, Tensor):
-        return False
-    return one.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+def _held(one: Any, storages: set[int]) -> bool:
+    """Whether `one` lies in one of `storages`: two parameters may be views of one tensor."""
+    return isinstance(one, Tensor) and one.untyped_storage().data_ptr() in storages
 
 
 def _attribute(graph: fx.GraphModule, name: str) -> Any:
@@ -120,9 +121,9 @@ def _module(
 
 
 class LayerScores:
-    """Evaluations of a network on one split between which only one layer's weight changes, until another layer is asked for.
+    """Evaluations of a network on one split between which only some layers' weights change, until others are asked for.
 
-    `limit_bytes`: what is kept of the values before a layer; batches beyond it are evaluated whole, as all are with 0.
+    `limit_bytes`: what is kept of the values before them; batches beyond it are evaluated whole, as all are with 0.
     """
 
     def __init__(
@@ -133,46 +134,51 @@ class LayerScores:
         self._forward, self._limit = Forward(model, device), limit_bytes
         self._graph: fx.GraphModule | None = None
         self._traced = False
-        self._layer: str | None = None
+        self._layers: tuple[str, ...] = ()
         self._cut: Cut | None = None
         self._kept: list[tuple[tuple[Any, ...], Tensor]] = []  # values and labels of the first batches
 
     @torch.inference_mode()
-    def evaluate(self, layer: str) -> Evaluation:
-        """Score the network as it is; between calls with the same `layer` nothing but that parameter may have changed."""
+    def evaluate(self, layers: Sequence[str], most_wrong: float | None = None) -> Evaluation:
+        """Score the network as it is; between calls with the same `layers` nothing but these parameters may have changed.
+
+        With `most_wrong` it ends after the batch with which more images than that are wrong; `n` says how many were looked at.
+        """
         try:
-            return self._evaluate(layer)
+            return self._evaluate(tuple(layers), most_wrong)
         except torch.OutOfMemoryError:
             # what is kept leaves too little memory, or a whole batch does not fit: the whole network goes on in parts
             self._cut, self._kept, self._limit = None, [], 0
-            return self._evaluate(layer)
+            return self._evaluate(tuple(layers), most_wrong)
 
-    def _evaluate(self, layer: str) -> Evaluation:
+    def _evaluate(self, layers: tuple[str, ...], most_wrong: float | None) -> Evaluation:
         tally = Tally(len(self._split))
         with evaluating(self._model):
-            if layer != self._layer:
-                self._begin(layer)
-            for values, labels in self._kept:
-                tally.add(self._behind(values), labels)
-            images = batches(self._split, self._parts[len(self._kept) :], lambda step: None)
-            for pixels, labels in images:
-                tally.add(self._forward(pixels), labels)
+            if layers != self._layers:
+                self._begin(layers)
+            for scores, labels in self._scores():
+                tally.add(scores, labels)
+                if most_wrong is not None and tally.done - tally.top1 > most_wrong:
+                    break
         return tally.result()
 
-    def _behind(self, values: tuple[Any, ...]) -> Tensor:
-        assert self._cut is not None
-        return self._cut.behind(values).float().cpu()
+    def _scores(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Class scores and labels, batch by batch."""
+        for values, labels in self._kept:
+            assert self._cut is not None
+            yield self._cut.behind(values).float().cpu(), labels
+        for pixels, labels in batches(self._split, self._parts[len(self._kept) :], lambda step: None):
+            yield self._forward(pixels), labels
 
-    def _begin(self, layer: str) -> None:
-        """Cut the network at `layer`, and keep the values of the first batches."""
-        self._layer, self._cut, self._kept = layer, None, []
+    def _begin(self, layers: tuple[str, ...]) -> None:
+        """Cut the network at `layers`, and keep the values of the first batches."""
+        self._layers, self._cut, self._kept = layers, None, []
         if self._limit <= 0:
             return
         left = self._limit
         for pixels, labels in batches(self._split, self._parts, lambda step: None):
             if self._cut is None:
-                self._forward(pixels[:2])  # finds the layout that the network takes
-                self._cut = self._cut_at(layer, self._forward.placed(pixels[:8]))
+                self._cut = self._cut_at(layers, pixels[:CHECKED])
                 if self._cut is None:
                     return
             values = self._cut.before(self._forward.placed(pixels))
@@ -181,10 +187,15 @@ class LayerScores:
                 return
             self._kept.append((values, labels))
 
-    def _cut_at(self, layer: str, images: Tensor) -> Cut | None:
+    def _cut_at(self, layers: tuple[str, ...], images: Tensor) -> Cut | None:
         if not self._traced:
+            self._forward(images)  # finds the layout that the network takes
             self._graph, self._traced = traced(self._model), True
-        return None if self._graph is None else cut(self._graph, self._model, layer, images)
+        return (
+            None
+            if self._graph is None
+            else cut(self._graph, self._model, layers, self._forward.placed(images))
+        )
 
 
 def size(values: Any) -> int:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from clipq_ray import codec, report, search, tables
 from clipq_ray.evaluate import Evaluation
+from clipq_ray.groups import Group, by_layer
 from clipq_ray.network import Inventory
 from clipq_ray.packing import PackedNetwork
 from clipq_ray.plan import Plan
@@ -96,12 +97,13 @@ def document(
 
 def files(
     document: dict[str, Any], packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: search.Choice,
-    trials: Mapping[str, Sequence[search.Trial]], scores: Scores,
+    groups: Sequence[Group], trials: Mapping[str, Sequence[search.Trial]], scores: Scores,
     reference_error: float, recovery: Mapping[str, Mapping[str, int]],
 ) -> dict[str, bytes]:  # fmt: skip
     """Every file of the run by name; the report only where `[report]` is installed, else a note says so."""
     layers = tables.to_bytes(
-        _layer_rows(packed, inventory, plan, choice, reference_error, recovery), tables.LAYERS
+        _layer_rows(packed, inventory, plan, by_layer(groups, choice.trials), reference_error, recovery),
+        tables.LAYERS,
     )
     trial_rows = tables.to_bytes(_trial_rows(trials, choice), tables.TRIALS)
     result = {MODEL: packed.file, LAYERS: layers, TRIALS: trial_rows}
@@ -129,7 +131,7 @@ def _layer_rows(
     packed: PackedNetwork,
     inventory: Inventory,
     plan: Plan,
-    choice: search.Choice,
+    trials: Mapping[str, search.Trial],
     reference_error: float,
     recovery: Mapping[str, Mapping[str, int]],
 ) -> list[dict[str, Any]]:
@@ -139,13 +141,14 @@ def _layer_rows(
     for index, (layer, planned) in enumerate(zip(inventory.layers, plan.layers, strict=True)):
         coded = decoded[layer.name]
         assert isinstance(coded, codec.CodedLayer)
-        entry, quantized, trial = entries[layer.name], packed.quantized[layer.name], choice.trials[layer.name]
+        entry, quantized, trial = entries[layer.name], packed.quantized[layer.name], trials[layer.name]
         nonzeros = int(np.count_nonzero(coded.codes))
         error, norm = packed.full_norms[layer.name]
         rows.append(
             {
                 "index": index,
                 "layer": layer.name,
+                "group": trial.layer,
                 "kind": layer.kind,
                 "shape": list(layer.shape),
                 "weights": layer.weights,
@@ -182,6 +185,7 @@ def _trial_rows(trials: Mapping[str, Sequence[search.Trial]], choice: search.Cho
             "layer": trial.layer,
             "step": trial.step,
             "origin": trial.origin,
+            "bound": trial.bound,
             "p": trial.p,
             "bits": trial.b,
             "images": trial.images,

@@ -17,6 +17,7 @@ from torch import nn
 
 from clipq_ray import packing, search, stages
 from clipq_ray.evaluate import Evaluation
+from clipq_ray.groups import Group
 from clipq_ray.intent import Drop, Intent, Outcome, best, keeps, next_request
 from clipq_ray.network import Inventory
 from clipq_ray.operator import make_plan
@@ -78,6 +79,7 @@ class Given:
     """What all rounds share: trials of the search, the original's weights and scores, the file's metadata."""
 
     trials: Trials
+    groups: Sequence[Group]
     weights: Store
     inventory: Inventory
     search_error: float
@@ -155,7 +157,7 @@ def _round(
         f"({given.inventory.bytes_before / predicted:.1f}x)"
     )
     model.cpu().load_state_dict(read_state(initial))
-    plan = make_plan(model, {layer: trial.theta for layer, trial in choice.trials.items()})
+    plan = make_plan(model, choice.thetas(given.groups))
     epochs, rate = config.epochs, config.learning_rate
     if before:
         epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2

@@ -7,8 +7,10 @@ quantizer and the encoder alone; the first points come from there, and only the 
 maximised over the grid of all b and of p in steps of 0.01, so no point is measured twice; a layer may end when too little of it is left. One
 suggestion is a pure function of (seed, layer, step, points so far, weights): a search that was cut off goes on as if it had not been.
 
-With a target ratio, steps take turns over a ladder of lambdas, and the lambda that meets the target is found afterwards from the
-measured points (`choose`); error and size per point do not depend on lambda. Not covered: how evaluations are made cheap (`prefix`).
+Steps take turns over a ladder of lambdas, and the lambda that meets an intent is found afterwards from the measured points (`choose`): error and
+size per point do not depend on lambda, so another lambda needs no new evaluation. Layers that share one theta (`groups`) are searched as
+one. With `early_stop` there is one lambda, an evaluation ends as soon as it cannot win any more, and its error is a bound that no choice takes.
+Not covered: how evaluations are made cheap (`prefix`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import nn
 from clipq_ray import codec, seeds
 from clipq_ray.acquisition import Candidates, Point, propose, start_point
 from clipq_ray.data import Split
+from clipq_ray.groups import Group, by_layer
 from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 from clipq_ray.prefix import LayerScores
 from clipq_ray.quantizer import decide_share, quantize
@@ -49,8 +52,9 @@ SAMPLE = 1 << 18
 class Settings:
     """How one layer is searched; `tradeoffs` are the lambdas that steps take turns over.
 
-    A layer ends before `evaluations` when at no lambda a further one is expected to lower the objective by as much as an error on `stop_gain`
+    A layer (or a group of them) ends before `evaluations` when at no lambda a further one is expected to lower the objective by as much as an error on `stop_gain`
     images would raise it; 0 switches that off. `loss_share`: how far the loss stands for the error in the model; 0 leaves the paper's eps.
+    `early_stop`: end evaluations that cannot win at the one lambda there is.
     """
 
     evaluations: int
@@ -59,13 +63,19 @@ class Settings:
     seed: int
     stop_gain: float = 0.0
     loss_share: float = 0.5
+    early_stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.early_stop and len(self.tradeoffs) != 1:
+            raise ValueError(f"expected one lambda where evaluations end early, got {self.tradeoffs}")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured point of one layer; `error` and `loss` with only this layer compressed, `saved` = c(theta).
+    """One measured point of one layer, or of one group of layers; `error` and `loss` with nothing else compressed, `saved` = c(theta).
 
-    `predicted_mean` and `predicted_deviation`: the objective at `tradeoff` as the model saw it before; None for start points.
+    `bound`: the evaluation ended after `images` images because it could not win at `tradeoff`; `error` is what it had found by then over all images,
+    so at most the true one, and `loss` is the mean over those `images`. `predicted_mean` and `predicted_deviation`: the objective at `tradeoff` as the model saw it before; None for start points.
     """
 
     layer: str
@@ -83,6 +93,7 @@ class Trial:
     node: str
     predicted_mean: float | None = None
     predicted_deviation: float | None = None
+    bound: bool = False
 
     @property
     def theta(self) -> Theta:
@@ -121,10 +132,12 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings, known: Cand
         fixed = start_point(free, START[step]) if step < len(START) else seed % len(free.thetas)
         return Suggestion(free.thetas[fixed], "start", settings.tradeoffs[turn])
     place = {theta: index for index, theta in enumerate(known.thetas)}
+    whole = trials[0].images  # the first evaluation of a layer has nothing to lose against
     points = [
-        Point(t.theta, t.error, t.loss, t.images, t.saved, float(known.distortion[place[t.theta]]))
+        # of a bound, what its images say of all of them
+        Point(t.theta, t.error * whole / t.images, t.loss, t.images, t.saved, float(known.distortion[place[t.theta]]))
         for t in trials
-    ]
+    ]  # fmt: skip
     found = propose(points, free, settings.tradeoffs, turn, settings.loss_share, seed)
     return Suggestion(
         free.thetas[found.index], "bayes", found.tradeoff, found.mean, found.deviation, found.gain
@@ -162,79 +175,97 @@ class LayerEvaluator:
         self._known: dict[str, Candidates] = {}
 
     @torch.no_grad()
-    def known(self, layer: str) -> Candidates:
-        """What is known of `layer` on the grid without the network; computed once. Of a large layer only every k-th row is coded."""
-        if layer not in self._known:
-            full = self._model.get_parameter(layer).detach()
-            rows = full[:: max(1, round(full.numel() / SAMPLE))]
-            self._known[layer] = _curves(rows, full.numel(), self._network_bytes, self._size)
-        return self._known[layer]
+    def known(self, group: Group) -> Candidates:
+        """What is known of `group` on the grid without the network; computed once. Of a large layer only every k-th row is coded."""
+        if group.name not in self._known:
+            weights = [self._model.get_parameter(layer).detach() for layer in group.layers]
+            self._known[group.name] = _curves(weights, self._network_bytes, self._size)
+        return self._known[group.name]
 
     @torch.no_grad()
     def measure(
-        self, layer: str, theta: Theta, *, step: int, origin: str, tradeoff: float,
-        mean: float | None = None, deviation: float | None = None,
+        self, group: Group, theta: Theta, *, step: int, origin: str, tradeoff: float,
+        mean: float | None = None, deviation: float | None = None, beat: float | None = None,
     ) -> Trial:  # fmt: skip
-        """Error, loss and size with only `layer` compressed by `theta`; `mean` and `deviation` are what was predicted."""
+        """Error, loss and size with only `group` compressed by `theta`; `mean` and `deviation` are what was predicted. With `beat` the
+        evaluation ends, and is a bound, once its objective must be above that."""
         started = time.monotonic()
-        parameter = self._model.get_parameter(layer)
-        full = parameter.detach().clone()
-        share = decide_share(full, theta)
-        quantized = quantize(full, theta, share)
-        size = self._size(codec.coded(quantized, share))
+        full = {layer: self._model.get_parameter(layer).detach().clone() for layer in group.layers}
+        size, elements = 0, sum(weight.numel() for weight in full.values())
         try:
-            parameter.copy_(quantized.values)
-            result = self._scores.evaluate(layer)
+            for layer, weight in full.items():
+                share = decide_share(weight, theta)
+                quantized = quantize(weight, theta, share)
+                size += self._size(codec.coded(quantized, share))
+                self._model.get_parameter(layer).copy_(quantized.values)
+            saved = (4 * elements - size) / self._network_bytes
+            most = None if beat is None else (beat + tradeoff * saved) * len(self._images)
+            result = self._scores.evaluate(group.layers, most)
         finally:
-            parameter.copy_(full)
+            for layer, weight in full.items():
+                self._model.get_parameter(layer).copy_(weight)
+        wrong = result.n - round(result.top1 * result.n)
         return Trial(
-            layer=layer,
+            layer=group.name,
             step=step,
             origin=origin,
             p=theta.p,
             b=theta.b,
             images=result.n,
-            error=1.0 - result.top1,
+            error=wrong / len(self._images),
             loss=result.loss,
             bytes=size,
-            saved=(4 * full.numel() - size) / self._network_bytes,
+            saved=saved,
             tradeoff=tradeoff,
             seconds=time.monotonic() - started,
             node=self._node,
             predicted_mean=mean,
             predicted_deviation=deviation,
+            bound=result.n < len(self._images),
         )
 
 
 def _curves(
-    weights: torch.Tensor, elements: int, network_bytes: int, size: Callable[[codec.CodedLayer], int]
+    weights: Sequence[torch.Tensor], network_bytes: int, size: Callable[[codec.CodedLayer], int]
 ) -> Candidates:
-    """Size and distortion on the grid, `weights` standing for all `elements` of a layer."""
-    energy = max(float(weights.double().square().sum()), 1e-300)
+    """Size and distortion on the grid of layers that share theta."""
+    elements = sum(weight.numel() for weight in weights)
+    parts = [(weight[:: max(1, round(weight.numel() / SAMPLE))], weight.numel()) for weight in weights]
     rates = [step / 100 for step in range(100)]
     saved, distortion = [], []
     for b in range(BITS_MIN, BITS_MAX + 1):
-        sizes, lost = [], []
-        for p in ANCHORS:
-            share = decide_share(weights, Theta(p, b))
-            quantized = quantize(weights, Theta(p, b), share)
-            sizes.append(size(codec.coded(quantized, share)) * elements / weights.numel())
-            lost.append(float((weights - quantized.values).double().square().sum()) / energy)
+        sizes, lost = zip(*(_at(parts, Theta(p, b), size) for p in ANCHORS), strict=True)
         saved.append((4 * elements - np.interp(rates, ANCHORS, sizes)) / network_bytes)
         distortion.append(np.interp(rates, ANCHORS, lost))
     return Candidates(GRID, np.concatenate(saved), np.concatenate(distortion))
 
 
-def step_layer(
-    evaluator: LayerEvaluator, layer: str, trials: list[Trial], settings: Settings
+def _at(
+    parts: Sequence[tuple[torch.Tensor, int]], theta: Theta, size: Callable[[codec.CodedLayer], int]
+) -> tuple[float, float]:
+    """Bytes, and the share of the energy that is lost, of layers of which (rows, all elements) are given."""
+    total, lost, energy = 0.0, 0.0, 1e-300
+    for rows, elements in parts:
+        share = decide_share(rows, theta)
+        quantized = quantize(rows, theta, share)
+        times = elements / rows.numel()
+        total += times * size(codec.coded(quantized, share))
+        lost += times * float((rows - quantized.values).double().square().sum())
+        energy += times * float(rows.double().square().sum())
+    return total, lost / energy
+
+
+def step_group(
+    evaluator: LayerEvaluator, group: Group, trials: list[Trial], settings: Settings
 ) -> Trial | None:
-    """One suggestion and its measurement, appended to `trials`; None where the layer ends before its last evaluation (`exhausted`)."""
-    found = suggest(trials, layer, settings, evaluator.known(layer))
+    """One suggestion and its measurement, appended to `trials`; None where the group ends before its last evaluation (`exhausted`)."""
+    found = suggest(trials, group.name, settings, evaluator.known(group))
     if exhausted(found, trials, settings):
         return None
+    best = min((trial.objective(found.tradeoff) for trial in trials if not trial.bound), default=None)
     trial = evaluator.measure(
-        layer, found.theta, step=len(trials), origin=found.origin, tradeoff=found.tradeoff,
-        mean=found.mean, deviation=found.deviation,
+        group, found.theta, step=len(trials), origin=found.origin, tradeoff=found.tradeoff,
+        mean=found.mean, deviation=found.deviation, beat=best if settings.early_stop else None,
     )  # fmt: skip
     trials.append(trial)
     return trial
@@ -242,7 +273,7 @@ def step_layer(
 
 @dataclass(frozen=True)
 class Choice:
-    """A point for every layer at one lambda, and the bytes that the layers take together before fine-tuning."""
+    """A point for every group of layers at one lambda, and the bytes that the layers take together before fine-tuning."""
 
     tradeoff: float
     trials: Mapping[str, Trial]
@@ -252,13 +283,22 @@ class Choice:
         """Sum over layers, as the codec writes them."""
         return sum(trial.bytes for trial in self.trials.values())
 
+    def thetas(self, groups: Sequence[Group]) -> dict[str, Theta]:
+        """Theta of every layer of `groups`, in the order of the network."""
+        return {layer: trial.theta for layer, trial in by_layer(groups, self.trials).items()}
+
+
+def _whole(points: Sequence[Trial]) -> list[Trial]:
+    """Those that were measured on all images; a bound says nothing at another lambda and has lost at its own."""
+    return [point for point in points if not point.bound]
+
 
 def choose(trials: Mapping[str, Sequence[Trial]], tradeoff: float) -> Choice:
     """The measured points that minimise the objective at lambda = `tradeoff`; of equals the smallest."""
     return Choice(
         tradeoff,
         {
-            layer: min(points, key=lambda t: (t.objective(tradeoff), t.bytes, t.step))
+            layer: min(_whole(points), key=lambda t: (t.objective(tradeoff), t.bytes, t.step))
             for layer, points in trials.items()
         },
     )
@@ -288,7 +328,7 @@ def _fill(choice: Choice, trials: Mapping[str, Sequence[Trial]], budget: int) ->
         steps = [
             ((chosen[layer].error - point.error) / max(point.bytes - chosen[layer].bytes, 1), layer, point)
             for layer, points in trials.items()
-            for point in points
+            for point in _whole(points)
             if point.error < chosen[layer].error and point.bytes - chosen[layer].bytes <= left
         ]
         if not steps:

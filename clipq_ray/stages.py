@@ -59,17 +59,29 @@ class Run:
         self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
     ) -> Store:
         """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
-        key = identity.stage_key(name, self.config, inputs)
-        store = stage_store(self.storage, name, key)
-        started, reused = time.monotonic(), store.exists(finished)
-        if reused:
-            self.reporter.say(f"{name}: already there, reused ({store.uri})")
-        else:
-            with self.reporter.stage(name) as progress:
-                make(store, progress)
-        seconds = round(time.monotonic() - started, 1)
-        self.stages.append({"stage": name, "key": key, "seconds": seconds, "reused": reused})
+        key, store = self.stage_store(name, inputs)
+        if store.exists(finished):
+            self.reused(name, key, store)
+            return store
+        started = time.monotonic()
+        with self.reporter.stage(name) as progress:
+            make(store, progress)
+        self.record(name, key, time.monotonic() - started, reused=False)
         return store
+
+    def stage_store(self, name: str, inputs: Mapping[str, Any]) -> tuple[str, Store]:
+        """The key and the store of what stage `name` makes of `inputs`."""
+        key = identity.stage_key(name, self.config, inputs)
+        return key, stage_store(self.storage, name, key)
+
+    def reused(self, name: str, key: str, store: Store) -> None:
+        """Say and record that a stage's outputs were there."""
+        self.reporter.say(f"{name}: already there, reused ({store.uri})")
+        self.record(name, key, 0.0, reused=True)
+
+    def record(self, name: str, key: str, seconds: float, *, reused: bool) -> None:
+        """For the manifest: a stage and the time that it took."""
+        self.stages.append({"stage": name, "key": key, "seconds": round(seconds, 1), "reused": reused})
 
 
 def run_document(run: Run) -> dict[str, Any]:

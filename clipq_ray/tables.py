@@ -30,6 +30,10 @@ LAYERS: pa.Schema = pa.schema(
     [
         _column("index", pa.int32(), "", "position of the layer in the network, from 0"),
         _column("layer", pa.string(), "", _WEIGHT_NAME),
+        _column(
+            "group", pa.string(), "",
+            "group of layers that share one p and one b (--groups); the layer's own name where it has its own",
+        ),
         _column("kind", pa.string(), "", "conv, linear, attention or matmul"),
         _column("shape", pa.list_(pa.int64()), "", "shape of the weight"),
         _column("weights", pa.int64(), "weights", "number of weights"),
@@ -67,7 +71,7 @@ LAYERS: pa.Schema = pa.schema(
 
 TRIALS: pa.Schema = pa.schema(
     [
-        _column("layer", pa.string(), "", _WEIGHT_NAME),
+        _column("layer", pa.string(), "", "what was compressed: a layer, or a group of them (column group of layers.parquet)"),
         _column("step", pa.int32(), "", "number of the evaluation within the layer, from 0"),
         _column(
             "origin", pa.string(), "", "start (fixed first points) or bayes (suggested by the optimiser)"
@@ -75,6 +79,10 @@ TRIALS: pa.Schema = pa.schema(
         _column("p", pa.float64(), "fraction", _RATE),
         _column("bits", pa.int32(), "bits", _BITS),
         _column("images", pa.int32(), "images", "training images that were evaluated"),
+        _column(
+            "bound", pa.bool_(), "",
+            "whether the evaluation ended early because it could not win at this lambda: error and objective are then the least that they can be",
+        ),
         _column("error_percent", pa.float64(), "%", "top-1 error with only this layer compressed, untrained"),
         _column("loss", pa.float64(), "nats", "mean cross-entropy of the same evaluation"),
         _column("bytes", pa.int64(), "bytes", "what the encoder writes for the layer"),

@@ -1,4 +1,4 @@
-"""The units of work that an engine carries to where they run: a training on one rank, a search of one layer.
+"""The units of work that an engine carries to where they run: a training on one rank, a search of one network's layers.
 
 Tasks are values that any process can rebuild its network and data from; what they make lies in a store when they end, whole. The same
 functions run in the driver's process and on a cluster, so both engines give the same result. Not covered: who starts them (`cluster`).
@@ -29,8 +29,9 @@ from clipq_ray.data.listing import few
 from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
 from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
+from clipq_ray.groups import Group
 from clipq_ray.plan import Plan
-from clipq_ray.search import LayerEvaluator, Settings, Trial, step_layer
+from clipq_ray.search import LayerEvaluator, Settings, Trial, step_group
 from clipq_ray.storage import Store
 
 WEIGHTS = "weights.safetensors"
@@ -77,9 +78,22 @@ class Source:
         size = self.config.input_size
         return (channels, size, size) if size else (channels, height, width)
 
+    @property
+    def name(self) -> str:
+        """The name of the result in the storage."""
+        return self.config.name or self.config.model.replace(":", ".")
+
+    @property
+    def data_options(self) -> str:
+        """What decides which images are held in memory; sources with the same share them."""
+        if self.own_data is not None:
+            return "own"
+        options = {name: getattr(self.config, name) for name in _DATA_OPTIONS}
+        return json.dumps([options, self.input_shape()], sort_keys=True)
+
     def data(self) -> Data:
         """The data, opened once per process."""
-        return self.own_data if self.own_data is not None else _opened(self.config, self.input_shape())
+        return self.own_data if self.own_data is not None else _opened_once(self.data_options)
 
     def check(self) -> None:
         """Find a user's mistakes in a second: an unknown name, arguments that do not fit."""
@@ -119,19 +133,14 @@ _DATA_OPTIONS = (
 )  # fmt: skip
 
 
-def _opened(config: Config, input_shape: tuple[int, int, int]) -> Data:
-    text = json.dumps({name: getattr(config, name) for name in _DATA_OPTIONS}, sort_keys=True)
-    return _opened_once(text, input_shape)
-
-
 @functools.lru_cache(maxsize=1)
-def _opened_once(options: str, input_shape: tuple[int, int, int]) -> Data:
-    given: dict[str, Any] = json.loads(options)
+def _opened_once(data_options: str) -> Data:
+    given, input_shape = json.loads(data_options)
     config = make(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
     return open_data(
         config.data,
         data_root=config.data_root or "data",
-        input_shape=input_shape,
+        input_shape=tuple(input_shape),
         mean=config.mean,
         std=config.std,
         resize="auto" if config.resize is None else config.resize,
@@ -221,39 +230,37 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
 
 @dataclass(frozen=True)
 class SearchTask:
-    """The search of one network: one object of trials per layer is written to `output`.
+    """The search of one network: one object of trials per group of layers is written to `output`.
 
-    After `deadline`, a time of `time.time()`, a layer ends with what it has, at least one trial.
+    `work`: what an evaluation of each group costs beside others [FLOP]. After `deadline`, a time of `time.time()`, a group ends with what it has, at
+    least one trial.
     """
 
     source: Source
     weights: str
-    layers: tuple[str, ...]
+    groups: tuple[Group, ...]
     settings: Settings
     images: int
     network_bytes: int
     output: str
     deadline: float | None = None
+    work: tuple[int, ...] = ()
 
-    def open_layers(self) -> list[tuple[int, str]]:
-        """Index and name of the layers whose trials are not there yet."""
-        there = set(Store(self.output).names("layer-"))
-        return [(index, layer) for index, layer in enumerate(self.layers) if layer_name(index) not in there]
+    def open_groups(self) -> list[int]:
+        """The numbers of the groups whose trials are not there yet, the longest first."""
+        there = set(Store(self.output).names("group-"))
+        missing = [index for index in range(len(self.groups)) if group_name(index) not in there]
+        return sorted(missing, key=lambda index: -self.work[index] if self.work else 0)
 
 
-def layer_name(index: int) -> str:
-    """The object that holds one layer's trials."""
-    return f"layer-{index:04d}.json"
+def group_name(index: int) -> str:
+    """The object that holds one group's trials."""
+    return f"group-{index:04d}.json"
 
 
 def partial_name(index: int) -> str:
-    """The object that holds one layer's trials until the layer is done."""
+    """The object that holds one group's trials until the group is done."""
     return f"partial-{index:04d}.json"
-
-
-def write_trials(task: SearchTask, index: int, trials: Sequence[Trial]) -> None:
-    """One layer's trials, whole."""
-    Store(task.output).write(layer_name(index), _to_json(trials))
 
 
 def _to_json(trials: Sequence[Trial]) -> bytes:
@@ -261,21 +268,21 @@ def _to_json(trials: Sequence[Trial]) -> bytes:
 
 
 def read_trials(task: SearchTask) -> dict[str, list[Trial]]:
-    """All layers' trials, in the order of the network."""
+    """All groups' trials by name, in the order of the network."""
     store = Store(task.output)
     result = {}
-    for index, layer in enumerate(task.layers):
+    for index, group in enumerate(task.groups):
         try:
-            result[layer] = [Trial(**row) for row in json.loads(store.read(layer_name(index)))]
+            result[group.name] = [Trial(**row) for row in json.loads(store.read(group_name(index)))]
         except (ValueError, TypeError) as error:
             raise FormatError(
-                f"expected trials at {store.uri}/{layer_name(index)}, got {error}; remove the object and run again"
+                f"expected trials at {store.uri}/{group_name(index)}, got {error}; remove the object and run again"
             ) from error
     return result
 
 
 class Searcher:
-    """Searches layers of one network in this process; network and images are loaded once."""
+    """Searches groups of layers of one network in this process; network and images are loaded once."""
 
     def __init__(self, task: SearchTask, device: torch.device) -> None:
         config = task.source.config
@@ -291,35 +298,35 @@ class Searcher:
             device=device,
             node=platform.node(),
             size=functools.partial(layer_bytes, config),
-            cache_bytes=min(config.search_cache_bytes, _fair_share(device)),
+            cache_bytes=min(config.search_cache_bytes, _fair_share(device, config.search_gpu_share)),
         )
 
     def begin(self, index: int) -> list[Trial]:
-        """The trials of layer `index` that an attempt before left behind."""
+        """The trials of group `index` that an attempt before left behind."""
         store, name = Store(self.task.output), partial_name(index)
         if not store.exists(name):
             return []
         try:
             return [Trial(**row) for row in json.loads(store.read(name))]
-        except (ValueError, TypeError):  # of another version; what is measured anew is at most one layer
+        except (ValueError, TypeError):  # of another version; what is measured anew is at most one group
             return []
 
     def step(self, index: int, trials: list[Trial]) -> bool:
-        """One more trial of layer `index`, if one is worth measuring; True when the layer is done, and then its trials are stored."""
-        made = step_layer(self._evaluator, self.task.layers[index], trials, self.task.settings)
+        """One more trial of group `index`, if one is worth measuring; True when the group is done, and then its trials are stored."""
+        made = step_group(self._evaluator, self.task.groups[index], trials, self.task.settings)
         late = self.task.deadline is not None and time.time() > self.task.deadline
         if made is not None and len(trials) < self.task.settings.evaluations and not late:
             Store(self.task.output).write(partial_name(index), _to_json(trials))
             return False
-        write_trials(self.task, index, trials)
+        Store(self.task.output).write(group_name(index), _to_json(trials))
         Store(self.task.output).remove(partial_name(index))
         return True
 
 
-def _fair_share(device: torch.device) -> int:
+def _fair_share(device: torch.device, gpu_share: float) -> int:
     """Bytes that one of as many trials as a machine runs may keep: results do not depend on it."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 4
+        return int(torch.cuda.mem_get_info(device)[1] * min(gpu_share, 1.0)) // 2
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(memory) // (2 * (os.cpu_count() or 1))
 

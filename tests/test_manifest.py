@@ -25,7 +25,7 @@ pytest_plugins = ["s3_server"]
 
 def layer(index: int, size: int, weights: int) -> dict[str, Any]:
     return {
-        "index": index, "layer": f"conv{index}.weight", "kind": "conv", "shape": [weights], "weights": weights, "p": 0.5, "bits": 2,
+        "index": index, "layer": f"conv{index}.weight", "group": f"conv{index}.weight", "kind": "conv", "shape": [weights], "weights": weights, "p": 0.5, "bits": 2,
         "share_negative": 2, "share_positive": 1, "clip_negative": 0.1, "clip_positive": 0.2, "levels": 3, "level_values": [-1.0, 0.0, 1.0],
         "nonzeros": 5, "nonzero_percent": 50.0, "bytes_before": 4 * weights, "bytes": size, "bits_per_weight": 8 * size / weights,
         "entropy_bits_per_weight": 1.5, "ratio": 4 * weights / size, "quantization_error_percent": 30.0, "clipped_first": 5, "recovered": 1, "state_changes": 9,
@@ -35,7 +35,7 @@ def layer(index: int, size: int, weights: int) -> dict[str, Any]:
 
 def trial(name: str, chosen: bool) -> dict[str, Any]:
     return {
-        "layer": name, "step": int(chosen), "origin": "start", "p": 0.5, "bits": 2, "images": 10, "error_percent": 5.0, "loss": 0.1,
+        "layer": name, "step": int(chosen), "origin": "start", "p": 0.5, "bits": 2, "images": 10, "bound": False, "error_percent": 5.0, "loss": 0.1,
         "bytes": 10, "saved_fraction": 0.1, "tradeoff": 1.0, "objective": 4.9, "predicted_mean": None, "predicted_deviation": None, "chosen": chosen, "seconds": 0.1, "node": "n",
     }  # fmt: skip
 

@@ -101,7 +101,7 @@ def assert_equal(model: nn.Module, split: TensorSplit, limit: int = PLENTY, ever
         for factor in (0.5, -1.0):
             with torch.no_grad():
                 parameter.mul_(factor)
-            found, expected = scores.evaluate(name), evaluate(model, split, batch_size=16)
+            found, expected = scores.evaluate((name,)), evaluate(model, split, batch_size=16)
             np.testing.assert_array_equal(found.predictions, expected.predictions)
             assert found.loss == pytest.approx(expected.loss, abs=1e-5)
             assert (found.n, found.top1, found.top5) == (expected.n, expected.top1, expected.top5)
@@ -135,7 +135,7 @@ def test_registered_networks_are_cut_and_agree(name: str, side: int, every: int)
     assert graph is not None
     sample = split.batch(torch.arange(2), None)[0]
     for layer in names[::every]:
-        found = prefix.cut(graph, model, layer, sample)
+        found = prefix.cut(graph, model, (layer,), sample)
         assert found is not None
         with torch.inference_mode():
             expected = model(sample)
@@ -148,7 +148,7 @@ def test_a_cut_holds_only_what_is_behind_the_layer() -> None:
     graph = prefix.traced(model)
     assert graph is not None
     sample = images(12).batch(torch.arange(4), None)[0]
-    last = prefix.cut(graph, model, "end.weight", sample)
+    last = prefix.cut(graph, model, ("end.weight",), sample)
     assert last is not None
     with torch.inference_mode():
         assert [tuple(value.shape) for value in last.before(sample)] == [(4, 12)]
@@ -166,7 +166,7 @@ def test_networks_that_no_graph_holds_keep_nothing() -> None:
     graph = prefix.traced(model)
     assert graph is not None
     sample = images(12).batch(torch.arange(4), None)[0]
-    assert prefix.cut(graph, model, "second.weight", sample) is None
+    assert prefix.cut(graph, model, ("second.weight",), sample) is None
 
 
 class Narrow(nn.Conv2d):
@@ -184,7 +184,7 @@ def test_a_batch_that_does_not_fit_is_evaluated_whole_and_in_parts(layer: str) -
     model.forward = lambda pixels: model.end(model.first(pixels).mean(dim=(2, 3)))  # type: ignore[method-assign]
     model.first = Narrow(3, 4, 3)
     split = images(12)
-    found = LayerScores(model, split, 40, CPU, PLENTY).evaluate(layer)
+    found = LayerScores(model, split, 40, CPU, PLENTY).evaluate((layer,))
     np.testing.assert_array_equal(found.predictions, evaluate(model, split, batch_size=16).predictions)
 
 

@@ -16,6 +16,7 @@ from clipq_ray.acquisition import Candidates
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.evaluate import evaluate
+from clipq_ray.groups import Group
 from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.search import (
@@ -28,12 +29,16 @@ from clipq_ray.search import (
     choose,
     choose_for_bytes,
     exhausted,
-    step_layer,
+    step_group,
     suggest,
 )
 
 SETTINGS = Settings(evaluations=9, start=4, tradeoffs=(2.0, 8.0, 32.0), seed=5)
 BASE = Trial("a", 0, "start", 0.5, 3, 100, 0.25, 1.0, 1000, 0.125, 2.0, 0.0, "here")
+
+
+def alone(layer: str) -> Group:
+    return Group(layer, (layer,))
 
 
 def trial(layer: str, step: int, theta: Theta) -> Trial:
@@ -189,7 +194,7 @@ def evaluator() -> tuple[nn.Module, LayerEvaluator]:
 def test_a_measurement_is_the_network_with_only_this_layer_compressed(layer: str) -> None:
     model, measures = evaluator()
     theta = Theta(0.6, 2)
-    made = measures.measure(layer, theta, step=3, origin="bayes", tradeoff=8.0)
+    made = measures.measure(alone(layer), theta, step=3, origin="bayes", tradeoff=8.0)
     weight = model.get_parameter(layer)
     share = decide_share(weight, theta)
     quantized = quantize(weight.detach(), theta, share)
@@ -198,18 +203,18 @@ def test_a_measurement_is_the_network_with_only_this_layer_compressed(layer: str
     with torch.no_grad():
         weight.copy_(quantized.values)
     result = evaluate(model, images(), batch_size=32)
-    assert (made.error, made.loss, made.images) == (1.0 - result.top1, result.loss, 60)
+    assert (made.error, made.loss, made.images) == (pytest.approx(1.0 - result.top1), result.loss, 60)
     assert (made.layer, made.step, made.origin, made.tradeoff, made.node) == (layer, 3, "bayes", 8.0, "here")
 
 
 def test_what_is_known_of_a_layer_is_what_the_encoder_writes_and_the_quantizer_loses() -> None:
     model, measures = evaluator()
-    known = measures.known("3.weight")
-    assert known is measures.known("3.weight")
+    known = measures.known(alone("3.weight"))
+    assert known is measures.known(alone("3.weight"))
     assert known.thetas == GRID
     weight = model.get_parameter("3.weight").detach()
     for theta in (Theta(0.0, 2), Theta(0.6, 3), Theta(0.95, 8)):
-        made = measures.measure("3.weight", theta, step=0, origin="start", tradeoff=8.0)
+        made = measures.measure(alone("3.weight"), theta, step=0, origin="start", tradeoff=8.0)
         assert known.saved[GRID.index(theta)] == pytest.approx(made.saved)
         lost = (weight - quantize(weight, theta, decide_share(weight, theta)).values).square().sum()
         assert known.distortion[GRID.index(theta)] == pytest.approx(
@@ -222,9 +227,9 @@ def test_of_a_large_layer_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatc
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4000))
     given = (model, images(), 4 * 68_000)
     options = {"batch_size": 32, "device": torch.device("cpu"), "node": "here"}
-    whole = LayerEvaluator(*given, **options).known("1.weight")
+    whole = LayerEvaluator(*given, **options).known(alone("1.weight"))
     monkeypatch.setattr("clipq_ray.search.SAMPLE", 8_000)
-    sampled = LayerEvaluator(*given, **options).known("1.weight")
+    sampled = LayerEvaluator(*given, **options).known(alone("1.weight"))
     assert sampled.saved == pytest.approx(whole.saved, abs=0.03)  # the levels of 8,000 weights weigh more
     assert sampled.distortion == pytest.approx(whole.distortion, abs=0.05)
     assert not np.array_equal(sampled.distortion, whole.distortion)
@@ -234,7 +239,7 @@ def test_a_layer_that_is_exhausted_is_measured_no_more() -> None:
     _, measures = evaluator()
     trials: list[Trial] = []
     settings = replace(SETTINGS, evaluations=50, stop_gain=1e9)  # nothing is worth that
-    made = [step_layer(measures, "0.weight", trials, settings) for _ in range(5)]
+    made = [step_group(measures, alone("0.weight"), trials, settings) for _ in range(5)]
     assert made[:4] == trials
     assert made[4] is None
 
@@ -242,7 +247,7 @@ def test_a_layer_that_is_exhausted_is_measured_no_more() -> None:
 def test_measuring_leaves_the_weights_bit_for_bit() -> None:
     model, measures = evaluator()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measures.measure("0.weight", Theta(0.9, 2), step=0, origin="start", tradeoff=1.0)
+    measures.measure(alone("0.weight"), Theta(0.9, 2), step=0, origin="start", tradeoff=1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -255,7 +260,7 @@ def test_a_measurement_that_fails_leaves_the_weights_bit_for_bit() -> None:
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
-        measures.measure("0.weight", Theta(0.9, 2), step=0, origin="start", tradeoff=1.0)
+        measures.measure(alone("0.weight"), Theta(0.9, 2), step=0, origin="start", tradeoff=1.0)
     assert torch.equal(model.get_parameter("0.weight"), before)
 
 
@@ -263,10 +268,10 @@ def test_steps_take_turns_over_the_lambdas_and_a_search_cut_off_goes_on_as_befor
     whole: list[Trial] = []
     _, measures = evaluator()
     for _ in range(6):
-        step_layer(measures, "0.weight", whole, SETTINGS)
+        step_group(measures, alone("0.weight"), whole, SETTINGS)
     assert [t.tradeoff for t in whole] == [2.0, 8.0, 32.0, 2.0, 8.0, 32.0]
     assert [t.step for t in whole] == list(range(6))
     resumed = whole[:5]
     _, fresh = evaluator()
-    step_layer(fresh, "0.weight", resumed, SETTINGS)
+    step_group(fresh, alone("0.weight"), resumed, SETTINGS)
     assert replace(resumed[5], seconds=0.0) == replace(whole[5], seconds=0.0)

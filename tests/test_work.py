@@ -19,6 +19,7 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.errors import FormatError
 from clipq_ray.finetune import Rank, Schedule
+from clipq_ray.groups import grouped
 from clipq_ray.search import Settings, Trial
 from clipq_ray.storage import Store
 from clipq_ray.work import (
@@ -45,23 +46,23 @@ def search_task(tmp_path: Path, deadline: float | None) -> SearchTask:
     model, weights = source.network(), Store(tmp_path / "weights")
     write_state(weights, WEIGHTS, model.state_dict())
     found = network.inventory(model, torch.zeros(2, 1, 28, 28), ())
-    layers = tuple(layer.name for layer in found.layers)
+    groups = grouped(model, [layer.name for layer in found.layers], ())
     settings = Settings(4, 3, (8.0,), 0)
     return SearchTask(
-        source, weights.uri, layers, settings, 40, found.bytes_before, Store(tmp_path / "out").uri, deadline
+        source, weights.uri, groups, settings, 40, found.bytes_before, Store(tmp_path / "out").uri, deadline
     )
 
 
 def test_a_search_without_a_deadline_makes_all_its_evaluations(tmp_path: Path) -> None:
     task = search_task(tmp_path, None)
-    LocalEngine().search(task, silent)
+    LocalEngine().search([task], silent)
     assert {len(trials) for trials in read_trials(task).values()} == {4}
-    assert task.open_layers() == []
+    assert task.open_groups() == []
 
 
 def test_a_search_whose_deadline_has_passed_still_measures_every_layer_once(tmp_path: Path) -> None:
     task = search_task(tmp_path, time.time() - 1)
-    LocalEngine().search(task, silent)
+    LocalEngine().search([task], silent)
     assert {len(trials) for trials in read_trials(task).values()} == {1}
     assert len(read_trials(task)) == 5
 
@@ -70,7 +71,7 @@ def test_a_layer_that_ends_early_is_stored_and_counts_as_whole(tmp_path: Path) -
     task = search_task(tmp_path, None)
     task = replace(task, settings=replace(task.settings, stop_gain=1e9))  # nothing is worth that
     told: list[tuple[int, int]] = []
-    LocalEngine().search(task, lambda done, total, words: told.append((done, total)))
+    LocalEngine().search([task], lambda done, total, words: told.append((done, total)))
     assert {len(trials) for trials in read_trials(task).values()} == {3}  # the start points
     assert told == sorted(told)
     assert told[-1] == (5 * 4, 5 * 4)

@@ -6,8 +6,11 @@ Both engines call the same functions of `work`, so both give the same result (by
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
+from clipq_ray.errors import ClipqError
 from clipq_ray.finetune import Progress, Rank
 from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
@@ -15,8 +18,8 @@ from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 class Engine(Protocol):
     """Runs tasks to their end; what they make lies in their stores afterwards."""
 
-    def search(self, task: SearchTask, progress: Progress) -> None:
-        """Search all layers of `task` that are not there yet."""
+    def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
+        """Search all groups of layers of all `tasks` that are not there yet; for each task the error that ended it, if one did."""
 
     def train(self, task: TrainTask, progress: Progress) -> None:
         """Run one training from its last checkpoint to its end."""
@@ -28,24 +31,38 @@ class Engine(Protocol):
         """End what the engine started."""
 
 
+def _behind(progress: Progress, before: int, total: int, done: int, words: str) -> None:
+    progress(before + done, total, words)
+
+
 class LocalEngine:
     """Everything in this process, one worker, no Ray: breakpoints, fast tests, laptops."""
 
-    def search(self, task: SearchTask, progress: Progress) -> None:
-        """Layer by layer."""
-        open_layers = task.open_layers()
-        each = task.settings.evaluations
-        done = (len(task.layers) - len(open_layers)) * each
-        if not open_layers:
-            return
-        searcher = Searcher(task, task.source.device())
-        for index, layer in open_layers:
+    def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
+        """Group by group."""
+        total = sum(len(task.groups) * task.settings.evaluations for task in tasks)
+        done, errors = 0, list[ClipqError | None]()
+        for task in tasks:
+            try:
+                self._search(task, functools.partial(_behind, progress, done, total))
+                errors.append(None)
+            except ClipqError as error:
+                errors.append(error)
+            done += len(task.groups) * task.settings.evaluations
+        return errors
+
+    def _search(self, task: SearchTask, progress: Callable[[int, str], None]) -> None:
+        missing, each = task.open_groups(), task.settings.evaluations
+        done = (len(task.groups) - len(missing)) * each
+        searcher = Searcher(task, task.source.device()) if missing else None
+        for index in missing:
+            assert searcher is not None
             trials = searcher.begin(index)
             finished = False
             while not finished:
                 finished = searcher.step(index, trials)
-                # a layer that ends early counts as whole
-                progress(done + (each if finished else len(trials)), len(task.layers) * each, layer)
+                # a group that ends early counts as whole
+                progress(done + (each if finished else len(trials)), task.groups[index].name)
             done += each
 
     def train(self, task: TrainTask, progress: Progress) -> None:

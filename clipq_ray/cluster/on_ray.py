@@ -1,7 +1,7 @@
 """The Ray engine: the search as trials of Ray Tune, trainings on Ray Train.
 
-Search: one Tuner, one trial per (network, layer); a trial's actor loads network and images once and is reused for further layers;
-every step is one suggestion and its measurement, and a trial's state is its list of trials as JSON. Training: one TorchTrainer (Train
+Search: one Tuner for all networks of a job, one trial per (network, group of layers), the longest first; a trial's actor loads network and images
+once and is reused for further groups; every step is one suggestion and its measurement, and what was measured lies in the store as JSON. Training: one TorchTrainer (Train
 V2, DDP; NCCL on GPUs, gloo on CPUs), restarted from the last checkpoint in the store when a worker or a node is lost.
 
 Without a running cluster, Ray starts on this machine and ends with the job. Ray's own storage is a temporary folder on one machine and
@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 import threading
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Self
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
+from clipq_ray.config import Config
 from clipq_ray.errors import (
     ArtifactError,
     ClipqError,
@@ -98,44 +99,59 @@ class _Watch:
         ray.kill(self.board)
 
 
-class _LayerTrial(tune.Trainable):  # type: ignore[misc]
-    """One layer's search; the actor is reused, so network and images are loaded once."""
+class _GroupTrial(tune.Trainable):  # type: ignore[misc]
+    """One group's search; the actor is reused, so a network and its images are loaded once. What was measured lies in the store after every
+    evaluation, so an actor that is lost costs the evaluation under way; Tune keeps nothing."""
 
-    def setup(self, config: dict[str, Any], task: SearchTask, board: Any) -> None:
-        self._searcher = Searcher(task, _visible_device(task.source.config.device))
-        self._task, self._board = task, board
-        self._begin(config)
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._index: int = config["index"]
-        self._trials: list[Trial] = self._searcher.begin(self._index)
+    def setup(
+        self,
+        config: dict[str, Any],
+        tasks: Sequence[SearchTask],
+        places: Sequence[tuple[int, int]],
+        board: Any,
+    ) -> None:
+        self._tasks, self._places, self._board = tasks, places, board
+        self._searchers: dict[int, Searcher] = {}
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._begin(new_config)
+        self._number, self._index = self._places[new_config["place"]]
+        self._trials: list[Trial] | None = None
         return True
 
     def step(self) -> dict[str, Any]:
+        task = self._tasks[self._number]
         try:
-            finished = self._searcher.step(self._index, self._trials)
+            searcher = self._searcher()
+            if self._trials is None:
+                self._trials = searcher.begin(self._index)
+            finished = searcher.step(self._index, self._trials)
         except StorageError:
             raise  # may pass: Ray tries again
         except ClipqError as error:
-            _tell(Store(self._task.output), error)
-            return {"done": True, "trials": len(self._trials)}
-        each = self._task.settings.evaluations
-        layer = self._task.layers[self._index]
-        done = each if finished else len(self._trials)  # a layer that ends early counts as whole
-        self._board.write.remote(layer, done, len(self._task.layers) * each, layer)
-        return {"done": finished, "trials": len(self._trials)}
+            _tell(Store(task.output), error)
+            return {"done": True}
+        done = (
+            task.settings.evaluations if finished else len(self._trials)
+        )  # one that ends early counts as whole
+        words = task.groups[self._index].name
+        if len(self._tasks) > 1:
+            words = f"{task.source.name}: {words}"
+        self._board.write.remote(f"{self._number} {self._index}", done, evaluations(self._tasks), words)
+        return {"done": finished}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        text = json.dumps([trial.to_json() for trial in self._trials])
-        Path(checkpoint_dir, "trials.json").write_text(text, encoding="utf-8")
-
-    def load_checkpoint(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            text = Path(checkpoint, "trials.json").read_text(encoding="utf-8")
-            self._trials = [Trial(**row) for row in json.loads(text)]
+    def _searcher(self) -> Searcher:
+        task = self._tasks[self._number]
+        if self._number not in self._searchers:
+            # those on other images go first: two sets of images may not fit into memory
+            same = task.source.data_options
+            self._searchers = {
+                number: searcher
+                for number, searcher in self._searchers.items()
+                if searcher.task.source.data_options == same
+            }
+            self._searchers[self._number] = Searcher(task, _visible_device(task.source.config.device))
+        return self._searchers[self._number]
 
 
 def _visible_device(wanted: str) -> torch.device:
@@ -174,16 +190,61 @@ def _tell(output: Store, error: ClipqError) -> None:
     output.write(_ERROR, json.dumps({"kind": type(error).__name__, "error": str(error)}).encode())
 
 
-def _raise_told(output: Store, cause: Exception | None) -> None:
-    """Raise the named error that a worker left, if one did."""
+def _told(output: Store) -> ClipqError | None:
+    """The named error that a worker left, if one did."""
     if not output.exists(_ERROR):
-        return
+        return None
     told = json.loads(output.read(_ERROR))
     output.remove(_ERROR)
     kind = {
         one.__name__: one for one in (ArtifactError, ConfigError, ModelError, DataError, FormatError)
     }.get(told["kind"], RunError)
-    raise kind(told["error"]) from cause
+    return kind(told["error"])
+
+
+def _ended(task: SearchTask, lost: Sequence[Exception]) -> ClipqError | None:
+    """What ended the search of `task`, if it did not end well; `lost`: what Ray says of groups that it gave up."""
+    told = _told(Store(task.output))
+    if told is None and lost:
+        return RunError(
+            f"the search of {len(lost)} layers failed: {_last_line(lost[0])}; run again to continue"
+        )
+    return told
+
+
+def in_order(tasks: Sequence[SearchTask]) -> list[tuple[int, int]]:
+    """Number of the task and of the group of all open groups, in the order in which they start: those on the same images together, since an actor
+    holds one set of images, and the longest first."""
+    found = [(number, index) for number, task in enumerate(tasks) for index in task.open_groups()]
+
+    def work(place: tuple[int, int]) -> int:
+        task = tasks[place[0]]
+        return task.work[place[1]] * task.images * task.settings.evaluations if task.work else 0
+
+    whole: dict[str, int] = {}
+    for place in found:
+        images = tasks[place[0]].source.data_options
+        whole[images] = whole.get(images, 0) + work(place)
+
+    def rank(place: tuple[int, int]) -> tuple[int, str, int]:
+        images = tasks[place[0]].source.data_options
+        return -whole[images], images, -work(place)
+
+    return sorted(found, key=rank)
+
+
+def evaluations(tasks: Sequence[SearchTask]) -> int:
+    """Evaluations of all groups of all tasks, were none to end early."""
+    return sum(len(task.groups) * task.settings.evaluations for task in tasks)
+
+
+def _search_resources(config: Config) -> dict[str, float]:
+    """What one trial takes."""
+    resources: dict[str, float] = {"CPU": config.threads_per_worker}
+    if _cluster_has_gpu(config.device):
+        resources["GPU"] = config.search_gpu_share
+    _refuse_more_than_there_is(resources, 1)
+    return resources
 
 
 class RayEngine:
@@ -219,40 +280,45 @@ class RayEngine:
         filesystem, path = near.arrow()
         return {"storage_path": path, "storage_filesystem": filesystem}
 
-    def search(self, task: SearchTask, progress: Progress) -> None:
-        """All open layers as trials of one Tuner."""
-        open_layers = task.open_layers()
-        if not open_layers:
-            return
-        config = task.source.config
-        gpu = _cluster_has_gpu(config.device)
-        resources = {"cpu": config.threads_per_worker, "gpu": 1 if gpu else 0}
-        _refuse_more_than_there_is(resources, 1)
+    def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
+        """All open groups of all tasks as trials of one Tuner, at most the smallest `search_parallel` of the tasks at a time."""
+        places = in_order(tasks)
+        if not places:
+            return [None for _ in tasks]
+        resources = [_search_resources(task.source.config) for task in tasks]
+        caps = [task.source.config.search_parallel for task in tasks]
         with _Watch(progress) as watch:
-            for index, layer in enumerate(task.layers):
-                if index not in {i for i, _ in open_layers}:
-                    each = task.settings.evaluations
-                    watch.board.write.remote(layer, each, len(task.layers) * each, layer)
-            trainable = tune.with_parameters(_LayerTrial, task=task, board=watch.board)
+            total = evaluations(tasks)
+            for number, task in enumerate(tasks):
+                Store(task.output).remove(_ERROR)  # of a job that was killed
+                missing = sum(place[0] == number for place in places)
+                there = (len(task.groups) - missing) * task.settings.evaluations
+                watch.board.write.remote(f"{number} before", there, total, task.source.name)
+            trainable = tune.with_parameters(_GroupTrial, tasks=list(tasks), places=places, board=watch.board)
             tuner = tune.Tuner(
-                tune.with_resources(trainable, resources),
-                param_space={"index": tune.grid_search([index for index, _ in open_layers])},
-                tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=config.search_parallel),
+                tune.with_resources(
+                    trainable,
+                    lambda config: tune.PlacementGroupFactory([resources[places[config["place"]][0]]]),
+                ),
+                param_space={"place": tune.grid_search(list(range(len(places))))},
+                tune_config=tune.TuneConfig(
+                    reuse_actors=True, max_concurrent_trials=min((cap for cap in caps if cap), default=None)
+                ),
                 run_config=tune.RunConfig(
                     name="search",
                     verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=config.max_failures),
-                    **self._ray_storage(Store(task.output)),
+                    failure_config=tune.FailureConfig(
+                        max_failures=max(task.source.config.max_failures for task in tasks)
+                    ),
+                    **self._ray_storage(Store(tasks[0].output)),
                 ),
             )
-            output = Store(task.output)
-            output.remove(_ERROR)  # of a job that was killed
-            errors = tuner.fit().errors
-        _raise_told(output, None)
-        if errors:
-            raise RunError(
-                f"the search of {len(errors)} layers failed: {_last_line(errors[0])}; run again to continue"
-            )
+            results = tuner.fit()
+        lost: dict[int, list[Exception]] = {number: [] for number in range(len(tasks))}
+        for result in results:
+            if result.error is not None:
+                lost[places[result.config["place"]][0]].append(result.error)
+        return [_ended(task, lost[number]) for number, task in enumerate(tasks)]
 
     def train(self, task: TrainTask, progress: Progress) -> None:
         """One TorchTrainer."""
@@ -280,7 +346,8 @@ class RayEngine:
                 trainer.fit()
             except Exception as error:
                 failure = error
-            _raise_told(output, failure)
+            if (told := _told(output)) is not None:
+                raise told from failure
             if failure is not None:
                 raise RunError(
                     f"{task.stage} failed: {_last_line(failure)}; run again to continue"

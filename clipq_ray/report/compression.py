@@ -123,7 +123,9 @@ def search_section(
     if not by_layer:
         missing = "No search: the run has no trials, p and b were not searched."
         return {"missing": missing, "charts": [], "together": None}
-    known = {row["layer"]: (place, row) for place, row in enumerate(layers)}
+    known: dict[str, tuple[int, Row]] = {}
+    for place, row in enumerate(layers):
+        known.setdefault(row["group"], (place, row))
     order = sorted(by_layer, key=lambda name: (known[name][0] if name in known else len(known), name))
     shown, note = order, None
     if len(order) > _SEARCHES_DRAWN:
@@ -133,12 +135,19 @@ def search_section(
         kept = set(largest[:_SEARCHES_DRAWN])
         shown = [name for name in order if name in kept]
         note = f"Shown are the {_SEARCHES_DRAWN} layers with the most weights, of {len(order)}; trials.parquet has all."
-    images = sorted({row["images"] for row in trials})
+    images = sorted({row["images"] for row in trials if not row["bound"]})
+    ended = sum(row["bound"] for row in trials)
     spent = sum(row["seconds"] or 0.0 for row in trials)
+    what = "layers" if all(row["group"] == row["layer"] for row in layers) else "groups of layers"
+    early = (
+        f" {words.count(ended)} of them ended early because they could not win; their errors are the least possible."
+        if ended
+        else ""
+    )
     return {
         "missing": None,
-        "told": f"{words.count(len(trials))} evaluations of {len(order)} layers on {' or '.join(words.count(n) for n in images)} training images "
-        f"each, {words.duration(spent)} of work in all. One layer is compressed at a time, in one shot, without training.",
+        "told": f"{words.count(len(trials))} evaluations of {len(order)} {what} on {' or '.join(words.count(n) for n in images)} training images "
+        f"each, {words.duration(spent)} of work in all.{early} One is compressed at a time, in one shot, without training.",
         "note": note,
         "charts": [
             _search_chart(place, name, by_layer[name], known[name][1] if name in known else None)

@@ -26,7 +26,7 @@ def layers(count: int = 20, seed: int = 0) -> pa.Table:
         size = int(weights * (1 - p) * bits / 6) + 20
         rows.append(
             {
-                "index": index, "layer": name, "kind": "linear" if name == "fc.weight" else "conv", "shape": shape,
+                "index": index, "layer": name, "group": name, "kind": "linear" if name == "fc.weight" else "conv", "shape": shape,
                 "weights": weights, "p": p, "bits": bits, "share_negative": 2**bits // 2, "share_positive": 2**bits // 2 - 1,
                 "clip_negative": 0.0123, "clip_positive": 0.0217, "levels": 2**bits, "level_values": [-0.1, 0.0, 0.1],
                 "nonzeros": int(weights * (1 - p)), "nonzero_percent": 100 * (1 - p), "bytes_before": 4 * weights, "bytes": size,
@@ -49,7 +49,7 @@ def trials(of: pa.Table, steps: int = 14, seed: int = 1) -> pa.Table:
             rows.append(
                 {
                     "layer": layer["layer"], "step": step, "origin": "start" if step < 5 else "bayes", "p": p, "bits": bits,
-                    "images": 2000, "error_percent": error, "loss": 0.3, "bytes": size, "saved_fraction": 0.01,
+                    "images": 2000, "bound": False, "error_percent": error, "loss": 0.3, "bytes": size, "saved_fraction": 0.01,
                     "tradeoff": 5.0, "objective": error - 5, "predicted_mean": None, "predicted_deviation": None, "chosen": step == steps - 1, "seconds": 1.5, "node": "127.0.0.1",
                 }
             )  # fmt: skip

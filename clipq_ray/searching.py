@@ -1,0 +1,120 @@
+"""The search as a stage: for all networks of a job at once, so that one engine call packs their layers onto what there is.
+
+Every network's trials lie in a store of its own, keyed by what decides them; a network that fails leaves the others alone. Not covered: what
+one evaluation is (`search`), and where it runs (`cluster`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clipq_ray import identity, models, search, stages
+from clipq_ray.cluster.engine import Engine
+from clipq_ray.data import Split
+from clipq_ray.errors import ClipqError
+from clipq_ray.groups import Group, work
+from clipq_ray.network import Inventory
+from clipq_ray.progress import Reporter
+from clipq_ray.stages import Run
+from clipq_ray.storage import Store
+from clipq_ray.work import SearchTask, read_state, read_trials, search_images
+
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search of one network: where its trials go, and what makes them."""
+
+    run: Run
+    key: str
+    task: SearchTask
+
+    @property
+    def store(self) -> Store:
+        """Where the trials go."""
+        return Store(self.task.output)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all trials are there."""
+        return self.store.exists(DONE)
+
+    def trials(self) -> dict[str, list[search.Trial]]:
+        """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
+        found = read_trials(self.task)
+        if json.loads(self.store.read(DONE))["late"]:
+            fewest = min(len(points) for points in found.values())
+            self.run.notes.append(
+                f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer by --deadline-hours"
+            )
+        return found
+
+
+def planned(
+    run: Run, model: nn.Module, weights: Store, inventory: Inventory, groups: Sequence[Group], image: Tensor
+) -> Search:
+    """What is to be searched; `image`: float32 (1, c, h, w), for the order of the groups."""
+    config = run.config
+    lambdas = (config.tradeoff,) if config.search_early_stop and config.tradeoff else search.LADDER
+    settings = search.Settings(
+        config.search_evaluations, min(config.search_start, config.search_evaluations), lambdas, config.seed,
+        config.search_stop_gain, config.search_loss_share, config.search_early_stop,
+    )  # fmt: skip
+    inputs = {
+        "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
+        "groups": [asdict(group) for group in groups], "images": config.search_images, "bytes": inventory.bytes_before,
+        "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,
+    }  # fmt: skip
+    costs = work(model, groups, image)
+    key, store = run.stage_store("search", inputs)
+    task = SearchTask(
+        run.source, weights.uri, tuple(groups), settings, min(config.search_images, len(run.data.train)),
+        inventory.bytes_before, store.uri, stages.deadline_of(run, "search"), tuple(costs[group.name] for group in groups),
+    )  # fmt: skip
+    return Search(run, key, task)
+
+
+def search_all(searches: Sequence[Search], engine: Engine, reporter: Reporter) -> list[ClipqError | None]:
+    """Make what is not there yet, all in one call of the engine; for each search the error that ended it, if one did."""
+    missing = [number for number, one in enumerate(searches) if not one.finished]
+    errors: list[ClipqError | None] = [None for _ in searches]
+    for number, one in enumerate(searches):
+        if number not in missing:
+            one.run.reused("search", one.key, one.store)
+    if not missing:
+        return errors
+    started = time.monotonic()
+    with reporter.stage("search") as progress:
+        found = engine.search([searches[number].task for number in missing], progress)
+    for number, error in zip(missing, found, strict=True):
+        errors[number], one = error, searches[number]
+        if error is None:
+            late = one.task.deadline is not None and time.time() > one.task.deadline
+            one.store.write(DONE, json.dumps({"late": late}).encode())
+            one.run.record("search", one.key, time.monotonic() - started, reused=False)
+    return errors
+
+
+def scoring_images(run: Run) -> Split:
+    """The training images that score the search."""
+    count = min(run.config.search_images, len(run.data.train))
+    return search_images(run.data.train, count, run.config.seed)
+
+
+def original_error(run: Run, model: nn.Module) -> float:
+    """Top-1 error of the original on the images that score the search."""
+    found = stages.scored(run, model, scoring_images(run))
+    assert found is not None
+    return 1.0 - found.top1
+
+
+def one_image(run: Run) -> Tensor:
+    """The first training image, float32 (1, c, h, w)."""
+    return run.data.train.batch(torch.arange(1), None)[0]
