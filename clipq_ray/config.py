@@ -24,7 +24,8 @@ class Config(BaseModel):
 
     # What is compressed
     model: str = Field(
-        "lenet5", description="network: a built-in or torchvision name, or package.module:function"
+        "lenet5",
+        description="network: a built-in or torchvision name, or package.module:function; the job takes several, searched together: --model A --model B",
     )
     name: str | None = Field(
         None, description="name of the result in the storage; default: the network's name"

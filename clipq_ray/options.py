@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ def _add(result: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
         )
         return
     kinds = set(typing.get_args(field.annotation)) or {field.annotation}
+    if name == "model":  # may be given again
+        result.add_argument(option, metavar="TEXT", action="append", default=argparse.SUPPRESS, help=text)
+        return
     choices = (
         typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else None
     )
@@ -59,8 +62,8 @@ def _metavar(kinds: set[Any]) -> str:
     return "LIST"
 
 
-def parse(arguments: Sequence[str], description: str) -> Config:
-    """The configuration of a command line; `ConfigError` for anything wrong in it or in its file."""
+def parse_all(arguments: Sequence[str], description: str) -> list[Config]:
+    """The configurations of a command line, one for each `--model`; `ConfigError` for anything wrong in it or in its file."""
     known, rest = parser(description).parse_known_args(list(arguments))
     if rest:
         raise ConfigError(unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
@@ -69,7 +72,29 @@ def parse(arguments: Sequence[str], description: str) -> Config:
     filed = read_yaml(path) if path else {}
     if any(name in given for name in INTENTS):  # an intent of the command line replaces that of the file
         filed = {name: value for name, value in filed.items() if name not in INTENTS}
-    return make(**{**filed, **{name: _value(name, text) for name, text in given.items()}})
+    options = {**filed, **{name: _value(name, text) for name, text in given.items() if name != "model"}}
+    names = given.get("model") or [filed.get("model")]
+    if len(names) == 1:
+        return [make(**{**options, **({"model": names[0]} if names[0] is not None else {})})]
+    return _several(names, options)
+
+
+def _several(names: Sequence[str], options: Mapping[str, Any]) -> list[Config]:
+    """The same options for several networks, where they can be the same."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"--model: expected different networks, got {', '.join(twice)} twice; leave one out"
+        )
+    one = [name for name in ("name", "model_args") if options.get(name)]
+    if options.get("weights") not in (None, "train", "torchvision", "random"):
+        one.append("weights")
+    if one:
+        option = "--" + one[0].replace("_", "-")
+        raise ConfigError(
+            f"{option}: expected one --model with it, got {len(names)}; leave it out or give each network its own job"
+        )
+    return [make(**{**options, "model": name}) for name in names]
 
 
 def _value(name: str, text: Any) -> Any:

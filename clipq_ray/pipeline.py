@@ -91,7 +91,8 @@ def compress_all(sources: Sequence[Source], engine: Engine, reporter: Reporter) 
 
     As `compress`; one that fails leaves its error in its place and does not stop the others.
     """
-    ready = [_caught(_prepare, source, engine, reporter) for source in sources]
+    own = [reporter.about(source.name) if len(sources) > 1 else reporter for source in sources]
+    ready = [_caught(_prepare, source, engine, one) for source, one in zip(sources, own, strict=True)]
     open_ones = [one for one in ready if isinstance(one, Prepared)]
     errors = search_all([one.search for one in open_ones], engine, reporter)
     searched = iter(errors)

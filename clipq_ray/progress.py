@@ -5,6 +5,7 @@ Always which stage runs, which layer or epoch, how far it is and how long it wil
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Iterator
@@ -24,11 +25,19 @@ class Reporter:
         self._quiet = quiet
         self._terminal = self._stream.isatty()
         self._begun = time.monotonic()
+        self._about = ""
+
+    def about(self, name: str) -> Reporter:
+        """The same reporter with `name` before every line, so that several networks can be told apart."""
+        result = copy.copy(self)
+        result._about = f"{name}: "
+        return result
 
     def say(self, text: str) -> None:
         """One line."""
         if not self._quiet:
-            tqdm.write(f"[{_clock(time.monotonic() - self._begun)}] {text}", file=self._stream)
+            clock = _clock(time.monotonic() - self._begun)
+            tqdm.write(f"[{clock}] {self._about}{text}", file=self._stream)
             self._stream.flush()
 
     @contextmanager

@@ -199,7 +199,7 @@ class LayerEvaluator:
                 size += self._size(codec.coded(quantized, share))
                 self._model.get_parameter(layer).copy_(quantized.values)
             saved = (4 * elements - size) / self._network_bytes
-            most = None if beat is None else (beat + tradeoff * saved) * len(self._images)
+            most = None if beat is None else (beat + tradeoff * saved) * len(self._images) + 1e-6
             result = self._scores.evaluate(group.layers, most)
         finally:
             for layer, weight in full.items():

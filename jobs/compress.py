@@ -1,7 +1,7 @@
-"""Compress a trained network: `python jobs/compress.py --model resnet20 --weights URI --data URI --storage URI`.
+"""Compress trained networks: `python jobs/compress.py --model resnet20 --weights URI --data URI --storage URI`.
 
 Parse, build, call; the stages are in `clipq_ray.pipeline`. Everything that was finished is in the storage, so the same command run again
-continues. Exit code 0: committed; 1: the run failed, or the file does not keep the promise of the intent; 2: something in the input is wrong.
+continues. Exit code 0: all committed; 1: a run failed (the others are finished), or a file does not keep the promise of its intent; 2: something in the input is wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ if __name__ == "__main__":  # a checkout runs without being installed, as in a R
 
 from clipq_ray import console, options
 from clipq_ray.api import make_engine
-from clipq_ray.pipeline import compress
+from clipq_ray.errors import ClipqError
+from clipq_ray.pipeline import Result, compress_all
 from clipq_ray.planning import dry_run
 from clipq_ray.progress import Reporter
 from clipq_ray.summary import table
@@ -23,17 +24,27 @@ from clipq_ray.work import Source
 
 def main(arguments: list[str]) -> int:
     """The job, from its arguments to the table at its end."""
-    config = options.parse(arguments, __doc__ or "")
-    reporter = Reporter()
-    source = Source(config)
-    if config.dry_run:
-        print(dry_run(source))
+    configs = options.parse_all(arguments, __doc__ or "")
+    sources = [Source(config) for config in configs]
+    if configs[0].dry_run:
+        print("\n\n".join(dry_run(source) for source in sources))
         return 0
-    source.check()
-    with make_engine(config.engine) as engine:
-        result = compress(source, engine, reporter)
-    print(table([result.manifest], [result.uri]))
-    return 0 if result.kept else 1
+    for source in sources:
+        source.check()
+    with make_engine(configs[0].engine) as engine:
+        found = compress_all(sources, engine, Reporter())
+    failed = [one for one in found if isinstance(one, ClipqError)]
+    if len(found) == 1 and failed:
+        raise failed[0]
+    results = [one for one in found if isinstance(one, Result)]
+    if results:
+        print(table([one.manifest for one in results], [one.uri for one in results]))
+    for source, one in zip(sources, found, strict=True):
+        if isinstance(one, ClipqError):
+            print(f"compress: {source.name}: {' '.join(str(one).split())}", file=sys.stderr)
+    if failed:
+        return max(error.exit_code for error in failed) if len(failed) == len(found) else 1
+    return 0 if all(one.kept for one in results) else 1
 
 
 if __name__ == "__main__":

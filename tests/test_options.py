@@ -15,12 +15,18 @@ from clipq_ray.config import Config, make
 from clipq_ray.errors import ConfigError, RunError
 
 
+def parsed(arguments: list[str]) -> Config:
+    """The configuration of the one network that is named."""
+    (config,) = options.parse_all(arguments, "about")
+    return config
+
+
 @pytest.fixture(scope="module")
 def shown() -> str:
     """What --help prints, on one line."""
     text = io.StringIO()
     with redirect_stdout(text), pytest.raises(SystemExit) as ended:
-        options.parse(["--help"], "about")
+        parsed(["--help"])
     assert ended.value.code == 0
     return " ".join(text.getvalue().split())
 
@@ -37,7 +43,7 @@ def test_help_shows_every_option_with_its_text_and_default(shown: str) -> None:
 
 
 def test_the_defaults_of_the_command_line_are_those_of_the_configuration() -> None:
-    assert options.parse([], "") == make()
+    assert parsed([]) == make()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,7 @@ def test_the_defaults_of_the_command_line_are_those_of_the_configuration() -> No
     ],
 )
 def test_values_arrive_with_their_types(arguments: list[str], name: str, value: Any) -> None:
-    assert getattr(options.parse(arguments, ""), name) == value
+    assert getattr(parsed(arguments), name) == value
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_values_arrive_with_their_types(arguments: list[str], name: str, value: 
 )
 def test_a_wrong_command_line_is_one_line_that_names_the_option(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        options.parse(arguments, "")
+        parsed(arguments)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -89,17 +95,17 @@ def written(folder: Path, text: str) -> list[str]:
 
 def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
     config = written(tmp_path, "epochs: 3\nseed: 4\nforce: true\n")
-    found = options.parse([*config, "--seed", "5", "--no-force"], "")
+    found = parsed([*config, "--seed", "5", "--no-force"])
     assert (found.epochs, found.seed, found.force) == (3, 5, False)
     assert found.batch_size == make().batch_size
-    assert options.parse(["--seed", "5", *config], "") == options.parse(
-        [*config, "--seed", "5"], ""
-    ).model_copy(update={"force": True})
+    assert parsed(["--seed", "5", *config]) == parsed([*config, "--seed", "5"]).model_copy(
+        update={"force": True}
+    )
 
 
 def test_a_file_may_hold_lists_objects_and_names_with_hyphens(tmp_path: Path) -> None:
     text = "target-ratio: 20\nkeep: [fc.*, conv1.weight]\nmodel_args: {num_classes: 7}\nmean: [0.5]\n"
-    found = options.parse(written(tmp_path, text), "")
+    found = parsed(written(tmp_path, text))
     assert (found.target_ratio, found.keep, found.model_args) == (
         20.0,
         ("fc.*", "conv1.weight"),
@@ -122,7 +128,7 @@ def test_a_file_may_hold_lists_objects_and_names_with_hyphens(tmp_path: Path) ->
 )
 def test_a_wrong_file_is_one_line(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        options.parse(written(tmp_path, text), "")
+        parsed(written(tmp_path, text))
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -131,7 +137,7 @@ def test_the_recipes_are_valid() -> None:
     recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        options.parse(["--config", str(recipe)], "")
+        parsed(["--config", str(recipe)])
 
 
 @pytest.mark.parametrize(
@@ -161,5 +167,25 @@ def test_an_error_ends_the_job_with_one_line_and_its_code(
 def test_an_intent_of_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("target_ratio: 20\nepochs: 3\n")
-    found = options.parse(["--config", str(path), "--max-drop", "1"], "")
+    found = parsed(["--config", str(path), "--max-drop", "1"])
     assert (found.max_drop, found.target_ratio, found.epochs) == (1.0, None, 3)
+
+
+def test_every_model_gets_the_same_options() -> None:
+    found = options.parse_all(["--model", "resnet50", "--epochs", "3", "--model", "vgg16"], "")
+    assert found == [make(model="resnet50", epochs=3), make(model="vgg16", epochs=3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "resnet50"], "--model: expected different networks, got resnet50 twice"),
+        (["--name", "best"], "--name: expected one --model with it, got 2"),
+        (["--weights", "s3://b/w.pt"], "--weights: expected one --model with it, got 2"),
+        (["--model-args", '{"num_classes": 7}'], "--model-args: expected one --model with it, got 2"),
+    ],
+)
+def test_options_of_one_network_are_refused_for_several(arguments: list[str], words: str) -> None:
+    second = [] if arguments[0] == "--model" else ["--model", "vgg16"]
+    with pytest.raises(ConfigError, match=words):
+        options.parse_all(["--model", "resnet50", *second, *arguments], "")

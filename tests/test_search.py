@@ -21,6 +21,7 @@ from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.search import (
     GRID,
+    LADDER,
     START,
     LayerEvaluator,
     Settings,
@@ -275,3 +276,112 @@ def test_steps_take_turns_over_the_lambdas_and_a_search_cut_off_goes_on_as_befor
     _, fresh = evaluator()
     step_group(fresh, alone("0.weight"), resumed, SETTINGS)
     assert replace(resumed[5], seconds=0.0) == replace(whole[5], seconds=0.0)
+
+
+def test_layers_that_share_theta_are_measured_together() -> None:
+    model, measures = evaluator()
+    both, theta = Group("both", ("0.weight", "3.weight")), Theta(0.6, 2)
+    made = measures.measure(both, theta, step=0, origin="start", tradeoff=8.0)
+    apart = [
+        measures.measure(alone(name), theta, step=0, origin="start", tradeoff=8.0) for name in both.layers
+    ]
+    assert made.layer == "both"
+    assert made.bytes == sum(one.bytes for one in apart)
+    assert made.saved == pytest.approx(sum(one.saved for one in apart))
+    known = [measures.known(group) for group in (both, alone("0.weight"), alone("3.weight"))]
+    assert known[0].saved == pytest.approx(known[1].saved + known[2].saved)
+    with torch.no_grad():
+        for name in both.layers:
+            weight = model.get_parameter(name)
+            weight.copy_(quantize(weight, theta, decide_share(weight, theta)).values)
+    result = evaluate(model, images(), batch_size=32)
+    assert (made.error, made.loss) == (pytest.approx(1.0 - result.top1), result.loss)
+
+
+def test_an_evaluation_that_cannot_win_ends_and_is_a_bound() -> None:
+    _, measures = evaluator()
+    options = {"step": 1, "origin": "start", "tradeoff": 2.0}
+    whole = measures.measure(alone("0.weight"), Theta(0.6, 2), **options)
+    ended = measures.measure(alone("0.weight"), Theta(0.6, 2), **options, beat=whole.objective(2.0) - 0.5)
+    assert (whole.bound, ended.bound, whole.images, ended.images) == (
+        False,
+        True,
+        60,
+        32,
+    )  # after the first batch
+    assert whole.objective(2.0) - 0.5 < ended.objective(2.0) <= whole.objective(2.0)
+    winner = measures.measure(alone("0.weight"), Theta(0.6, 2), **options, beat=whole.objective(2.0))
+    assert replace(winner, seconds=0.0) == replace(whole, seconds=0.0)
+
+
+def test_a_bound_is_chosen_at_no_lambda_and_fills_no_budget() -> None:
+    bound = replace(TRIALS["a"][0], error=0.0, bytes=1, saved=0.5, bound=True)
+    trials = {"a": [*TRIALS["a"], bound], "b": TRIALS["b"]}
+    for tradeoff in (0.0, 1.0, 100.0):
+        assert choose(trials, tradeoff) == choose(TRIALS, tradeoff)
+    assert choose_for_bytes(trials, 900) == choose_for_bytes(TRIALS, 900)
+
+
+def two_layers() -> tuple[nn.Module, TensorSplit]:
+    """A trained network of two layers on three separable classes."""
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 400)
+    centres = random.uniform(60, 200, (3, 16))
+    pixels = np.clip(centres[labels] + random.normal(0, 45, (400, 16)), 0, 255).astype(np.uint8)
+    split = TensorSplit(pixels.reshape(400, 1, 4, 4), labels, Preprocessing((1, 4, 4), None, (0.5,), (0.3,)))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 14), nn.ReLU(), nn.Linear(14, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    inputs, targets = split.batch(torch.arange(400), None)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return model.eval(), split
+
+
+def measuring(batch_size: int) -> LayerEvaluator:
+    model, split = two_layers()
+    return LayerEvaluator(
+        model, split, 4 * 276, batch_size=batch_size, device=torch.device("cpu"), node="here"
+    )
+
+
+def test_early_ends_lose_no_objective_and_need_one_lambda() -> None:
+    settings = replace(SETTINGS, evaluations=12, tradeoffs=(2.0,))
+    found = {}
+    for early in (False, True):
+        measures, trials = measuring(40), list[Trial]()
+        while len(trials) < settings.evaluations:
+            step_group(measures, alone("1.weight"), trials, replace(settings, early_stop=early))
+        found[early] = trials
+    assert any(one.bound for one in found[True])
+    best = min(one.objective(2.0) for one in found[True] if not one.bound)
+    assert all(one.objective(2.0) > best for one in found[True] if one.bound)
+    # start points are the same, whether they were measured to their end or not
+    assert best <= min(one.objective(2.0) for one in found[False][: settings.start])
+    with pytest.raises(ValueError, match="one lambda"):
+        replace(SETTINGS, early_stop=True)
+
+
+@pytest.fixture(scope="module")
+def enumerated() -> dict[str, list[Trial]]:
+    """All points of the grid of both layers."""
+    measures = measuring(400)
+    return {
+        layer: [measures.measure(alone(layer), theta, step=0, origin="start", tradeoff=1.0) for theta in GRID]
+        for layer in ("1.weight", "3.weight")
+    }
+
+
+@pytest.mark.parametrize("layer", ["1.weight", "3.weight"])
+def test_of_a_network_of_two_layers_the_best_thetas_are_found(
+    enumerated: dict[str, list[Trial]], layer: str
+) -> None:
+    measures, trials = measuring(400), list[Trial]()
+    settings = Settings(18, 4, LADDER, seed=0, loss_share=0.0)
+    for _ in range(settings.evaluations):
+        step_group(measures, alone(layer), trials, settings)
+    for tradeoff in LADDER:
+        best = min(one.objective(tradeoff) for one in enumerated[layer])
+        assert best <= min(one.objective(tradeoff) for one in trials) <= best + 1 / 400 + tradeoff * 2 / (4 * 276)  # an image, two bytes

@@ -31,6 +31,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipq_ray.config import Config
 from clipq_ray.errors import (
@@ -74,7 +75,10 @@ class _Watch:
     """Passes the board's content to the driver's progress while Ray blocks the driver."""
 
     def __init__(self, progress: Progress) -> None:
-        self.board = _Board.remote()  # type: ignore[attr-defined]
+        here = ray.get_runtime_context().get_node_id()
+        # on the driver's node, so that it is lost with the driver only
+        near = NodeAffinitySchedulingStrategy(here, soft=False)
+        self.board = _Board.options(scheduling_strategy=near).remote()  # type: ignore[attr-defined]
         self._progress, self._end = progress, threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -152,6 +156,23 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
             }
             self._searchers[self._number] = Searcher(task, _visible_device(task.source.config.device))
         return self._searchers[self._number]
+
+
+class _Losses(tune.Callback):  # type: ignore[misc]
+    """Says in one line what Tune says in a page: a trial was lost and is started again."""
+
+    def __init__(self, tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]]) -> None:
+        self._tasks, self._places = tasks, places
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number, index = self._places[trial.config["place"]]
+        task = self._tasks[number]
+        log.warning(
+            "search: the worker of %s, %s, was lost; it goes on behind its last evaluation",
+            task.source.name,
+            task.groups[index].name,
+        )
 
 
 def _visible_device(wanted: str) -> torch.device:
@@ -307,6 +328,8 @@ class RayEngine:
                 run_config=tune.RunConfig(
                     name="search",
                     verbose=0,
+                    callbacks=[_Losses(tasks, places)],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(
                         max_failures=max(task.source.config.max_failures for task in tasks)
                     ),

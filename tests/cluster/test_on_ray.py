@@ -1,22 +1,16 @@
-"""The Ray engine on this machine: two gloo workers, a worker or the driver lost in mid-training, mistakes that only a worker finds.
-
-Processes are found through /proc and the session of the job that a test started, so nothing else on the machine is ever touched.
-"""
+"""The Ray engine on this machine: two gloo workers, a worker or the driver lost in mid-training, mistakes that only a worker finds."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from job_process import command, committed, finished, processes, sha256, started
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,9 +21,7 @@ from clipq_ray.storage import Store
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 12
-LIMIT_SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -40,100 +32,8 @@ def weights(digits_weights: dict[str, Tensor], tmp_path_factory: pytest.TempPath
     return path
 
 
-def command(storage: Path, weights: Path, **changes: Any) -> list[str]:
-    given = {
-        "storage": storage, "weights": weights, "epochs": EPOCHS, "workers": 2, "batch_size": 32, "control": "never",
-        "search_evaluations": 4, "search_start": 3, "search_images": 60, "learning_rate": 0.01, "target_ratio": 15, "rounds": 1,
-        **changes,
-    }  # fmt: skip
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return [sys.executable, str(ROOT / "jobs" / "compress.py"), *words]
-
-
-class Ended(NamedTuple):
-    """A job that has ended; `lines`: what it wrote to stderr apart from progress."""
-
-    code: int
-    lines: list[str]
-
-
-class Process(NamedTuple):
-    pid: int
-    title: str
-
-
-def processes(session: int) -> list[Process]:
-    """The live processes of a session, by /proc."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended
-            continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            found.append(Process(int(entry.name), title))
-    return found
-
-
-def end(session: int) -> None:
-    """End what is left of a session that a test started."""
-    for process in processes(session):
-        with suppress(ProcessLookupError):  # it was faster
-            os.kill(process.pid, signal.SIGKILL)
-
-
 def train_workers(session: int) -> set[int]:
     return {process.pid for process in processes(session) if "RayTrainWorker" in process.title}
-
-
-class Job:
-    """A job under way in a session of its own."""
-
-    def __init__(self, arguments: list[str], errors: Path) -> None:
-        self._errors = errors
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with errors.open("w") as stream:
-            self.process = subprocess.Popen(
-                arguments,
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-                cwd=ROOT,
-                env=environment,
-                start_new_session=True,
-            )
-        self.session = self.process.pid
-
-    def wait(self) -> Ended:
-        code = self.process.wait(LIMIT_SECONDS)
-        lines = self._errors.read_text().splitlines()
-        return Ended(code, [line for line in lines if not line.startswith("[")])
-
-    def until(self, what: Callable[[], Any]) -> Any:
-        """What `what` gives as soon as it is true; the job must not end before."""
-        limit = time.monotonic() + LIMIT_SECONDS
-        while not (found := what()):
-            assert self.process.poll() is None, f"the job ended early: {self._errors.read_text()[-2000:]}"
-            assert time.monotonic() < limit, "it took too long"
-            time.sleep(0.02)
-        return found
-
-
-@contextmanager
-def started(arguments: list[str], errors: Path) -> Iterator[Job]:
-    job = Job(arguments, errors)
-    try:
-        yield job
-    finally:
-        end(job.session)
-        job.process.wait()
-
-
-def finished(arguments: list[str], errors: Path) -> Ended:
-    with started(arguments, errors) as job:
-        return job.wait()
 
 
 def curve_so_far(storage: Path) -> list[dict[str, Any]]:
@@ -151,17 +51,6 @@ def curve_so_far(storage: Path) -> list[dict[str, Any]]:
 
 def unfinished(storage: Path) -> bool:
     return not list(storage.glob("_stages/finetune-*/curve.json"))
-
-
-def committed(storage: Path) -> dict[str, Any]:
-    (run,) = manifest.committed(Store(storage))
-    assert manifest.verify(run.store) == []
-    return manifest.read_manifest(run.store)
-
-
-def sha256(document: dict[str, Any]) -> str:
-    digest: str = document["files"]["model.clq"]["sha256"]
-    return digest
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,204 @@
+"""`make bench-search`, third part: the searched (p, b) of every layer against one (p, b) for all, at the same file size after equal fine-tuning.
+
+ResNet-20 on CIFAR-10 from the given weights. Searched: the product's own search, its choice for `--bytes`. Global: for every b the p (in steps of
+0.001) whose layers take as many bytes as the searched ones, and of these pairs the one with the lowest error of the whole network on the search's
+images, before training. Both are fine-tuned by the product's own loop (same data, batches, epochs, schedule) and packed into files; top-1 of the
+decoded files on the test set, on which nothing is selected. One (variant, seed) is one unit: its JSON is stored when it ends and is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.record import RESULTS, Row, row, write
+from clipq_ray import codec, loading, models, network, packing, search
+from clipq_ray.cluster.engine import LocalEngine
+from clipq_ray.config import Config, make
+from clipq_ray.evaluate import evaluate
+from clipq_ray.groups import grouped
+from clipq_ray.operator import bake, make_plan
+from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
+from clipq_ray.quantizer import decide_share, quantize
+from clipq_ray.stages import schedule_of
+from clipq_ray.storage import Store
+from clipq_ray.work import (
+    WEIGHTS,
+    SearchTask,
+    Source,
+    TrainTask,
+    layer_bytes,
+    read_state,
+    read_trials,
+    search_images,
+    write_state,
+)
+
+VARIANTS = ("searched", "global")
+
+
+def silent(*_: Any) -> None:
+    """No progress."""
+
+
+def configuration(given: argparse.Namespace, seed: int) -> Config:
+    """What the job would have."""
+    return make(
+        model="resnet20", weights=given.weights, data=given.data, engine="local", seed=seed, epochs=given.epochs,
+        learning_rate=given.learning_rate, precision="bfloat16", search_evaluations=given.evaluations, validation_images=2500,
+    )  # fmt: skip
+
+
+class Bench:
+    """One seed: network, data, and a folder for stores."""
+
+    def __init__(self, given: argparse.Namespace, seed: int, folder: Path) -> None:
+        self.given, self.seed, self.folder = given, seed, folder
+        self.source = Source(configuration(given, seed))
+        architecture = self.source.architecture()
+        self.model = self.source.network()
+        models.apply_weights(self.model, models.read_weights(given.weights, architecture), given.weights)
+        self.initial = Store(folder / "initial")
+        write_state(self.initial, WEIGHTS, self.model.state_dict())
+        self.inventory = network.inventory(self.model, torch.zeros(2, 3, 32, 32), ())
+        self.layers = [layer.name for layer in self.inventory.layers]
+        self.other = packing.other_bytes(self.source, self.model, self.inventory, self.source.data())
+
+    def searched(self) -> dict[str, Theta]:
+        """The choice of the search for so many bytes; a search is a unit as well."""
+        config = self.source.config
+        output = RESULTS / "search-global-units" / f"search-e{self.given.evaluations}-seed{self.seed}"
+        groups = grouped(self.model, self.layers, ())
+        settings = search.Settings(
+            config.search_evaluations, config.search_start, search.LADDER, self.seed, config.search_stop_gain, config.search_loss_share
+        )  # fmt: skip
+        task = SearchTask(
+            self.source, self.initial.uri, groups, settings, config.search_images, self.inventory.bytes_before, Store(output).uri
+        )  # fmt: skip
+        (error,) = LocalEngine().search([task], silent)
+        if error is not None:
+            raise error
+        return search.choose_for_bytes(read_trials(task), self.given.bytes - self.other).thetas(groups)
+
+    def bytes_of(self, thetas: dict[str, Theta]) -> int:
+        """Of the layers, before training."""
+        total = 0
+        for name, theta in thetas.items():
+            weight = self.model.get_parameter(name).detach()
+            share = decide_share(weight, theta)
+            total += layer_bytes(self.source.config, codec.coded(quantize(weight, theta, share), share))
+        return total
+
+    def one_for_all(self, budget: int) -> dict[str, Theta]:
+        """The best of the pairs (p, b) that take `budget` bytes."""
+        images = search_images(self.source.data().train, self.source.config.search_images, self.seed)
+        found: list[tuple[float, dict[str, Theta]]] = []
+        for b in range(BITS_MIN, BITS_MAX + 1):
+            low, high = 0, 999
+            while low < high:
+                middle = (low + high) // 2
+                if self.bytes_of(dict.fromkeys(self.layers, Theta(middle / 1000, b))) > budget:
+                    low = middle + 1
+                else:
+                    high = middle
+            thetas = dict.fromkeys(self.layers, Theta(low / 1000, b))
+            model = self.source.network()
+            model.load_state_dict(self.model.state_dict())
+            bake(model, make_plan(model, thetas))
+            result = evaluate(model, images, batch_size=250)
+            found.append((1 - result.top1, thetas))
+            print(
+                f"  global p {low / 1000} b {b}: error {100 * (1 - result.top1):.2f} % untrained", flush=True
+            )
+        return min(found, key=lambda one: one[0])[1]
+
+    def unit(self, thetas: dict[str, Theta], variant: str) -> dict[str, Any]:
+        """Fine-tune, pack, and score the decoded file."""
+        started = time.time()
+        config = self.source.config
+        plan = make_plan(self.model, thetas)
+        tuned = Store(self.folder / variant)
+        schedule = schedule_of(config, config.epochs, config.learning_rate)
+        checkpoints = Store(self.folder / f"{variant}-checkpoints")
+        task = TrainTask(
+            self.source, "finetune", self.initial.uri, plan, schedule, tuned.uri, checkpoints.uri
+        )
+        LocalEngine().train(
+            task, lambda done, total, words: print(f"  {words}", flush=True) if done == total else None
+        )
+        sha256 = models.weights_sha256(read_state(self.initial))
+        packed = packing.pack(self.source, tuned, plan, self.inventory, self.source.data(), sha256)
+        decoded = loading.from_bytes(packed.file, factory=self.source.network)
+        test = self.source.data().test
+        assert test is not None
+        result = evaluate(decoded, test, batch_size=250)
+        return {
+            "variant": variant, "seed": self.seed, "bytes": len(packed.file), "predicted_bytes": self.bytes_of(thetas) + self.other,
+            "test_top1_percent": 100 * result.top1, "validation_top1_percent": 100 * packed.validation.top1,
+            "thetas": {name: [theta.p, theta.b] for name, theta in thetas.items()}, "epochs": config.epochs, "seconds": time.time() - started,
+        }  # fmt: skip
+
+
+def measured(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """All units, those that are missing measured first."""
+    folder = RESULTS / "search-global-units"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    for seed in range(given.seeds):
+        with tempfile.TemporaryDirectory() as place:
+            bench: Bench | None = None
+            for variant in VARIANTS:
+                path = folder / f"{variant}-{given.bytes}-e{given.epochs}-seed{seed}.json"
+                if not path.exists():
+                    print(f"{variant}, seed {seed}", flush=True)
+                    bench = bench or Bench(given, seed, Path(place))
+                    thetas = bench.searched()
+                    if variant == "global":
+                        thetas = bench.one_for_all(bench.bytes_of(thetas))
+                    path.write_text(json.dumps(bench.unit(thetas, variant)) + "\n", encoding="utf-8")
+                found[variant].append(json.loads(path.read_text("utf-8")))
+    return found
+
+
+def main() -> int:
+    """The table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", required=True, help="folder with CIFAR-10")
+    parser.add_argument("--weights", required=True, help="ResNet-20's weights")
+    parser.add_argument("--bytes", type=int, default=48_000, help="of the file")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--evaluations", type=int, default=18)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=0.02)
+    given = parser.parse_args()
+    found = measured(given)
+    place = f"search_global/resnet20-cifar10/{given.bytes}bytes-{given.epochs}epochs"
+    rows: list[Row] = []
+    for variant, runs in found.items():
+        rows.append(row(f"{place}/{variant}/test_top1", [run["test_top1_percent"] for run in runs], "%"))
+        rows.append(row(f"{place}/{variant}/bytes", [float(run["bytes"]) for run in runs], "bytes"))
+        rows.append(
+            row(
+                f"{place}/{variant}/bytes_over_predicted",
+                [run["bytes"] / run["predicted_bytes"] for run in runs],
+                "",
+            )
+        )
+    pairs = list(zip(found["searched"], found["global"], strict=True))
+    gains = [a["test_top1_percent"] - b["test_top1_percent"] for a, b in pairs]
+    rows.append(row(f"{place}/searched_minus_global", gains, "points", goal=0.0, better="higher"))
+    print(f"stored in {write('search_global', rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The search on Ray: a trial, the driver or a node lost costs the evaluation under way; several networks share one Tuner.
+
+An evaluation that is made a second time would have other seconds, so rows that come back with theirs were not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_process import command, finished, processes, started
+from ray.cluster_utils import Cluster
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipq_ray import manifest, tables
+from clipq_ray.storage import Store
+
+pytestmark = pytest.mark.slow
+
+Rows = dict[str, list[dict[str, Any]]]
+LAYERS = 5
+SEARCHED: dict[str, Any] = {"search_evaluations": 30, "search_stop_gain": 0, "workers": 1, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def weights(digits_weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "lenet5.safetensors"
+    save_file(digits_weights, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The evaluations of a job that nothing disturbs, in one process without Ray."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    assert finished(command(place / "s", weights, **SEARCHED, engine="local"), place / "errors") == (0, [])
+    return rows_so_far(place / "s")
+
+
+def rows_so_far(storage: Path) -> Rows:
+    """The stored evaluations by layer, of finished and unfinished ones."""
+    found: Rows = {}
+    for path in storage.glob("_stages/search-*/*-*.json"):
+        try:
+            rows = json.loads(path.read_text())
+        except FileNotFoundError:  # a partial one whose layer has just ended
+            continue
+        if len(rows) > len(found.get(rows[0]["layer"], [])):
+            found[rows[0]["layer"]] = rows
+    return found
+
+
+def midway(storage: Path) -> bool:
+    """Whether some layer is past its start points and none is finished."""
+    rows = rows_so_far(storage)
+    return any(len(one) >= 6 for one in rows.values()) and sum(map(len, rows.values())) < 100
+
+
+def searchers(session: int) -> set[int]:
+    return {process.pid for process in processes(session) if "ResourceTrainable" in process.title}
+
+
+def searched(storage: Path) -> bool:
+    return bool(list(storage.glob("_stages/search-*/done.json")))
+
+
+def assert_as_undisturbed(undisturbed: Rows, storage: Path, before: Rows) -> None:
+    """The same points and values; and the rows that were there `before` are there as they were, seconds and all."""
+    after = rows_so_far(storage)
+    for layer, rows in before.items():
+        assert after[layer][: len(rows)] == rows
+
+    def values(found: Rows) -> Rows:
+        noise = ("seconds", "node")
+        return {
+            layer: [{k: v for k, v in row.items() if k not in noise} for row in rows]
+            for layer, rows in found.items()
+        }
+
+    assert values(after) == values(undisturbed)
+    assert sum(map(len, after.values())) == LAYERS * 30
+
+
+def test_a_trial_that_is_killed_goes_on_behind_its_last_evaluation(
+    undisturbed: Rows, weights: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "s"
+    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
+        job.until(lambda: midway(storage))
+        first = searchers(job.session)
+        before = rows_so_far(storage)
+        os.kill(min(first), signal.SIGKILL)
+        job.until(lambda: searched(storage))
+        assert "was lost; it goes on behind its last evaluation" in (tmp_path / "errors").read_text()
+    assert_as_undisturbed(undisturbed, storage, before)
+
+
+def test_a_search_whose_driver_is_killed_goes_on_behind_its_last_evaluation(
+    undisturbed: Rows, weights: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "s"
+    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
+        job.until(lambda: midway(storage))
+        os.kill(job.process.pid, signal.SIGKILL)
+        assert job.process.wait(10) == -signal.SIGKILL
+    before = rows_so_far(storage)
+    assert 6 <= sum(map(len, before.values())) < LAYERS * 30
+    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
+        job.until(lambda: searched(storage))
+    assert_as_undisturbed(undisturbed, storage, before)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes of one each, all on this machine."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def test_a_node_that_is_lost_costs_the_evaluation_under_way(
+    undisturbed: Rows, weights: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    storage = tmp_path / "s"
+    arguments = command(storage, weights, **SEARCHED)
+    with started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job:
+        job.until(lambda: midway(storage) and len(rows_so_far(storage)) == 2)  # one layer on each node
+        before = rows_so_far(storage)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        job.until(lambda: searched(storage))
+    assert_as_undisturbed(undisturbed, storage, before)
+
+
+def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
+    text = "from torch import nn\n\ndef few(num_classes=3):\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))\n"
+    (tmp_path / "narrow.py").write_text(text)
+    given = command(
+        tmp_path / "s", Path("train"), **{**SEARCHED, "search_evaluations": 6, "search_parallel": 2}
+    )
+    names = [f"--model={name}" for name in ("lenet_300_100", "narrow:few", "lenet5")]
+    arguments = [*given, *names, "--baseline-epochs=2", "--input-size=28"]
+    with started(arguments, tmp_path / "errors", PYTHONPATH=str(tmp_path)) as job:
+        ended = job.wait()
+    assert ended.code == 1
+    (line,) = ended.lines
+    assert line.startswith("compress: narrow.few: expected a network that takes images of (3, 28, 28)")
+    runs = {run.model: run.store for run in manifest.committed(Store(tmp_path / "s"))}
+    assert set(runs) == {"lenet5", "lenet_300_100"}
+    for store in runs.values():
+        assert manifest.verify(store) == []
+        trials = tables.from_bytes(store.read("trials.parquet"))
+        assert set(trials["step"].to_pylist()) == set(range(6))
+    assert (tmp_path / "errors").read_text().count("search: done") == 1
