@@ -1,8 +1,8 @@
 """`make bench-search`, third part: the searched (p, b) of every layer against one (p, b) for all, at the same file size after equal fine-tuning.
 
 ResNet-20 on CIFAR-10 from the given weights. Searched: the product's own search, its choice for `--bytes`. Global: for every b the p (in steps of
-0.001) whose layers take as many bytes as the searched ones, and of these pairs the one with the lowest error of the whole network on the search's
-images, before training. Both are fine-tuned by the product's own loop (same data, batches, epochs, schedule) and packed into files; top-1 of the
+0.001) whose file takes as many bytes as the searched one after fine-tuning, to 1 % (in up to three attempts, since files grow or shrink on the way), and
+of these the b that scores best on the first seed's validation images. Both are fine-tuned by the product's own loop (same data, batches, epochs, schedule) and packed into files; top-1 of the
 decoded files on the test set, on which nothing is selected. One (variant, seed) is one unit: its JSON is stored when it ends and is not measured again.
 """
 
@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
 from clipq_ray.evaluate import evaluate
 from clipq_ray.groups import grouped
-from clipq_ray.operator import bake, make_plan
-from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
+from clipq_ray.operator import make_plan
+from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.stages import schedule_of
 from clipq_ray.storage import Store
@@ -39,11 +40,8 @@ from clipq_ray.work import (
     layer_bytes,
     read_state,
     read_trials,
-    search_images,
     write_state,
 )
-
-VARIANTS = ("searched", "global")
 
 
 def silent(*_: Any) -> None:
@@ -98,28 +96,30 @@ class Bench:
             total += layer_bytes(self.source.config, codec.coded(quantize(weight, theta, share), share))
         return total
 
-    def one_for_all(self, budget: int) -> dict[str, Theta]:
-        """The best of the pairs (p, b) that take `budget` bytes."""
-        images = search_images(self.source.data().train, self.source.config.search_images, self.seed)
-        found: list[tuple[float, dict[str, Theta]]] = []
-        for b in range(BITS_MIN, BITS_MAX + 1):
-            low, high = 0, 999
-            while low < high:
-                middle = (low + high) // 2
-                if self.bytes_of(dict.fromkeys(self.layers, Theta(middle / 1000, b))) > budget:
-                    low = middle + 1
-                else:
-                    high = middle
-            thetas = dict.fromkeys(self.layers, Theta(low / 1000, b))
-            model = self.source.network()
-            model.load_state_dict(self.model.state_dict())
-            bake(model, make_plan(model, thetas))
-            result = evaluate(model, images, batch_size=250)
-            found.append((1 - result.top1, thetas))
-            print(
-                f"  global p {low / 1000} b {b}: error {100 * (1 - result.top1):.2f} % untrained", flush=True
-            )
-        return min(found, key=lambda one: one[0])[1]
+    def one_for_all(self, b: int, budget: float) -> dict[str, Theta]:
+        """The mildest p, in steps of 0.001, with which all layers take at most `budget` bytes at bit width `b`."""
+        low, high = 0, 999
+        while low < high:
+            middle = (low + high) // 2
+            if self.bytes_of(dict.fromkeys(self.layers, Theta(middle / 1000, b))) > budget:
+                low = middle + 1
+            else:
+                high = middle
+        return dict.fromkeys(self.layers, Theta(low / 1000, b))
+
+    def same_size(self, b: int, wanted: int, grows: float) -> dict[str, Any]:
+        """The unit of one (p, b) whose file takes as many bytes as `wanted` after fine-tuning, to 1 %; `grows`: by how much it is expected to grow."""
+        attempts: list[dict[str, Any]] = []
+        for _ in range(3):
+            thetas = self.one_for_all(b, wanted / grows - self.other)
+            print(f"  global p {thetas[self.layers[0]].p} b {b}", flush=True)
+            found = self.unit(thetas, f"global-b{b}-{len(attempts)}")
+            attempts.append({name: found[name] for name in ("bytes", "predicted_bytes", "test_top1_percent")})
+            print(f"  {attempts[-1]}, wanted {wanted}", flush=True)
+            if abs(found["bytes"] / wanted - 1) <= 0.01:
+                break
+            grows = found["bytes"] / found["predicted_bytes"]
+        return {**found, "attempts": attempts}
 
     def unit(self, thetas: dict[str, Theta], variant: str) -> dict[str, Any]:
         """Fine-tune, pack, and score the decoded file."""
@@ -148,25 +148,42 @@ class Bench:
         }  # fmt: skip
 
 
-def measured(given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """All units, those that are missing measured first."""
-    folder = RESULTS / "search-global-units"
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
-    for seed in range(given.seeds):
-        with tempfile.TemporaryDirectory() as place:
-            bench: Bench | None = None
-            for variant in VARIANTS:
-                path = folder / f"{variant}-{given.bytes}-e{given.epochs}-seed{seed}.json"
-                if not path.exists():
-                    print(f"{variant}, seed {seed}", flush=True)
-                    bench = bench or Bench(given, seed, Path(place))
-                    thetas = bench.searched()
-                    if variant == "global":
-                        thetas = bench.one_for_all(bench.bytes_of(thetas))
-                    path.write_text(json.dumps(bench.unit(thetas, variant)) + "\n", encoding="utf-8")
-                found[variant].append(json.loads(path.read_text("utf-8")))
-    return found
+class Units:
+    """What was measured, by name; what is missing is measured when it is asked for."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self._bench = given, dict[int, Bench]()
+        self._folder = RESULTS / "search-global-units"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._place = tempfile.TemporaryDirectory()
+
+    def _named(self, name: str, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self._folder / f"{name}-{self.given.bytes}-e{self.given.epochs}-seed{seed}.json"
+        if not path.exists():
+            print(f"{name}, seed {seed}", flush=True)
+            path.write_text(json.dumps(make()) + "\n", encoding="utf-8")
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return found
+
+    def bench(self, seed: int) -> Bench:
+        """The network and data of a seed."""
+        if seed not in self._bench:
+            self._bench[seed] = Bench(self.given, seed, Path(self._place.name) / str(seed))
+        return self._bench[seed]
+
+    def searched(self, seed: int) -> dict[str, Any]:
+        """The search's choice, fine-tuned."""
+
+        def make() -> dict[str, Any]:
+            bench = self.bench(seed)
+            return bench.unit(bench.searched(), "searched")
+
+        return self._named("searched", seed, make)
+
+    def one_for_all(self, b: int, seed: int, grows: float) -> dict[str, Any]:
+        """One (p, b), fine-tuned, of the size of the searched one."""
+        wanted = self.searched(seed)["bytes"]
+        return self._named(f"global-b{b}", seed, lambda: self.bench(seed).same_size(b, wanted, grows))
 
 
 def main() -> int:
@@ -177,10 +194,23 @@ def main() -> int:
     parser.add_argument("--bytes", type=int, default=48_000, help="of the file")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--evaluations", type=int, default=18)
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[2, 3, 4], help="bit widths of the global setting"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=0.02)
     given = parser.parse_args()
-    found = measured(given)
+    units = Units(given)
+    searched = [units.searched(0)]
+    # which b is decided on the validation images of the first seed
+    trials = {b: units.one_for_all(b, 0, 1.0) for b in given.bits}
+    best = max(trials, key=lambda b: trials[b]["validation_top1_percent"])
+    one = [trials[best]]
+    grows = one[0]["bytes"] / one[0]["predicted_bytes"]
+    for seed in range(1, given.seeds):
+        searched.append(units.searched(seed))
+        one.append(units.one_for_all(best, seed, grows))
+    found = {"searched": searched, "global": one}
     place = f"search_global/resnet20-cifar10/{given.bytes}bytes-{given.epochs}epochs"
     rows: list[Row] = []
     for variant, runs in found.items():
@@ -195,6 +225,9 @@ def main() -> int:
         )
     pairs = list(zip(found["searched"], found["global"], strict=True))
     gains = [a["test_top1_percent"] - b["test_top1_percent"] for a, b in pairs]
+    for b, unit in trials.items():
+        rows.append(Row(f"{place}/global/b{b}/test_top1", unit["test_top1_percent"], "%", n=1))
+        rows.append(Row(f"{place}/global/b{b}/bytes", float(unit["bytes"]), "bytes", n=1))
     rows.append(row(f"{place}/searched_minus_global", gains, "points", goal=0.0, better="higher"))
     print(f"stored in {write('search_global', rows)}")
     return 0

@@ -384,4 +384,8 @@ def test_of_a_network_of_two_layers_the_best_thetas_are_found(
         step_group(measures, alone(layer), trials, settings)
     for tradeoff in LADDER:
         best = min(one.objective(tradeoff) for one in enumerated[layer])
-        assert best <= min(one.objective(tradeoff) for one in trials) <= best + 1 / 400 + tradeoff * 2 / (4 * 276)  # an image, two bytes
+        assert (
+            best
+            <= min(one.objective(tradeoff) for one in trials)
+            <= best + 1 / 400 + tradeoff * 2 / (4 * 276)
+        )  # an image, two bytes

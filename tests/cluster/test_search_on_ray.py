@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_process import command, finished, processes, started
+from job_process import ROOT, command, finished, processes, started
+from PIL import Image
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from clipq_ray import manifest, tables
@@ -140,6 +142,16 @@ def test_a_node_that_is_lost_costs_the_evaluation_under_way(
     assert_as_undisturbed(undisturbed, storage, before)
 
 
+def digit_images(folder: Path) -> str:
+    """The digits as an image folder; its path relative to where jobs run."""
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images[:400], digits.target[:400], strict=True)):
+        place = folder / "train" / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype("uint8")).resize((28, 28)).save(place / f"{number}.png")
+    return os.path.relpath(folder, ROOT)
+
+
 def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
     text = "from torch import nn\n\ndef few(num_classes=3):\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))\n"
     (tmp_path / "narrow.py").write_text(text)
@@ -147,7 +159,8 @@ def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_
         tmp_path / "s", Path("train"), **{**SEARCHED, "search_evaluations": 6, "search_parallel": 2}
     )
     names = [f"--model={name}" for name in ("lenet_300_100", "narrow:few", "lenet5")]
-    arguments = [*given, *names, "--baseline-epochs=2", "--input-size=28"]
+    data = [f"--data={digit_images(tmp_path / 'digits')}", "--validation-images=100"]
+    arguments = [*given, *names, *data, "--baseline-epochs=2", "--input-size=28"]
     with started(arguments, tmp_path / "errors", PYTHONPATH=str(tmp_path)) as job:
         ended = job.wait()
     assert ended.code == 1
