@@ -47,6 +47,8 @@ bench-joint: install
 bench-search: install
 	$(BIN)/python bench/search.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 	$(BIN)/python bench/search_cost.py --shared $(CLIPQ_SHARED)
+	$(BIN)/python bench/search_engine.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
+	$(BIN)/python bench/search_global.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 
 bench-codec: install .venv-nncodec/installed
 	$(BIN)/python bench/codec.py --weights $(CLIPQ_SHARED)/weights

@@ -122,6 +122,12 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=1, help="passes over all layers of ResNet-20 (default: %(default)s)"
     )
+    parser.add_argument(
+        "--resnet50-images",
+        type=int,
+        default=12,
+        help="images that ResNet-50 is measured on (default: %(default)s)",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     resnet20 = models.build(models.architecture("resnet20", 10, {})).eval()
@@ -135,10 +141,11 @@ def main() -> None:
     torch.manual_seed(0)
     resnet50 = models.build(models.architecture("resnet50", 1000, {})).eval()
     random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (4, 3, 224, 224), dtype=np.uint8)
+    count = given.resnet50_images
+    pixels = random.integers(0, 256, (count, 3, 224, 224), dtype=np.uint8)
     way = Preprocessing((3, 224, 224), None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    images = TensorSplit(pixels, random.integers(0, 1000, 4), way)
-    rows += network("search/resnet50-random-weights", resnet50, images, 4, 1)
+    images = TensorSplit(pixels, random.integers(0, 1000, count), way)
+    rows += network("search/resnet50-random-weights", resnet50, images, count, 1)
     print(write("search_cost", rows))
 
 

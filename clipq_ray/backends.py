@@ -54,6 +54,10 @@ class Backend(Protocol):
         """The bytes of the object, None if there is none."""
         ...
 
+    def modified(self, name: str) -> float:
+        """When the object was last written, by the clock of the storage [s since 1970]."""
+        ...
+
     def names(self, prefix: str) -> list[str]:
         """All objects whose relative name begins with `prefix`."""
         ...
@@ -144,6 +148,10 @@ class Directory:
             return path.stat().st_size if path.is_file() else None
         except FileNotFoundError:
             return None
+
+    def modified(self, name: str) -> float:
+        """When the object was last written, by the clock of the storage [s since 1970]."""
+        return (self.root / name).stat().st_mtime
 
     def names(self, prefix: str) -> list[str]:
         """All objects whose relative name begins with `prefix`."""
@@ -236,6 +244,10 @@ class Objects:
         except FileNotFoundError:
             return None
         return int(info["size"]) if info["type"] == "file" else None
+
+    def modified(self, name: str) -> float:
+        """When the object was last written, by the clock of the storage [s since 1970]."""
+        return float(self.connection.open().modified(self._at(name)).timestamp())
 
     def names(self, prefix: str) -> list[str]:
         """All objects whose relative name begins with `prefix`."""

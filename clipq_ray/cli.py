@@ -1,7 +1,7 @@
 """The `clipq` command: look at what a job stored, check it, and take it elsewhere.
 
     clipq inspect URI                     the table of a packed network, from the file alone
-    clipq verify URI                      every hash of a file, a run or a whole storage
+    clipq verify URI                      every hash of a file, a run, a fleet or a whole storage
     clipq export URI OUT                  dense for other tools: OUT.safetensors, OUT.onnx, or a Hugging Face style folder OUT/
 
 URIs are local paths or anything that fsspec opens. Exit code 0: all is well; 2: damage, or a mistake in the input (one line on stderr,
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipq_ray import console
 from clipq_ray.errors import StorageError
-from clipq_ray.manifest import checked, committed, read_manifest, verify, verify_clq
+from clipq_ray.manifest import checked, committed, fleets, read_manifest, verify, verify_clq, verify_fleet
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _URIS = {
     "inspect": "a .clq file or a run directory",
-    "verify": "a .clq file, a run directory or a storage that holds runs",
+    "verify": "a .clq file, a run or fleet directory, or a storage that holds them",
     "export": "a .clq file or a run directory",
 }
 
@@ -81,7 +81,7 @@ def inspect_command(uri: str) -> int:
 
 
 def verify_command(uri: str) -> int:
-    """Check every hash: of one .clq file, of all files of a run, or of all committed runs of a storage. Exit code 2 on damage."""
+    """Check every hash: of one .clq file, of all files of a run, of a fleet and its runs, or of all that a storage holds. Exit code 2 on damage."""
     problems: list[str] = []
     count = 0
     for name, found in _checks(uri):
@@ -90,7 +90,7 @@ def verify_command(uri: str) -> int:
         for line in found or [f"{name}: ok"]:
             print(line)
     if count > 1:
-        print(f"{count} runs: {'all ok' if not problems else f'{len(problems)} problems'}")
+        print(f"{count} checked: {'all ok' if not problems else f'{len(problems)} problems'}")
     return 2 if problems else 0
 
 
@@ -207,15 +207,30 @@ def _checks(uri: str) -> Iterator[tuple[str, list[str]]]:
         return
     store = Store(uri)
     if store.exists(MANIFEST):
-        yield uri, verify(store)
+        if store.uri.rpartition("/")[2].startswith("fleet="):
+            yield from _fleet_checks(store)
+        else:
+            yield uri, verify(store)
         return
-    runs = committed(store)
-    if not runs:
+    runs, several = committed(store), fleets(store)
+    for fleet in several:
+        yield fleet.uri, verify_fleet(fleet, store)
+    if not runs and not several:
         raise StorageError(
             f"expected a .clq file, a run directory or a storage with committed runs, got none at {uri}; check the URI"
         )
     for run in runs:
         yield run.store.uri, verify(run.store)
+
+
+def _fleet_checks(fleet: Store) -> Iterator[tuple[str, list[str]]]:
+    """A fleet, and each of its runs that is there."""
+    storage = Store(fleet.uri.rpartition("/")[0])
+    yield fleet.uri, (problems := verify_fleet(fleet, storage))
+    if not problems:
+        for model, run in read_manifest(fleet)["runs"].items():
+            store = storage.child(f"model={model}", f"run={run}")
+            yield store.uri, verify(store)
 
 
 def _file(uri: str) -> tuple[Store, str] | None:

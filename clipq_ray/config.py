@@ -7,6 +7,7 @@ Not covered: whether files exist or a network fits its data, which the baseline 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -80,6 +81,11 @@ class Config(BaseModel):
     # Where
     storage: str = Field("./runs", description="URI of the results: a folder, or s3://bucket/prefix")
     force: bool = Field(False, description="make a new run although one with the same inputs is committed")
+
+    on_claim: Literal["wait", "leave"] = Field(
+        "wait",
+        description="where another job makes the same run: wait for its end and take its result, or leave with exit code 1",
+    )
 
     # Intent
     max_drop: float | None = Field(
@@ -257,6 +263,11 @@ class Config(BaseModel):
         return self
 
     @property
+    def result_name(self) -> str:
+        """The name of the result in the storage."""
+        return self.name or self.model.replace(":", ".")
+
+    @property
     def memory_limit_bytes(self) -> int:
         """The limit of decoded images in memory, in bytes."""
         return math.floor(self.memory_limit_gib * 2**30)
@@ -269,10 +280,18 @@ class Config(BaseModel):
 
 def make(**options: Any) -> Config:
     """A validated configuration; `ConfigError` in one line names every option that is wrong."""
+    found, problems = checked(options)
+    if found is None:
+        raise ConfigError("; ".join(text for _, text in problems))
+    return found
+
+
+def checked(options: Mapping[str, Any]) -> tuple[Config | None, list[tuple[str | None, str]]]:
+    """The configuration, or None and what is wrong: a line each, with the option that it is about if it is about one."""
     try:
-        return Config(**options)
+        return Config(**options), []
     except ValidationError as error:
-        raise ConfigError("; ".join(_one(detail) for detail in error.errors())) from error
+        return None, [(str(d["loc"][0]) if d["loc"] else None, _one(d)) for d in error.errors()]
 
 
 def _one(detail: Any) -> str:

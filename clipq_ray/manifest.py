@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _RUN = re.compile(rf"model=([^/]+)/run=([^/]+)/{re.escape(MANIFEST)}")
+_FLEET = re.compile(rf"fleet=([^/]+)/{re.escape(MANIFEST)}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SELF = "manifest_sha256"
 _log = logging.getLogger(__name__)
@@ -60,6 +61,14 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
         run.child(WORK).remove_tree()
     except StorageError as error:
         _log.warning("the run is committed, but its checkpoints could not be removed: %s", error)
+
+
+def replace(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    """Write files and manifest in place of others: for what is a summary of runs, and no run itself."""
+    content = _manifest_bytes(files, manifest)
+    for name, data in files.items():
+        store.write(name, data)
+    store.write(MANIFEST, content)
 
 
 def read_manifest(run: Store) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def verify(run: Store) -> list[str]:
         return [str(error)]
     problems = [] if _SELF in manifest else [f"{run.uri}/{MANIFEST}: expected a {_SELF}, got none"]
     for key, value in (part.split("=", 1) for part in run.uri.split("/")[-2:] if "=" in part):
-        if key in ("model", "run") and manifest.get(key) != value:
+        if key in ("model", "run", "fleet") and manifest.get(key) != value:
             problems.append(
                 f"{run.uri}/{MANIFEST}: expected {key} {value!r} as in the path, got {manifest.get(key)!r}"
             )
@@ -141,6 +150,28 @@ def verify_clq(data: bytes, origin: str) -> list[str]:
 def committed(storage: Store) -> list[CommittedRun]:
     """All committed runs of a storage, sorted by model and run; one listing."""
     return _committed_among(storage, storage.names("model="))
+
+
+def fleets(storage: Store) -> list[Store]:
+    """The directories of all fleets that have a manifest, sorted by name."""
+    found = (_FLEET.fullmatch(name) for name in storage.names("fleet="))
+    return [storage.child(f"fleet={match[1]}") for match in found if match]
+
+
+def verify_fleet(fleet: Store, storage: Store) -> list[str]:
+    """What is wrong with a fleet's own files, and which of its runs `storage` does not hold; the runs' files are not looked at."""
+    if problems := verify(fleet):
+        return problems
+    runs = read_manifest(fleet).get("runs", {})
+    missing = [
+        (model, run)
+        for model, run in runs.items()
+        if not storage.child(f"model={model}", f"run={run}").exists(MANIFEST)
+    ]
+    return [
+        f"{fleet.uri}/{MANIFEST}: expected run {run} of {model} to be committed, got no {MANIFEST}; submit the fleet again"
+        for model, run in missing
+    ]
 
 
 def open_layers(storage: str | os.PathLike[str] | Store) -> ds.Dataset:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from clipq_ray.config import INTENTS, Config, make, unknown
 from clipq_ray.console import OneLineParser
 from clipq_ray.errors import ConfigError
+from clipq_ray.fleet.file import Fleet, read
 
 
 def parser(description: str) -> OneLineParser:
@@ -28,6 +29,11 @@ def parser(description: str) -> OneLineParser:
     )
     result.add_argument(
         "--config", metavar="FILE", help="YAML file that holds the same options, e.g. target_ratio: 20"
+    )
+    result.add_argument(
+        "--fleet",
+        metavar="FILE",
+        help="YAML file that names many networks with their options, see clipq_ray/fleet/file.py; options of the command line take the place of its defaults",
     )
     for name, field in Config.model_fields.items():
         _add(result, name, field)
@@ -62,21 +68,27 @@ def _metavar(kinds: set[Any]) -> str:
     return "LIST"
 
 
-def parse_all(arguments: Sequence[str], description: str) -> list[Config]:
-    """The configurations of a command line, one for each `--model`; `ConfigError` for anything wrong in it or in its file."""
+def parse_all(arguments: Sequence[str], description: str) -> Fleet:
+    """The networks of a command line: of its `--fleet`, or one for each `--model`; `ConfigError` for anything wrong in it or in its files."""
     known, rest = parser(description).parse_known_args(list(arguments))
     if rest:
         raise ConfigError(unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
     given = vars(known)
-    path = given.pop("config")
+    path, fleet = given.pop("config"), given.pop("fleet")
     filed = read_yaml(path) if path else {}
     if any(name in given for name in INTENTS):  # an intent of the command line replaces that of the file
         filed = {name: value for name, value in filed.items() if name not in INTENTS}
     options = {**filed, **{name: _value(name, text) for name, text in given.items() if name != "model"}}
+    if fleet:
+        if "model" in given or options.get("model"):
+            raise ConfigError(
+                "--fleet: expected its file to name the networks, got --model as well; leave one out"
+            )
+        return read(fleet, options)
     names = given.get("model") or [filed.get("model")]
-    if len(names) == 1:
-        return [make(**{**options, **({"model": names[0]} if names[0] is not None else {})})]
-    return _several(names, options)
+    if len(names) > 1:
+        return Fleet(None, tuple(_several(names, options)))
+    return Fleet(None, (make(**{**options, **({"model": names[0]} if names[0] is not None else {})}),))
 
 
 def _several(names: Sequence[str], options: Mapping[str, Any]) -> list[Config]:
@@ -92,7 +104,7 @@ def _several(names: Sequence[str], options: Mapping[str, Any]) -> list[Config]:
     if one:
         option = "--" + one[0].replace("_", "-")
         raise ConfigError(
-            f"{option}: expected one --model with it, got {len(names)}; leave it out or give each network its own job"
+            f"{option}: expected one --model with it, got {len(names)}; leave it out or use --fleet"
         )
     return [make(**{**options, "model": name}) for name in names]
 

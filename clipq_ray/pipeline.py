@@ -1,14 +1,16 @@
 """The stages of a network, top to bottom: baseline, search, dense control, rounds of fine-tuning and packing, verification, commit.
 
 Decisions use training and validation images only; the test set is looked at for the report. Sizes come from the file, accuracies from the
-decoded file. A job that is run again continues behind the last finished stage (`stages`). Several networks are searched together (`searching`). Not covered: training them at a time.
+decoded file. A job that is run again continues behind the last finished stage (`stages`). Several networks are searched together (`searching`).
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import identity, loading, manifest, models, network, results, rounds, stages, together
+from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.errors import ClipqError, FormatError, RunError
 from clipq_ray.evaluate import Evaluation
@@ -36,6 +38,8 @@ from clipq_ray.work import (
     write_state,
 )
 
+_WAIT_SECONDS = 5.0  # between two looks at a run that another job makes
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -54,13 +58,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Own:
+    """A run that is this job's to make."""
+
+    run_id: str
+    target: Store
+    claim: claims.Claim
+
+
+@dataclass(frozen=True)
 class Prepared:
     """One network that is ready to be searched."""
 
     run: Run
-    run_id: str
+    own: Own
     inputs: Mapping[str, Any]
-    target: Store
     weights: Store
     baseline: Mapping[str, Evaluation | None]
     model: nn.Module
@@ -71,7 +83,7 @@ class Prepared:
     @property
     def work(self) -> Store:
         """Where unfinished trainings keep their checkpoints."""
-        return self.target.child(WORK)
+        return self.own.target.child(WORK)
 
 
 def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
@@ -86,34 +98,68 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     return result
 
 
-def compress_all(sources: Sequence[Source], engine: Engine, reporter: Reporter) -> list[Result | ClipqError]:
-    """Compress several networks, of different names: all are prepared, then searched together, then finished one after the other.
+def compress_all(
+    sources: Sequence[Source], engine: Engine, reporter: Reporter, *, trainings: int = 1
+) -> list[Result | ClipqError]:
+    """Compress several networks, of different names: all are prepared, then searched together, then finished, so many trainings at a time.
 
-    As `compress`; one that fails leaves its error in its place and does not stop the others.
+    As `compress`; one that fails leaves its error in its place and does not stop the others. Only trainings overlap: what this process does itself, it
+    does for one network at a time, since its seeds and threads are one.
     """
+    turn = threading.Lock()
     own = [reporter.about(source.name) if len(sources) > 1 else reporter for source in sources]
-    ready = [_caught(_prepare, source, engine, one) for source, one in zip(sources, own, strict=True)]
-    open_ones = [one for one in ready if isinstance(one, Prepared)]
-    errors = search_all([one.search for one in open_ones], engine, reporter)
-    searched = iter(errors)
-    results: list[Result | ClipqError] = []
-    for one in ready:
-        if isinstance(one, Prepared):
-            error = next(searched)
-            results.append(_caught(_finish, one) if error is None else error)
-        else:
-            results.append(one)
-    return results
-
-
-def _caught(step: Callable[..., T], *given: Any) -> T | ClipqError:
+    runs = list(zip(sources, own, strict=True))
+    at_once = trainings if engine.parallel else 1
+    ready = _each(lambda one: _prepare(one[0], engine, one[1], turn), runs, turn, at_once)
     try:
-        return step(*given)
-    except ClipqError as error:
-        return error
+        return _searched_and_finished(ready, engine, reporter, turn, at_once)
+    finally:
+        for one in ready:
+            if isinstance(one, Prepared):
+                one.own.claim.give_back()
 
 
-def _prepare(source: Source, engine: Engine, reporter: Reporter) -> Prepared | Result:
+def _searched_and_finished(
+    ready: Sequence[Prepared | Result | ClipqError],
+    engine: Engine,
+    reporter: Reporter,
+    turn: threading.Lock,
+    at_once: int,
+) -> list[Result | ClipqError]:
+    waiting = [number for number, one in enumerate(ready) if isinstance(one, Prepared)]
+    errors = search_all([one.search for one in ready if isinstance(one, Prepared)], engine, reporter)
+    ended: list[Any] = list(ready)
+    for number, error in zip(waiting, errors, strict=True):
+        ended[number] = error or ready[number]
+    searched = [number for number, one in enumerate(ended) if isinstance(one, Prepared)]
+    finished = _each(_finish, [ended[number] for number in searched], turn, at_once)
+    for number, result in zip(searched, finished, strict=True):
+        ended[number] = result
+    return ended
+
+
+def _each(
+    step: Callable[[S], T], given: Sequence[S], turn: threading.Lock, at_once: int
+) -> list[T | ClipqError]:
+    """What `step` makes of each, or its error; `at_once` threads, of which one runs at a time unless it waits for a training."""
+
+    def in_turn(one: S) -> T | ClipqError:
+        with turn:
+            try:
+                return step(one)
+            except ClipqError as error:
+                return error
+
+    if at_once == 1 or len(given) < 2:
+        return [in_turn(one) for one in given]
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        return list(pool.map(in_turn, given))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt must not wait for trainings
+
+
+def _prepare(source: Source, engine: Engine, reporter: Reporter, turn: threading.Lock) -> Prepared | Result:
     """Everything before the search; the result of a run that is committed already."""
     config = source.config
     storage = Store(config.storage)
@@ -123,33 +169,66 @@ def _prepare(source: Source, engine: Engine, reporter: Reporter) -> Prepared | R
     reporter.say(f"data: opening {config.data}")
     data = source.data()
     source.check_fit()
-    run = Run(source, engine, reporter, storage, data, started, notes=list(data.notes))
+    run = Run(source, engine, reporter, storage, data, started, turn, notes=list(data.notes))
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(run)
     inputs = identity.of_run(source, data, state_given)
-    run_id, committed = identity.run_id(storage, source.name, inputs, force=config.force)
-    target = run_store(storage, source.name, run_id)
-    if committed is not None:
-        if problems := manifest.verify(target):
-            raise FormatError(
-                f"the committed run at {target.uri} is damaged: {problems[0]}; use --force for a new one"
-            )
-        reporter.say(f"run {run_id} is committed already at {target.uri}; --force makes a new one")
-        return Result(target.uri, committed, True)
+    own = _claimed(run, inputs)
+    if isinstance(own, Result):
+        return own
+    try:
+        return _ready(run, own, inputs, state_given, origin)
+    except BaseException:
+        own.claim.give_back()
+        raise
+
+
+def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
+    """The run that is to be made, or its result where it is committed already; waits for another job that makes it, or leaves it that."""
+    name, said = run.source.name, ""
+    while True:
+        run_id, committed = identity.run_id(run.storage, name, inputs, force=run.config.force)
+        target = run_store(run.storage, name, run_id)
+        if committed is not None:
+            if problems := manifest.verify(target):
+                raise FormatError(
+                    f"the committed run at {target.uri} is damaged: {problems[0]}; use --force for a new one"
+                )
+            again = "" if said else "; --force makes a new one"
+            run.reporter.say(f"run {run_id} is committed already at {target.uri}{again}")
+            return Result(target.uri, committed, True)
+        found = claims.claim(target.child(WORK))
+        if isinstance(found, claims.Claim):
+            return Own(run_id, target, found)
+        words = f"run {run_id} is being made by another job ({found.words})"
+        if run.config.on_claim == "leave":
+            raise RunError(f"{words}; run again when it has ended, or with --on-claim wait")
+        if words != said:
+            run.reporter.say(f"{words}; waiting for it, --on-claim leave would end here")
+        said = words
+        with run.away():
+            time.sleep(_WAIT_SECONDS)
+
+
+def _ready(
+    run: Run, own: Own, inputs: Mapping[str, Any], state_given: dict[str, Tensor] | None, origin: str
+) -> Prepared:
+    """Everything of this job's own run before the search."""
+    source, config, data = run.source, run.config, run.data
     model = source.network()
     sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
     inventory = network.inventory(model, sample, config.keep)
     groups = grouped(model, [layer.name for layer in inventory.layers], config.groups)
-    weights, baseline = _baseline(run, state_given, origin, target.child(WORK))
+    weights, baseline = _baseline(run, state_given, origin, own.target.child(WORK))
     model.load_state_dict(read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
     search = planned(run, model, weights, inventory, groups, one_image(run))
-    return Prepared(run, run_id, inputs, target, weights, baseline, model, inventory, groups, search)
+    return Prepared(run, own, inputs, weights, baseline, model, inventory, groups, search)
 
 
 def _finish(given: Prepared) -> Result:
     """Everything behind the search."""
-    run, reporter, target, weights = given.run, given.run.reporter, given.target, given.weights
+    run, reporter, target, weights = given.run, given.run.reporter, given.own.target, given.weights
     prepare_process(run.config.threads_per_worker)
     trials = given.search.trials()
     reference_error = original_error(run, given.model)
@@ -171,9 +250,10 @@ def _finish(given: Prepared) -> Result:
     files, document = _files(given, made, trials, control, dense, reference_error)
     if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
         reporter.say(
-            f"run {given.run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
+            f"run {given.own.run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
         )
         return Result(target.uri, manifest.read_manifest(target), True)
+    given.own.claim.check()
     manifest.commit(target, files, document)
     given.work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)
@@ -188,7 +268,7 @@ def _files(
     with run.reporter.stage("verify"):
         scores = _scores(run, best, given.baseline, dense)
     document = results.document(
-        name=run.source.name, run_id=given.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
+        name=run.source.name, run_id=given.own.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
         choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
         promise=made.document("control" if control else "original"),
         together=_together(given, best, trials, reference_error),

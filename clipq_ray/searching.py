@@ -83,23 +83,25 @@ def planned(
 
 def search_all(searches: Sequence[Search], engine: Engine, reporter: Reporter) -> list[ClipqError | None]:
     """Make what is not there yet, all in one call of the engine; for each search the error that ended it, if one did."""
-    missing = [number for number, one in enumerate(searches) if not one.finished]
-    errors: list[ClipqError | None] = [None for _ in searches]
-    for number, one in enumerate(searches):
-        if number not in missing:
-            one.run.reused("search", one.key, one.store)
-    if not missing:
-        return errors
+    first: dict[str, Search] = {}
+    for one in searches:  # networks that differ behind the search share it
+        first.setdefault(one.task.output, one)
+    missing = [one for one in first.values() if not one.finished]
+    made: dict[str, ClipqError | None] = {}
     started = time.monotonic()
-    with reporter.stage("search") as progress:
-        found = engine.search([searches[number].task for number in missing], progress)
-    for number, error in zip(missing, found, strict=True):
-        errors[number], one = error, searches[number]
-        if error is None:
+    if missing:
+        with reporter.stage("search") as progress:
+            found = engine.search([one.task for one in missing], progress)
+        made = dict(zip((one.task.output for one in missing), found, strict=True))
+    for one in missing:
+        if made[one.task.output] is None:
             late = one.task.deadline is not None and time.time() > one.task.deadline
             one.store.write(DONE, json.dumps({"late": late}).encode())
             one.run.record("search", one.key, time.monotonic() - started, reused=False)
-    return errors
+    for one in searches:
+        if one not in missing and made.get(one.task.output) is None:
+            one.run.reused("search", one.key, one.store)
+    return [made.get(one.task.output) for one in searches]
 
 
 def scoring_images(run: Run) -> Split:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,16 +26,20 @@ from clipq_ray.finetune import Schedule
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.storage import Store, stage_store
-from clipq_ray.work import CURVE, Source, TrainTask, read_state
+from clipq_ray.work import CURVE, Source, TrainTask, prepare_process, read_state
 
 _DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7}
 """Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""
 _TAIL_SECONDS = 60.0  # kept free before a deadline for packing, verification and commit
 
 
+_MAKING: dict[str, threading.Lock] = {}
+"""The stages that were begun in this process, by URI."""
+
+
 @dataclass
 class Run:
-    """One run in the making: what the stages know and add."""
+    """One run in the making: what the stages know and add; `turn` is held by the run that works in this process."""
 
     source: Source
     engine: Engine
@@ -41,6 +47,7 @@ class Run:
     storage: Store
     data: Data
     started: float
+    turn: threading.Lock
     notes: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -60,6 +67,24 @@ class Run:
     ) -> Store:
         """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
         key, store = self.stage_store(name, inputs)
+        with self._alone(store):
+            return self._made(name, key, store, finished, make)
+
+    @contextmanager
+    def _alone(self, store: Store) -> Iterator[None]:
+        """No other run of this process makes the same stage."""
+        lock = _MAKING.setdefault(store.uri, threading.Lock())
+        if not lock.acquire(blocking=False):
+            with self.away():  # its maker needs this process to come to its end
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _made(
+        self, name: str, key: str, store: Store, finished: str, make: Callable[[Store, Any], None]
+    ) -> Store:
         if store.exists(finished):
             self.reused(name, key, store)
             return store
@@ -68,6 +93,16 @@ class Run:
             make(store, progress)
         self.record(name, key, time.monotonic() - started, reused=False)
         return store
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """While this run waits for other processes, another one may work in this one."""
+        self.turn.release()
+        try:
+            yield
+        finally:
+            self.turn.acquire()
+            prepare_process(self.config.threads_per_worker)
 
     def stage_store(self, name: str, inputs: Mapping[str, Any]) -> tuple[str, Store]:
         """The key and the store of what stage `name` makes of `inputs`."""
@@ -150,7 +185,8 @@ def trained(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
             work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage),
         )  # fmt: skip
-        run.engine.train(task, progress)
+        with run.away():
+            run.engine.train(task, progress)
 
     store = run.stage(stage, inputs, CURVE, make)
     run.notes += json.loads(store.read(CURVE))["notes"]

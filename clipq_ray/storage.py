@@ -28,6 +28,7 @@ MODEL = "model.clq"
 LAYERS = "layers.parquet"
 TRIALS = "trials.parquet"
 PREDICTIONS = "predictions.parquet"
+MODELS = "models.parquet"
 REPORT = "report.html"
 MANIFEST = "manifest.json"
 WORK = "_work"
@@ -102,6 +103,33 @@ class Store:
                 raise FileNotFoundError(errno.ENOENT, "there is no such object")
             return size
 
+    def modified(self, name: str) -> float:
+        """When the object was last written, by the clock of the storage [s since 1970]; `StorageError` if there is none."""
+        with _translated(self._at(name), "look up"):
+            return self._backend.modified(name)
+
+    def now(self) -> float:
+        """The clock of the storage [s since 1970], from an object that is written and removed."""
+        with self._probe(b"") as name, _translated(self._at(name), "look up"):
+            return self._backend.modified(name)
+
+    def exclusive(self) -> bool:
+        """Whether `create` is exclusive here: some stores overwrite in silence what should be created only once."""
+        with self._probe(b"1") as name, _translated(self._at(name), "write"):
+            return not self._backend.create(name, b"2") and self._backend.read(name) == b"1"
+
+    @contextlib.contextmanager
+    def _probe(self, data: bytes) -> Iterator[str]:
+        """A small object of a unique name that is never listed."""
+        name = f"{INTERNAL}probe-{uuid.uuid4().hex}"
+        with _translated(self.uri, "write to"):
+            self._backend.write(name, data)
+        try:
+            yield name
+        finally:
+            with _translated(self.uri, "remove a file from"):
+                self._backend.remove(name)
+
     def names(self, prefix: str = "") -> list[str]:
         """All objects whose relative name begins with `prefix`, at any depth, sorted; empty if the directory is not there."""
         if prefix.strip("/"):
@@ -122,15 +150,9 @@ class Store:
 
     def check_writable(self) -> None:
         """Write, read back and remove a small object of a unique name; `StorageError` if any of it fails."""
-        name, data = f"{INTERNAL}probe-{uuid.uuid4().hex}", os.urandom(64)
-        with _translated(self.uri, "write to"):
-            self._backend.write(name, data)
-        try:
-            with _translated(self.uri, "read back from"):
-                came = self._backend.read(name)
-        finally:
-            with _translated(self.uri, "remove a file from"):
-                self._backend.remove(name)
+        data = os.urandom(64)
+        with self._probe(data) as name, _translated(self.uri, "read back from"):
+            came = self._backend.read(name)
         if came != data:
             raise StorageError(
                 f"cannot use {self.uri}: {len(data)} bytes were written and {len(came)} other bytes came back; "
@@ -161,6 +183,11 @@ class Store:
 def run_store(storage: Store, model: str, run: str) -> Store:
     """The directory of one run, `model={model}/run={run}`; `ConfigError` if a name would not survive as a partition key."""
     return storage.child(f"model={_label('model name', model)}", f"run={_label('run id', run)}")
+
+
+def fleet_store(storage: Store, name: str) -> Store:
+    """The directory of a fleet's results, `fleet={name}`."""
+    return storage.child(f"fleet={_label('fleet name', name)}")
 
 
 def stage_store(storage: Store, stage: str, key: str) -> Store:

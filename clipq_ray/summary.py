@@ -14,7 +14,7 @@ def bytes_before(file: bytes) -> int:
 
 
 def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
-    """One row per run: network, parameters, bytes before and after, ratio, top-1 before and after; then where each lies."""
+    """One row per run: network, parameters, bytes before and after, ratio, top-1 before and after; totals of several; then where each lies."""
     rows = [
         (
             "network",
@@ -52,6 +52,23 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
             lines.append(promise_line(promise))
         lines.append(f"run: {uri}")
         lines += [f"note: {note}" for note in manifest["notes"]]
+    if len(manifests) > 1:
+        before, after = (
+            sum(one["metrics"][name] for one in manifests) for name in ("bytes_before", "bytes_after")
+        )
+        parameters = sum(one["metrics"]["parameters"] for one in manifests)
+        rows.append(
+            (
+                f"all {len(manifests)}",
+                f"{parameters:,}",
+                f"{before:,}",
+                f"{after:,}",
+                f"{before / after:.1f}x",
+                "",
+                "",
+                "",
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *lines])

@@ -1,6 +1,6 @@
 """The schemas of a run's tables, and Parquet in and out.
 
-`LAYERS` has one row per compressed layer, `TRIALS` one per evaluation of the search, `PREDICTIONS` one per test image. Every column
+`LAYERS` has one row per compressed layer, `TRIALS` one per evaluation of the search, `PREDICTIONS` one per test image, `MODELS` one per network of a fleet. Every column
 carries its description and unit in the field's metadata, which Parquet keeps; TABLES.md beside this file lists them for readers, and
 a test holds the two equal. The partition keys `model` and `run` stand in the path of a run, not in its files. Not covered: where the
 files lie (`storage`) and reading many runs at once (`manifest.open_layers`).
@@ -133,7 +133,39 @@ PREDICTIONS: pa.Schema = pa.schema(
 )
 """One row per test image."""
 
-SCHEMAS: dict[str, pa.Schema] = {"layers": LAYERS, "trials": TRIALS, "predictions": PREDICTIONS}
+MODELS: pa.Schema = pa.schema(
+    [
+        _column("model", pa.string(), "", "name of the result in the storage, unique in the fleet"),
+        _column("network", pa.string(), "", "the network's name: built-in, torchvision's, or package.module:function"),
+        _column("status", pa.string(), "", "committed or failed"),
+        _column("error", pa.string(), "", "why there is no run; null where there is one", null=True),
+        _column("run", pa.string(), "", "id of the committed run: it lies in model={model}/run={run}", null=True),
+        _column("reused", pa.bool_(), "", "whether it was committed before this submission", null=True),
+        _column("promise", pa.string(), "", "what was promised, in words", null=True),
+        _column("kept", pa.bool_(), "", "whether the file keeps it", null=True),
+        _column("parameters", pa.int64(), "parameters", "parameters of the network, buffers not counted", null=True),
+        _column("bytes_before", pa.int64(), "bytes", "4 bytes x all elements that inference reads", null=True),
+        _column("bytes", pa.int64(), "bytes", "the whole packed file", null=True),
+        _column("ratio", pa.float64(), "", "bytes_before / bytes", null=True),
+        _column("split", pa.string(), "", "images that the next columns are measured on: test or validation", null=True),
+        _column("images", pa.int64(), "images", "their number", null=True),
+        _column("top1_before_percent", pa.float64(), "%", "top-1 of the given network", null=True),
+        _column("top1_percent", pa.float64(), "%", "top-1 of the decoded file", null=True),
+        _column(
+            "drop_points", pa.float64(), "points", "top-1 lost against the reference on validation images, which the promise is about",
+            null=True,
+        ),
+        _column("seconds", pa.float64(), "s", "from the start of the job to the run's commit", null=True),
+    ]
+)  # fmt: skip
+"""One row per network of a fleet."""
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "models": MODELS,
+    "layers": LAYERS,
+    "trials": TRIALS,
+    "predictions": PREDICTIONS,
+}
 
 
 PARTITIONS: pa.Schema = pa.schema(

@@ -81,7 +81,7 @@ class Source:
     @property
     def name(self) -> str:
         """The name of the result in the storage."""
-        return self.config.name or self.config.model.replace(":", ".")
+        return self.config.result_name
 
     @property
     def data_options(self) -> str:

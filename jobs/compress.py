@@ -15,24 +15,30 @@ if __name__ == "__main__":  # a checkout runs without being installed, as in a R
 from clipq_ray import console, options
 from clipq_ray.api import make_engine
 from clipq_ray.errors import ClipqError
+from clipq_ray.fleet.results import write
 from clipq_ray.pipeline import Result, compress_all
 from clipq_ray.planning import dry_run
 from clipq_ray.progress import Reporter
+from clipq_ray.storage import Store
 from clipq_ray.summary import table
 from clipq_ray.work import Source
 
 
 def main(arguments: list[str]) -> int:
     """The job, from its arguments to the table at its end."""
-    configs = options.parse_all(arguments, __doc__ or "")
-    sources = [Source(config) for config in configs]
-    if configs[0].dry_run:
+    fleet = options.parse_all(arguments, __doc__ or "")
+    sources = [Source(config) for config in fleet.configs]
+    shared = fleet.configs[0]
+    if shared.dry_run:
         print("\n\n".join(dry_run(source) for source in sources))
         return 0
     for source in sources:
         source.check()
-    with make_engine(configs[0].engine) as engine:
-        found = compress_all(sources, engine, Reporter())
+    with make_engine(shared.engine) as engine:
+        found = compress_all(sources, engine, Reporter(), trainings=fleet.limits.trainings)
+    if fleet.name is not None:
+        store = write(Store(shared.storage), fleet.name, sources, found)
+        print(f"fleet: {store.uri}", file=sys.stderr)
     failed = [one for one in found if isinstance(one, ClipqError)]
     if len(found) == 1 and failed:
         raise failed[0]

@@ -17,7 +17,7 @@ from clipq_ray.errors import ConfigError, RunError
 
 def parsed(arguments: list[str]) -> Config:
     """The configuration of the one network that is named."""
-    (config,) = options.parse_all(arguments, "about")
+    (config,) = options.parse_all(arguments, "about").configs
     return config
 
 
@@ -173,7 +173,10 @@ def test_an_intent_of_the_command_line_replaces_that_of_the_file(tmp_path: Path)
 
 def test_every_model_gets_the_same_options() -> None:
     found = options.parse_all(["--model", "resnet50", "--epochs", "3", "--model", "vgg16"], "")
-    assert found == [make(model="resnet50", epochs=3), make(model="vgg16", epochs=3)]
+    assert (found.name, found.configs) == (
+        None,
+        (make(model="resnet50", epochs=3), make(model="vgg16", epochs=3)),
+    )
 
 
 @pytest.mark.parametrize(

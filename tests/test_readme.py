@@ -29,7 +29,7 @@ def test_the_command_of_the_record_is_a_valid_configuration() -> None:
     (command,) = re.findall(
         r"python jobs/compress\.py (--model.*?--search-evaluations \d+)", README, flags=re.DOTALL
     )
-    assert options.parse_all(command.replace("\\\n", " ").split(), "")[0].epochs == 10
+    assert options.parse_all(command.replace("\\\n", " ").split(), "").configs[0].epochs == 10
 
 
 def test_make_targets_exist() -> None:

@@ -16,7 +16,9 @@ from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
 
 class Engine(Protocol):
-    """Runs tasks to their end; what they make lies in their stores afterwards."""
+    """Runs tasks to their end; what they make lies in their stores afterwards. `parallel`: whether `train` may be called from several threads."""
+
+    parallel: bool
 
     def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
         """Search all groups of layers of all `tasks` that are not there yet; for each task the error that ended it, if one did."""
@@ -37,6 +39,8 @@ def _behind(progress: Progress, before: int, total: int, done: int, words: str) 
 
 class LocalEngine:
     """Everything in this process, one worker, no Ray: breakpoints, fast tests, laptops."""
+
+    parallel = False
 
     def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
         """Group by group."""

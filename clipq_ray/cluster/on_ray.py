@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 import threading
+import uuid
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -273,6 +274,8 @@ def _search_resources(config: Config) -> dict[str, float]:
 class RayEngine:
     """Runs tasks on the Ray cluster that `RAY_ADDRESS` or the job names, else on a Ray of its own on this machine."""
 
+    parallel = True
+
     def __init__(self) -> None:
         self._own = False
         self._folder = tempfile.TemporaryDirectory(prefix="clipq-ray-")
@@ -360,7 +363,7 @@ class RayEngine:
                 ),
                 torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
                 run_config=ray.train.RunConfig(
-                    name=f"{task.stage}-{os.getpid()}",
+                    name=f"{task.stage}-{uuid.uuid4().hex}",
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
                     **self._ray_storage(Store(task.checkpoints)),
                 ),

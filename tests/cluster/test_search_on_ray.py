@@ -142,6 +142,15 @@ def test_a_node_that_is_lost_costs_the_evaluation_under_way(
     assert_as_undisturbed(undisturbed, storage, before)
 
 
+def test_trials_share_a_gpu_by_its_fraction(weights: Path, tmp_path: Path, cluster: Cluster) -> None:
+    """The GPU is one by name only; what Ray packs onto it is the same."""
+    cluster.add_node(num_cpus=3, num_gpus=1)
+    storage, arguments = tmp_path / "s", command(tmp_path / "s", weights, **SEARCHED, search_gpu_share=0.5)
+    with started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job:
+        job.until(lambda: midway(storage))
+        assert len(rows_so_far(storage)) == 2  # and not three, for which there are CPUs
+
+
 def digit_images(folder: Path) -> str:
     """The digits as an image folder; its path relative to where jobs run."""
     digits = load_digits()

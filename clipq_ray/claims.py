@@ -1,0 +1,152 @@
+"""Who makes a run: one job at a time, by objects `claim-{n}` in the run's `_work`, each created only if it is not there, n rising.
+
+The owner writes its claim again every `BEAT_SECONDS`; one that was not written for `EXPIRED_SECONDS`, by the clock of the store, is dead, at once if
+its process ran on this machine and does no more; then the next job creates the one with the next number. A job that finds a higher number than its own has lost the run. What protects the result is not the claim
+but the commit (`manifest`): claims save work. Where a store has no conditional writes two jobs at the same moment may both go on, and that is said.
+Not covered: stages that several runs share; two jobs that make the same one write the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipq_ray.errors import RunError, StorageError
+from clipq_ray.storage import Store
+
+BEAT_SECONDS, EXPIRED_SECONDS = 15.0, 90.0
+_CLAIM = re.compile(r"claim-(\d{6})\.json")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a claim: `number` of the claim, and the words that name the job."""
+
+    number: int
+    words: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The claim with the highest number, 0 if there is none; `alive` where its job is, as far as can be seen."""
+
+    number: int
+    owner: str
+    words: str
+    alive: bool
+
+
+def _latest(work: Store) -> _Found:
+    numbers = [int(found[1]) for name in work.names() if (found := _CLAIM.fullmatch(name))]
+    if not numbers:
+        return _Found(0, "", "", False)
+    name = _name(max(numbers))
+    try:
+        content = json.loads(work.read(name))
+        owner, words = str(content["owner"]), str(content["words"])
+        gone = content["place"] == _place() and not _runs(content["process"])
+    except (ValueError, KeyError, TypeError):
+        owner, words, gone = "", "somebody", False  # of another version; its age counts
+    alive = not gone and work.now() - work.modified(name) <= EXPIRED_SECONDS
+    return _Found(max(numbers), owner, words, alive)
+
+
+def _place() -> str:
+    """This machine since its start, and this set of processes on it; empty where that cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _process(number: int) -> list[int]:
+    """A process and when it started [clock ticks since the machine's start]; empty where there is none."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if fields[0] in "ZX" else [number, int(fields[19])]
+
+
+def _runs(process: list[int]) -> bool:
+    return bool(process) and _process(process[0]) == process
+
+
+def _name(number: int) -> str:
+    return f"claim-{number:06d}.json"
+
+
+class Claim:
+    """A run that this job makes; kept alive until it is given back."""
+
+    def __init__(self, work: Store, number: int, owner: str) -> None:
+        self._work, self._number, self._owner = work, number, owner
+        self._end, self._lost = threading.Event(), False
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="claim")
+        self._thread.start()
+
+    def give_back(self) -> None:
+        """Others may make the run now."""
+        self._end.set()
+        self._thread.join()
+        try:
+            if not self._lost:
+                self._work.remove(_name(self._number))
+        except StorageError as failed:  # it expires by itself
+            log.warning("the claim on %s could not be given back: %s", self._work.uri, failed)
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_SECONDS):
+            try:
+                found = _latest(self._work)
+                if found.number > self._number or (
+                    found.number == self._number and found.owner != self._owner
+                ):
+                    self._lost = True
+                    return
+                self._work.write(_name(self._number), _content(self._owner))
+            except StorageError as failed:  # may pass; if not, the claim expires
+                log.warning("the claim on %s could not be kept alive: %s", self._work.uri, failed)
+
+    def check(self) -> None:
+        """`RunError` where another job has taken the run over, because this one was away for too long."""
+        if self._lost:
+            raise RunError(
+                f"another job took over {self._work.uri}, since this one did not answer for {EXPIRED_SECONDS:.0f} s; "
+                "what is finished is stored; run again to see the result"
+            )
+
+
+def _content(owner: str) -> bytes:
+    here = {
+        "place": _place(),
+        "process": _process(os.getpid()),
+        "words": f"{platform.node()}, process {os.getpid()}",
+    }
+    return json.dumps({"owner": owner, **here}).encode()
+
+
+def claim(work: Store) -> Claim | Holder:
+    """Claim the run whose `_work` this is; who holds it where somebody else does."""
+    owner = uuid.uuid4().hex
+    while True:
+        found = _latest(work)
+        if found.alive:
+            return Holder(found.number, found.words)
+        if work.create(_name(found.number + 1), _content(owner)):
+            break
+    if not work.exclusive():
+        log.warning(
+            "%s has no conditional writes: another job that is submitted at the same moment may make the same run, for nothing",
+            work.uri,
+        )
+    return Claim(work, found.number + 1, owner)

@@ -1,0 +1,142 @@
+"""A fleet in one process: every network is committed or named with the reason, and a second submission redoes nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clipq_ray import cli, manifest, tables
+from clipq_ray.storage import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS: dict[str, Any] = {
+    "engine": "local", "epochs": 1, "baseline_epochs": 2, "batch_size": 32, "search_evaluations": 4, "search_start": 3,
+    "search_images": 60, "target_ratio": 15, "rounds": 1,
+}  # fmt: skip
+
+
+def fleet(folder: Path, models: list[dict[str, Any]]) -> Path:
+    path = folder / "fleet.yaml"
+    content = {"name": "night", "defaults": {**DEFAULTS, "storage": str(folder / "s")}, "models": models}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def submitted(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--fleet", str(path), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=path.parent)
+
+
+GOOD = [{"model": "lenet5"}, {"model": "lenet5", "name": "smaller", "target_ratio": 25}]
+BROKEN = {"model": "lenet_300_100", "weights": "nowhere.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("fleet")
+    return folder, submitted(fleet(folder, [GOOD[0], BROKEN, GOOD[1]]))
+
+
+def rows(folder: Path) -> dict[str, dict[str, Any]]:
+    table = tables.from_bytes((folder / "s" / "fleet=night" / "models.parquet").read_bytes())
+    return {row["model"]: row for row in table.to_pylist()}
+
+
+def test_one_that_fails_stops_no_other_and_is_named(
+    night: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, ended = night
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    said = [line for line in ended.stderr.splitlines() if line.startswith("compress: ")]
+    assert len(said) == 1
+    assert said[0].startswith("compress: lenet_300_100: expected ")
+    assert "nowhere.safetensors" in said[0]
+    found = rows(folder)
+    assert list(found) == ["lenet5", "lenet_300_100", "smaller"]
+    assert [found[name]["status"] for name in found] == ["committed", "failed", "committed"]
+    assert found["lenet_300_100"]["error"] == said[0].removeprefix("compress: lenet_300_100: ")
+    assert found["smaller"]["bytes"] < found["lenet5"]["bytes"]
+
+
+def test_the_fleets_row_is_what_the_run_says(night: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = night
+    for name in ("lenet5", "smaller"):
+        row = rows(folder)[name]
+        store = Store(folder / "s").child(f"model={name}", f"run={row['run']}")
+        metrics = manifest.read_manifest(store)["metrics"]
+        assert (row["bytes"], row["ratio"]) == (metrics["bytes_after"], metrics["ratio"])
+        assert row["top1_percent"] == metrics["test"]["compressed"]["top1_percent"]
+        assert row["kept"] is True
+
+
+def test_the_table_has_totals(night: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, ended = night
+    found = [row for row in rows(folder).values() if row["status"] == "committed"]
+    (line,) = (line for line in ended.stdout.splitlines() if "all 2" in line)
+    assert f"{sum(row['bytes'] for row in found):,}" in line
+    stated = json.loads((folder / "s" / "fleet=night" / "manifest.json").read_text())
+    assert stated["totals"]["bytes"] == sum(row["bytes"] for row in found)
+    assert (stated["totals"]["committed"], stated["totals"]["failed"]) == (2, 1)
+
+
+def test_networks_that_differ_behind_the_search_share_it(
+    night: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = night
+    assert len(list((folder / "s" / "_stages").glob("search-*"))) == 1
+    assert len(list((folder / "s" / "_stages").glob("baseline-*"))) == 1
+    assert len(list((folder / "s" / "_stages").glob("finetune-*"))) == 2
+
+
+def test_a_second_submission_redoes_nothing_and_tries_what_failed(
+    night: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = night
+    before = {name: row["run"] for name, row in rows(folder).items()}
+    written = {path: path.stat().st_mtime_ns for path in (folder / "s").glob("model=*/run=*/*")}
+    mended = {**BROKEN, "weights": "train"}
+    ended = submitted(fleet(folder, [GOOD[0], mended, GOOD[1]]))
+    assert (ended.returncode, [x for x in ended.stderr.splitlines() if x.startswith("compress")]) == (0, [])
+    found = rows(folder)
+    assert [row["reused"] for row in found.values()] == [True, False, True]
+    assert all(found[name]["run"] == run for name, run in before.items() if run)
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+
+def test_verify_checks_a_fleet_and_the_runs_that_it_names(
+    night: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = night
+    place = str(folder / "s" / "fleet=night")
+    assert cli.main(["verify", place]) == 0
+    assert "fleet=night: ok" in capsys.readouterr().out
+    row = rows(folder)["lenet5"]
+    stated = folder / "s" / "model=lenet5" / f"run={row['run']}" / "manifest.json"
+    content = stated.read_bytes()
+    stated.unlink()
+    try:
+        assert cli.main(["verify", place]) == 2
+        assert f"expected run {row['run']} of lenet5 to be committed" in capsys.readouterr().out
+    finally:
+        stated.write_bytes(content)
+    assert cli.main(["verify", str(folder / "s")]) == 0
+
+
+def test_mistakes_in_a_fleet_are_one_line_before_anything_is_written(tmp_path: Path) -> None:
+    path = fleet(tmp_path, [{"model": "lenet5", "epoch": 3}, {"model": "lenet5", "name": "x", "seed": -1}])
+    ended = submitted(path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert len(ended.stderr.splitlines()) == 1
+    assert "2 mistakes" in ended.stderr
+    assert not (tmp_path / "s").exists()
+    both = submitted(fleet(tmp_path, GOOD), "--model", "lenet5")
+    assert (both.returncode, both.stderr) == (
+        2, "compress: --fleet: expected its file to name the networks, got --model as well; leave one out\n",
+    )  # fmt: skip

@@ -1,0 +1,158 @@
+"""One job at a time makes a run; a dead one's claim goes to the next, by the clock of the store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from clipq_ray import claims
+from clipq_ray.claims import Claim, Holder, claim
+from clipq_ray.errors import RunError
+from clipq_ray.storage import Store
+
+pytest_plugins = ["s3_server"]
+
+
+@pytest.fixture(params=["directory", "memory"])
+def work(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(tmp_path if request.param == "directory" else f"memory://{uuid.uuid4().hex}")
+
+
+def taken(store: Store) -> Claim:
+    found = claim(store)
+    assert isinstance(found, Claim)
+    return found
+
+
+def aged(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The store's clock as if so much time had passed since the last write."""
+    real = Store.now
+    monkeypatch.setattr(Store, "now", lambda store: real(store) + seconds)
+
+
+def test_the_second_sees_who_holds_the_run_until_it_is_given_back(work: Store) -> None:
+    first = taken(work)
+    second = claim(work)
+    assert isinstance(second, Holder)
+    assert f"process {__import__('os').getpid()}" in second.words
+    first.give_back()
+    taken(work).give_back()
+    assert work.names() == []
+
+
+def test_of_many_at_once_one_gets_it(work: Store) -> None:
+    barrier = threading.Barrier(8)
+
+    def attempt(_: int) -> Claim | Holder:
+        barrier.wait()
+        return claim(work)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(attempt, range(8)))
+    owners = [one for one in found if isinstance(one, Claim)]
+    assert len(owners) == 1
+    owners[0].give_back()
+
+
+def test_a_claim_that_is_not_kept_alive_expires_by_the_stores_clock(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = taken(work)
+    aged(monkeypatch, claims.EXPIRED_SECONDS - 5)
+    assert isinstance(claim(work), Holder)
+    aged(monkeypatch, 10)
+    second = taken(work)
+    assert work.names() == ["claim-000001.json", "claim-000002.json"]
+    first.give_back()
+    second.give_back()
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_this_machines_clock_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    work = Store(tmp_path)
+    first = taken(work)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump)
+    assert isinstance(claim(work), Holder)
+    first.give_back()
+
+
+def test_who_was_away_for_too_long_learns_it_and_leaves_the_new_owners_claim(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
+    first = taken(work)
+    first.check()
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 60.0)
+    work.write("claim-000002.json", json.dumps({"owner": "other", "words": "other"}).encode())
+    limit = time.monotonic() + 10
+    while not first._lost and time.monotonic() < limit:
+        time.sleep(0.01)
+    with pytest.raises(RunError, match="another job took over"):
+        first.check()
+    first.give_back()
+    assert "claim-000002.json" in work.names()
+
+
+def test_a_claim_is_kept_alive(work: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
+    first = taken(work)
+    before = work.modified("claim-000001.json")
+    limit = time.monotonic() + 10
+    while work.modified("claim-000001.json") <= before and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert work.modified("claim-000001.json") > before
+    first.give_back()
+
+
+def test_the_claim_of_a_process_that_ended_on_this_machine_is_dead_at_once(tmp_path: Path) -> None:
+    code = f"import os; from clipq_ray import claims, storage; claims.claim(storage.Store({str(tmp_path)!r})); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    work = Store(tmp_path)
+    assert work.names() == ["claim-000001.json"]
+    taken(work).give_back()
+
+
+def test_a_damaged_claim_counts_by_its_age(work: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    work.write("claim-000007.json", b"{")
+    assert claim(work) == Holder(7, "somebody")
+    aged(monkeypatch, claims.EXPIRED_SECONDS + 1)
+    second = taken(work)
+    assert work.names() == ["claim-000007.json", "claim-000008.json"]
+    second.give_back()
+
+
+def test_a_store_that_overwrites_in_silence_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = Store(tmp_path)
+    assert work.exclusive()
+    taken(work).give_back()
+    assert caplog.messages == []
+
+    def overwrite(name: str, data: bytes) -> bool:
+        work._backend.write(name, data)
+        return True
+
+    monkeypatch.setattr(work._backend, "create", overwrite)
+    assert not work.exclusive()
+    taken(work).give_back()
+    assert "has no conditional writes" in caplog.text
+
+
+def test_claims_on_s3(s3_uri: str) -> None:
+    work = Store(f"{s3_uri}/claims")
+    assert work.exclusive()
+    first = taken(work)
+    assert isinstance(claim(work), Holder)
+    first.give_back()
