@@ -83,14 +83,16 @@ def inspect_command(uri: str) -> int:
 def verify_command(uri: str) -> int:
     """Check every hash: of one .clq file, of all files of a run, of a fleet and its runs, or of all that a storage holds. Exit code 2 on damage."""
     problems: list[str] = []
-    count = 0
+    count, several = 0, 0
     for name, found in _checks(uri):
         count += 1
+        several += "/fleet=" in name
         problems.extend(found)
         for line in found or [f"{name}: ok"]:
             print(line)
     if count > 1:
-        print(f"{count} checked: {'all ok' if not problems else f'{len(problems)} problems'}")
+        what = f"{count - several} runs" + (f", {several} fleets" if several else "")
+        print(f"{what}: {'all ok' if not problems else f'{len(problems)} problems'}")
     return 2 if problems else 0
 
 

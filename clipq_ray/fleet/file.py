@@ -164,7 +164,8 @@ class _Reading:
         )
         limits = self.limits(sections.get("limits"))
         configs = self.models(sections.get("models"), defaults, options)
-        if not configs:
+        listed = sections.get("models")
+        if listed is None or (isinstance(listed, yaml.SequenceNode) and not listed.value):
             self.say(top.at("models"), "models: expected at least one network, got none")
         names = {config.result_name: config for _, config in configs}
         ensembles = tuple(self.ensembles(sections.get("ensembles"), names, defaults))

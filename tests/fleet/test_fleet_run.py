@@ -56,7 +56,7 @@ def test_one_that_fails_stops_no_other_and_is_named(
     assert "Traceback" not in ended.stderr
     said = [line for line in ended.stderr.splitlines() if line.startswith("compress: ")]
     assert len(said) == 1
-    assert said[0].startswith("compress: lenet_300_100: expected ")
+    assert said[0].startswith("compress: lenet_300_100: cannot read ")
     assert "nowhere.safetensors" in said[0]
     found = rows(folder)
     assert list(found) == ["lenet5", "lenet_300_100", "smaller"]
