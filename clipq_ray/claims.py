@@ -135,6 +135,12 @@ def _content(owner: str) -> bytes:
     return json.dumps({"owner": owner, **here}).encode()
 
 
+def holder(work: Store) -> Holder | None:
+    """Who holds the run whose `_work` this is; None where nobody does or the holder is dead."""
+    found = _latest(work)
+    return Holder(found.number, found.words) if found.alive else None
+
+
 def claim(work: Store) -> Claim | Holder:
     """Claim the run whose `_work` this is; who holds it where somebody else does."""
     owner = uuid.uuid4().hex

@@ -1,7 +1,8 @@
-"""The `clipq` command: look at what a job stored, check it, and take it elsewhere.
+"""The `clipq` command: look at what a job stored, check it, tidy up, and take it elsewhere.
 
     clipq inspect URI                     the table of a packed network, from the file alone
     clipq verify URI                      every hash of a file, a run, a fleet or a whole storage
+    clipq prune URI [--yes]               what no run and no job needs any more: shown, then removed
     clipq export URI OUT                  dense for other tools: OUT.safetensors, OUT.onnx, or a Hugging Face style folder OUT/
 
 URIs are local paths or anything that fsspec opens. Exit code 0: all is well; 2: damage, or a mistake in the input (one line on stderr,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _URIS = {
     "inspect": "a .clq file or a run directory",
     "verify": "a .clq file, a run or fleet directory, or a storage that holds them",
+    "prune": "a storage",
     "export": "a .clq file or a run directory",
 }
 
@@ -39,16 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    parser = console.OneLineParser(prog="clipq", description="Look at, check and export compressed networks.")
-    commands = parser.add_subparsers(required=True, metavar="inspect|verify|export")
+    parser = console.OneLineParser(
+        prog="clipq", description="Look at, check, tidy up and export compressed networks."
+    )
+    commands = parser.add_subparsers(required=True, metavar="inspect|verify|prune|export")
     for name, command in (
         ("inspect", inspect_command),
         ("verify", verify_command),
+        ("prune", prune_command),
         ("export", export_command),
     ):
         about = command.__doc__ or ""
         one = commands.add_parser(name, help=about.partition(";")[0].partition(".")[0], description=about)
         one.add_argument("uri", metavar="URI", help=_URIS[name])
+        if name == "prune":
+            one.add_argument("--yes", action="store_true", help="remove what is shown")
         if name == "export":
             _add_export_arguments(one)
         one.set_defaults(command=command)
@@ -94,6 +101,28 @@ def verify_command(uri: str) -> int:
         what = f"{count - several} runs" + (f", {several} fleets" if several else "")
         print(f"{what}: {'all ok' if not problems else f'{len(problems)} problems'}")
     return 2 if problems else 0
+
+
+def prune_command(uri: str, yes: bool) -> int:
+    """Show what a storage holds that no committed run names and no job under way uses: unfinished runs, stages, checkpoints; with --yes it is removed."""
+    from clipq_ray.pruning import leftovers, remove
+
+    storage = Store(uri)
+    if storage.exists(MANIFEST):
+        raise StorageError(
+            f"expected a storage, got a run or a fleet at {uri}; give the directory that holds them"
+        )
+    found = leftovers(storage)
+    for one in found:
+        print(f"{one.bytes:>15,} bytes  {one.place}: {one.reason}")
+    total = sum(one.bytes for one in found)
+    if not found:
+        print(f"nothing is left over in {storage.uri}")
+    elif yes:
+        print(f"removed {remove(storage, found, print):,} bytes")
+    else:
+        print(f"{total:,} bytes in {len(found)} places; nothing was removed, --yes removes them")
+    return 0
 
 
 def export_command(uri: str, output: str, **options: Any) -> int:

@@ -214,6 +214,7 @@ def _ready(
     run: Run, own: Own, inputs: Mapping[str, Any], state_given: dict[str, Tensor] | None, origin: str
 ) -> Prepared:
     """Everything of this job's own run before the search."""
+    run.work = own.target.child(WORK)
     source, config, data = run.source, run.config, run.data
     model = source.network()
     sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]

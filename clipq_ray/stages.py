@@ -25,7 +25,7 @@ from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.finetune import Schedule
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
-from clipq_ray.storage import Store, stage_store
+from clipq_ray.storage import USES, Store, stage_store
 from clipq_ray.work import CURVE, Source, TrainTask, prepare_process, read_state
 
 _DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7}
@@ -39,7 +39,8 @@ _MAKING: dict[str, threading.Lock] = {}
 
 @dataclass
 class Run:
-    """One run in the making: what the stages know and add; `turn` is held by the run that works in this process."""
+    """One run in the making: what the stages know and add; `turn` is held by the run that works in this process, `work` is where
+    unfinished things of the run lie."""
 
     source: Source
     engine: Engine
@@ -48,6 +49,7 @@ class Run:
     data: Data
     started: float
     turn: threading.Lock
+    work: Store | None = None
     notes: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -107,6 +109,8 @@ class Run:
     def stage_store(self, name: str, inputs: Mapping[str, Any]) -> tuple[str, Store]:
         """The key and the store of what stage `name` makes of `inputs`."""
         key = identity.stage_key(name, self.config, inputs)
+        if self.work is not None:
+            self.work.write(f"{USES}/{name}-{key}", b"")  # `clipq prune` leaves it alone
         return key, stage_store(self.storage, name, key)
 
     def reused(self, name: str, key: str, store: Store) -> None:

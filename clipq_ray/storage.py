@@ -32,6 +32,7 @@ MODELS = "models.parquet"
 REPORT = "report.html"
 MANIFEST = "manifest.json"
 WORK = "_work"
+USES = "uses"
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -137,6 +138,19 @@ class Store:
         with _translated(self.uri, "list"):
             found = self._backend.names(prefix)
         return sorted(name for name in found if not name.rpartition("/")[2].startswith(INTERNAL))
+
+    def unfinished(self, older_than: float) -> list[str]:
+        """Writes that never came to their end, older than so many seconds by the clock of the storage, sorted."""
+        with _translated(self.uri, "list"):
+            found = [one for one in self._backend.names("") if one.rpartition("/")[2].startswith(INTERNAL)]
+        if not found:
+            return []
+        now, old = self.now(), []
+        for name in found:
+            with contextlib.suppress(StorageError):  # it came to its end meanwhile
+                if now - self.modified(name) > older_than:
+                    old.append(name)
+        return sorted(old)
 
     def remove(self, name: str) -> None:
         """Remove an object; one that is not there is no error."""

@@ -1,0 +1,124 @@
+"""What is removed from a storage is what nobody needs, and only after it was shown."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipq_ray import claims, manifest
+from clipq_ray.cli import main
+from clipq_ray.storage import MANIFEST, USES, WORK, Store, fleet_store, run_store, stage_store
+
+KEPT = ["search-aaaa", "finetune-bbbb"]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Store:
+    """A committed run with its stages, and leftovers of every kind."""
+    result = Store(tmp_path)
+    stages = [{"stage": one.partition("-")[0], "key": one.partition("-")[2]} for one in KEPT]
+    run = run_store(result, "lenet5", "r-000000000001")
+    document = {"format": 1, "model": "lenet5", "run": "r-000000000001", "stages": stages}
+    manifest.commit(run, {"report.html": b"report"}, document)
+    for one in [*KEPT, "search-cccc"]:
+        name, _, key = one.partition("-")
+        stage_store(result, name, key).write("done.json", b"{}")
+    run.child(WORK).write("finetune/checkpoint", b"12345")
+    half = run_store(result, "lenet5", "r-000000000002")
+    half.write("model.clq", b"half")
+    half.child(WORK).write(f"{USES}/search-cccc", b"")
+    fleet_store(result, "night").write("models.parquet", b"table")
+    old = tmp_path / "_stages" / "search-aaaa" / ".clipq-dead.part"
+    old.write_bytes(b"part")
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    (tmp_path / ".clipq-new.part").write_bytes(b"under way")
+    result.write("notes.txt", b"somebody's own")
+    return result
+
+
+def pruned(storage: Store, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    assert main(["prune", storage.uri, *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_leftovers_are_shown_and_nothing_is_removed(
+    storage: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = storage.names()
+    said = pruned(storage, capsys)
+    assert storage.names() == before
+    for words in (
+        "model=lenet5/run=r-000000000001: not named by the run's manifest, and no job makes it",
+        "model=lenet5/run=r-000000000002: a run without a manifest, and no job makes it",
+        "fleet=night: a fleet without a manifest",
+        "_stages/search-cccc: a stage that no committed run and no job under way uses",
+        ".: writes that did not come to their end",
+        "in 5 places; nothing was removed, --yes removes them",
+    ):
+        assert words in said
+
+
+def test_what_was_shown_is_removed_and_nothing_else(
+    storage: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned(storage, capsys, "--yes")
+    run = "model=lenet5/run=r-000000000001"
+    assert storage.names() == sorted(
+        [
+            *(f"_stages/{one}/done.json" for one in KEPT),
+            f"{run}/{MANIFEST}",
+            f"{run}/report.html",
+            "notes.txt",
+        ]
+    )
+    assert not list(Path(storage.uri).rglob(".clipq-dead.part"))
+    assert list(Path(storage.uri).rglob(".clipq-new.part"))
+    assert f"nothing is left over in {storage.uri}" in pruned(storage, capsys, "--yes")
+
+
+def test_what_a_job_under_way_uses_stays(storage: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = claims.claim(run_store(storage, "lenet5", "r-000000000002").child(WORK))
+    assert isinstance(claim, claims.Claim)
+    said = pruned(storage, capsys, "--yes")
+    assert "r-000000000002" not in said
+    assert "search-cccc" not in said
+    assert "_stages/search-cccc/done.json" in storage.names()
+    claim.give_back()
+    assert "search-cccc" in pruned(storage, capsys)
+
+
+def test_what_was_claimed_since_it_was_shown_stays(
+    storage: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clipq_ray import pruning
+
+    found: list[Any] = pruning.leftovers(storage)
+    claim = claims.claim(run_store(storage, "lenet5", "r-000000000002").child(WORK))
+    assert isinstance(claim, claims.Claim)
+    said: list[str] = []
+    pruning.remove(storage, found, said.append)
+    claim.give_back()
+    assert said == [
+        "kept: model=lenet5/run=r-000000000002 is used by now",
+        "kept: _stages/search-cccc is used by now",
+    ]
+    assert "model=lenet5/run=r-000000000002/model.clq" in storage.names()
+
+
+def test_with_a_damaged_manifest_nothing_is_removed(
+    storage: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_store(storage, "lenet5", "r-000000000001").write(MANIFEST, b"{")
+    before = storage.names()
+    assert main(["prune", storage.uri, "--yes"]) == 2
+    assert "expected JSON in" in capsys.readouterr().err
+    assert storage.names() == before
+
+
+def test_a_run_is_no_storage(storage: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", f"{storage.uri}/model=lenet5/run=r-000000000001"]) == 2
+    assert "expected a storage, got a run or a fleet" in capsys.readouterr().err
