@@ -127,9 +127,6 @@ def early_rows(whole: Found, early: Found) -> list[Row]:
     looked = sum(trial.images for trial in early.every) / sum(trial.images for trial in whole.every)
     return [
         Row(f"{place}/images_over_whole", looked, "ratio", n=len(early.every)),
-        Row(
-            f"{place}/seconds_over_whole", early.own_seconds / whole.own_seconds, "ratio", n=len(early.every)
-        ),
         Row(f"{place}/bounds", sum(trial.bound for trial in early.every), "evaluations", n=len(early.every)),
         Row(f"{place}/objective_lost", statistics.mean(behind), "images, mean over layers", n=len(behind)),
         Row(f"{place}/objective_lost_most", max(behind), "images", n=len(behind)),

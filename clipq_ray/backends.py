@@ -334,7 +334,7 @@ def _options(protocol: str) -> dict[str, Any]:
     return {
         "config_kwargs": {
             "connect_timeout": 10,
-            "read_timeout": 60,
+            "read_timeout": float(os.environ.get("CLIPQ_S3_TIMEOUT_SECONDS", 60)),
             "retries": {"max_attempts": 4, "mode": "standard"},
         }
     }

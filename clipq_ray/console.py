@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from clipq_ray.errors import ClipqError, ConfigError
+from clipq_ray.redaction import redacted
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -29,7 +30,7 @@ def run(program: str, main: Callable[[list[str]], int | None], arguments: list[s
         code = main(sys.argv[1:] if arguments is None else arguments) or 0
         sys.stdout.flush()
     except ClipqError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(redacted(f"{program}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr, flush=True)

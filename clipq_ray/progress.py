@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from clipq_ray.redaction import redacted
+
 _LINE_SECONDS = 10.0
 
 
@@ -37,7 +39,7 @@ class Reporter:
         """One line."""
         if not self._quiet:
             clock = _clock(time.monotonic() - self._begun)
-            tqdm.write(f"[{clock}] {self._about}{text}", file=self._stream)
+            tqdm.write(redacted(f"[{clock}] {self._about}{text}"), file=self._stream)
             self._stream.flush()
 
     @contextmanager

@@ -25,6 +25,7 @@ from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.finetune import Schedule
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
+from clipq_ray.redaction import redacted, redacted_json
 from clipq_ray.storage import USES, Store, stage_store
 from clipq_ray.work import CURVE, Source, TrainTask, prepare_process, read_state
 
@@ -130,12 +131,12 @@ def run_document(run: Run) -> dict[str, Any]:
             timespec="seconds"
         ),
         "versions": identity.versions(),
-        "config": run.config.model_dump(mode="json"),
+        "config": redacted_json(run.config.model_dump(mode="json")),
         "stages": run.stages,
-        "notes": run.notes,
+        "notes": redacted_json(run.notes),
         "seconds": round(time.time() - run.started, 1),
         "data": {
-            "description": run.data.description,
+            "description": redacted(run.data.description),
             "train_images": len(run.data.train),
             "validation_images": len(run.data.validation),
             "test_images": len(run.data.test) if run.data.test else 0,

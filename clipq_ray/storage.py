@@ -46,7 +46,10 @@ class Store:
         self.uri = path if protocol == "file" else f"{protocol}://{path}"
         self.local: Path | None = Path(path) if protocol == "file" else None
         self._backend: Backend = (
-            Directory(Path(path)) if protocol == "file" else Objects(_connection(protocol), path)
+            Directory(Path(path))
+            if protocol == "file"
+            # fsspec's paths on the web are whole URLs
+            else Objects(_connection(protocol), self.uri if protocol in ("http", "https") else path)
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from clipq_ray.fleet.results import write
 from clipq_ray.pipeline import Result, compress_all
 from clipq_ray.planning import dry_run
 from clipq_ray.progress import Reporter
+from clipq_ray.redaction import redacted
 from clipq_ray.storage import Store
 from clipq_ray.summary import table
 from clipq_ray.work import Source
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
         print(table([one.manifest for one in results], [one.uri for one in results]))
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
-            print(f"compress: {source.name}: {' '.join(str(one).split())}", file=sys.stderr)
+            print(redacted(f"compress: {source.name}: {' '.join(str(one).split())}"), file=sys.stderr)
     if failed:
         return max(error.exit_code for error in failed) if len(failed) == len(found) else 1
     return 0 if all(one.kept for one in results) else 1

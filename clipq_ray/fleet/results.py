@@ -14,6 +14,7 @@ from clipq_ray import manifest, tables
 from clipq_ray.errors import ClipqError
 from clipq_ray.identity import versions
 from clipq_ray.pipeline import Result
+from clipq_ray.redaction import redacted
 from clipq_ray.storage import MODELS, Store, fleet_store
 from clipq_ray.work import Source
 
@@ -25,7 +26,7 @@ def row(source: Source, found: Outcome) -> dict[str, Any]:
     same = {"model": source.name, "network": source.config.model}
     if isinstance(found, ClipqError):
         empty = dict.fromkeys(name for name in tables.MODELS.names if name not in same)
-        return {**empty, **same, "status": "failed", "error": " ".join(str(found).split())}
+        return {**empty, **same, "status": "failed", "error": redacted(" ".join(str(found).split()))}
     document = found.manifest
     metrics, promise = document["metrics"], document["promise"]
     split = "test" if metrics["test"] else "validation"

@@ -1,0 +1,125 @@
+"""A secret that is planted wherever a user may have one is in nothing that a job writes or says."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import os
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipq_ray.redaction import redacted, redacted_json
+
+pytest_plugins = ["s3_server"]
+ROOT = Path(__file__).resolve().parents[1]
+PLANTED = "pLaNtEd"
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": f"{PLANTED}-key-000", "AWS_SESSION_TOKEN": f"{PLANTED}-session-111", "HF_TOKEN": f"{PLANTED}-hub-222",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot read https://me:pw@host/x: 403", "cannot read https://***@host/x: 403"),
+        ("s3://b/w.pt?X-Amz-Signature=abc&part=2", "s3://b/w.pt?X-Amz-Signature=***&part=2"),
+        ("https://h/w?token=abc'; check", "https://h/w?token=***'; check"),
+        ("s3://bucket/a@b/model=x/run=r-1", "s3://bucket/a@b/model=x/run=r-1"),
+        ("InvalidURL: me:pw@host:80/x", "InvalidURL: ***@host:80/x"),
+        ("mail me@host or memory://name", "mail me@host or memory://name"),
+        ("layer1.0 at /home/me@work/x", "layer1.0 at /home/me@work/x"),
+    ],
+)
+def test_credentials_in_uris_are_stars_and_all_else_stays(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+def test_values_of_secret_variables_are_stars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdefgh12345")
+    monkeypatch.setenv("MY_TOKEN", "short")
+    assert redacted_json({"a": ["x abcdefgh12345 y", 3], "b": "short"}) == {"a": ["x *** y", 3], "b": "short"}
+
+
+@pytest.fixture
+def weights(digits_weights: dict[str, Tensor], tmp_path: Path) -> Iterator[str]:
+    """A URI of weights on a web server, with a name, a password and a signature in it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    save_file(digits_weights, folder / "w.safetensors")
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *given: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://me:{PLANTED}-password-333@127.0.0.1:{server.server_address[1]}/w.safetensors"
+    server.shutdown()
+    server.server_close()
+
+
+def submitted(storage: str, endpoint: str, weights: str, *more: str) -> subprocess.CompletedProcess[bytes]:
+    from s3_server import environment
+
+    command = [
+        sys.executable, str(ROOT / "jobs" / "compress.py"), "--engine=local", "--epochs=1", "--batch-size=32", "--search-evaluations=4",
+        "--search-start=3", "--search-images=60", "--target-ratio=15", "--rounds=1", "--control=never", f"--storage={storage}", f"--weights={weights}", *more,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, capture_output=True, timeout=240, check=False, cwd=ROOT,
+        env={**os.environ, **environment(endpoint), **SECRETS},
+    )  # fmt: skip
+
+
+def assert_clean(name: str, data: bytes) -> None:
+    for secret in (PLANTED, base64.b64encode(PLANTED.encode()).decode().rstrip("=")[:-1]):
+        assert secret.encode() not in data, name
+
+
+def test_no_output_of_a_job_holds_a_secret(s3_server: str, weights: str, tmp_path: Path) -> None:
+    from s3_server import make_bucket
+
+    for storage, code in (
+        (str(tmp_path / "s"), 0),
+        (f"s3://{make_bucket(s3_server)}/s", 0),
+        ("s3://no-such-bucket-here/s", 2),
+    ):
+        ended = submitted(storage, s3_server, weights)
+        assert ended.returncode == code, ended.stderr[-2000:]
+        assert_clean("stdout", ended.stdout)
+        assert_clean("stderr", ended.stderr)
+    gone = submitted(
+        str(tmp_path / "other"),
+        s3_server,
+        weights.replace("w.safe", "nowhere.safe") + f"?X-Amz-Signature={PLANTED}-444",
+    )
+    assert gone.returncode == 2
+    assert b"nowhere.safetensors" in gone.stderr
+    assert_clean("stderr", gone.stderr)
+    files = [path for path in (tmp_path / "s").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.clq", "manifest.json", "report.html", "layers.parquet"}
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            data += repr(pq.read_table(path).to_pylist()).encode()
+        if path.suffix == ".clq":
+            data += header(data)
+        assert_clean(str(path), data)
+
+
+def header(data: bytes) -> bytes:
+    """The metadata of a packed network as text; it is compressed in the file."""
+    from clipq_ray import codec
+
+    assert zlib.crc32(data)
+    return repr(codec.decode(data).metadata).encode()
