@@ -214,7 +214,7 @@ class Config(BaseModel):
         description="trials of the search at a time, so that others keep their share; default: what the cluster has",
     )
     search_gpu_share: float = Field(
-        1.0, gt=0, le=1, description="of a GPU for each trial of the search: 0.25 runs four on one"
+        1.0, ge=0.01, le=1, description="of a GPU for each trial of the search: 0.25 runs four on one"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     evaluation_batch_size: int = Field(250, ge=1, description="images per batch without gradients")
@@ -227,11 +227,17 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_intent(cls, given: Any) -> Any:
-        """No loss where nothing else is wanted: one configuration, however it is said."""
-        if isinstance(given, dict) and all(given.get(name) is None for name in INTENTS):
-            return {**given, "max_drop": 0.0}
-        return given
+    def _said_otherwise(cls, given: Any) -> Any:
+        """No loss where nothing else is wanted, and lists of words as one text: one configuration, however it is said."""
+        if not isinstance(given, dict):
+            return given
+        listed = {
+            name: tuple(part.strip() for part in given[name].split(",") if part.strip())
+            for name in ("keep", "groups")
+            if isinstance(given.get(name), str)
+        }
+        wanted = {} if any(given.get(name) is not None for name in INTENTS) else {"max_drop": 0.0}
+        return {**given, **listed, **wanted}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -240,7 +246,7 @@ class Config(BaseModel):
             raise ValueError(f"expected one intent, got {' and '.join(wanted)}; leave one out")
         if self.search_early_stop and self.tradeoff is None:
             raise ValueError(
-                "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it or leave that out"
+                "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it, or say --no-search-early-stop"
             )
         if self.engine == "local" and self.workers > 1:
             raise ValueError(

@@ -40,7 +40,10 @@ def grouped(model: nn.Module, layers: Sequence[str], wanted: Sequence[str]) -> t
     if list(wanted) == [NETWORK]:
         names = dict.fromkeys(layers, NETWORK)
     elif list(wanted) == [BLOCKS]:
-        names = {layer: _block(model, layer, layers) for layer in layers}
+        blocks = _blocks(model, layers)
+        names = {
+            layer: next((one for one in blocks if layer.startswith(f"{one}.")), layer) for layer in layers
+        }
     else:
         names = _by_pattern(layers, wanted)
     found: dict[str, list[str]] = {}
@@ -51,12 +54,17 @@ def grouped(model: nn.Module, layers: Sequence[str], wanted: Sequence[str]) -> t
 
 def _by_pattern(layers: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
+    for word in (BLOCKS, NETWORK):
+        if word in patterns:
+            raise ConfigError(
+                f"--groups: expected {word} by itself, got {', '.join(patterns)}; leave the others out"
+            )
     for pattern in patterns:
         matched = [layer for layer in layers if fnmatch.fnmatchcase(layer, pattern)]
         if not matched:
             raise ConfigError(
-                f"--groups: expected {BLOCKS}, {NETWORK} or patterns of layers, got {pattern!r}, which matches none; "
-                f"layers are {', '.join(layers[:3])}, ..."
+                f"--groups: expected {BLOCKS}, {NETWORK} or patterns of layers, got {pattern!r}, which matches none (commas "
+                f"separate patterns); layers are {', '.join(layers[:3])}, ..."
             )
         for layer in matched:
             if layer in names:
@@ -67,15 +75,21 @@ def _by_pattern(layers: Sequence[str], patterns: Sequence[str]) -> dict[str, str
     return {layer: names.get(layer, layer) for layer in layers}
 
 
-def _block(model: nn.Module, layer: str, layers: Sequence[str]) -> str:
-    """The innermost module around `layer`, no mere container and not the whole network, that holds another layer; else the layer itself."""
-    path = layer.rpartition(".")[0]
-    while path:
-        inside = [other for other in layers if other.startswith(f"{path}.")]
-        if len(inside) > 1 and type(model.get_submodule(path)) not in _CONTAINERS:
-            return path
-        path = path.rpartition(".")[0]
-    return layer
+def _blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Modules that are blocks, outermost ones only: no mere container, some but not all layers inside, and at most one smaller block (squeeze and
+    excitation, attention): what holds more is a stage or a network."""
+    found: list[str] = []
+    for path, module in reversed(list(model.named_modules())):  # from the inside
+        inside = [layer for layer in layers if layer.startswith(f"{path}.")]
+        smaller = [one for one in found if one.startswith(f"{path}.")]
+        if (
+            path
+            and not isinstance(module, _CONTAINERS)
+            and 1 < len(inside) < len(layers)
+            and len(smaller) <= 1
+        ):
+            found = [one for one in found if one not in smaller] + [path]
+    return found
 
 
 def by_layer(groups: Sequence[Group], found: Mapping[str, T]) -> dict[str, T]:
@@ -84,20 +98,27 @@ def by_layer(groups: Sequence[Group], found: Mapping[str, T]) -> dict[str, T]:
 
 
 @torch.no_grad()
-def work(model: nn.Module, groups: Sequence[Group], image: Tensor) -> dict[str, int]:
-    """What one evaluation of each group costs [FLOP per `image` batch]: all products from its first layer on, in the order of the network.
+def work(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[str, int]:
+    """What one evaluation of each group costs [FLOP per batch of `images`]: all products from its first layer on, in the order of the network.
 
-    An estimate that puts groups in order: branches beside a layer count as behind it.
+    An estimate that puts groups in order: branches beside a layer count as behind it, and where products cannot be counted weights do.
     """
-    layers = [layer for group in groups for layer in group.layers]
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        model(image)
-    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    order = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in set(layers)]
-    each = {name: counts.get(f"{root}.{name.rpartition('.')[0]}", 0) for name in order}
+    layers = {layer for group in groups for layer in group.layers}
+    order = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in layers]
+    each = _products(model, order, images)
     behind, left = {}, sum(each.values())
     for name in order:
         behind[name] = left
         left -= each[name]
     return {group.name: max(behind.get(layer, 0) for layer in group.layers) for group in groups}
+
+
+def _products(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, int]:
+    try:
+        with evaluating(model), FlopCounterMode(display=False) as counter:
+            model(images)
+    except Exception:  # counting watches every operation of a foreign network
+        return {layer: model.get_parameter(layer).numel() for layer in layers}
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    return {layer: counts.get(f"{root}.{layer.rpartition('.')[0]}", 0) for layer in layers}

@@ -85,6 +85,10 @@ def parse_all(arguments: Sequence[str], description: str) -> Fleet:
                 "--fleet: expected its file to name the networks, got --model as well; leave one out"
             )
         return read(fleet, options)
+    if isinstance(filed.get("model"), tuple):
+        raise ConfigError(
+            "--config: expected the name of one network as model, got a list; use --fleet, or --model for each"
+        )
     names = given.get("model") or [filed.get("model")]
     if len(names) > 1:
         return Fleet(None, tuple(_several(names, options)))

@@ -7,6 +7,7 @@ decoded file. A job that is run again continues behind the last finished stage (
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
@@ -26,7 +26,7 @@ from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
 from clipq_ray.search import Trial
-from clipq_ray.searching import Search, one_image, original_error, planned, scoring_images, search_all
+from clipq_ray.searching import Search, original_error, planned, sample, scoring_images, search_all
 from clipq_ray.stages import Run, scored, splits
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
 from clipq_ray.work import (
@@ -38,6 +38,7 @@ from clipq_ray.work import (
     write_state,
 )
 
+log = logging.getLogger(__name__)
 _WAIT_SECONDS = 5.0  # between two looks at a run that another job makes
 S = TypeVar("S")
 T = TypeVar("T")
@@ -111,12 +112,24 @@ def compress_all(
     runs = list(zip(sources, own, strict=True))
     at_once = trainings if engine.parallel else 1
     ready = _each(lambda one: _prepare(one[0], engine, one[1], turn), runs, turn, at_once)
+    _say_failed(ready, own)
     try:
-        return _searched_and_finished(ready, engine, reporter, turn, at_once)
+        ended = _searched_and_finished(ready, engine, reporter, turn, at_once)
+        _say_failed(
+            [one if one is not before else None for one, before in zip(ended, ready, strict=True)], own
+        )
+        return ended
     finally:
         for one in ready:
             if isinstance(one, Prepared):
                 one.own.claim.give_back()
+
+
+def _say_failed(found: Sequence[Any], reporters: Sequence[Reporter]) -> None:
+    """At once, since the others may take hours; the job says it again at its end."""
+    for one, reporter in zip(found, reporters, strict=True):
+        if isinstance(one, ClipqError) and len(found) > 1:
+            reporter.say(f"failed: {one}")
 
 
 def _searched_and_finished(
@@ -149,6 +162,13 @@ def _each(
                 return step(one)
             except ClipqError as error:
                 return error
+            except Exception as error:
+                if len(given) == 1:
+                    raise
+                log.exception("unexpected, and no mistake of the input")
+                return RunError(
+                    f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report it"
+                )
 
     if at_once == 1 or len(given) < 2:
         return [in_turn(one) for one in given]
@@ -169,7 +189,7 @@ def _prepare(source: Source, engine: Engine, reporter: Reporter, turn: threading
     reporter.say(f"data: opening {config.data}")
     data = source.data()
     source.check_fit()
-    run = Run(source, engine, reporter, storage, data, started, turn, notes=list(data.notes))
+    run = Run(source, engine, reporter, storage, started, turn, notes=list(data.notes))
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(run)
     inputs = identity.of_run(source, data, state_given)
@@ -215,15 +235,15 @@ def _ready(
 ) -> Prepared:
     """Everything of this job's own run before the search."""
     run.work = own.target.child(WORK)
-    source, config, data = run.source, run.config, run.data
+    source, config = run.source, run.config
     model = source.network()
-    sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
-    inventory = network.inventory(model, sample, config.keep)
+    images = sample(run)
+    inventory = network.inventory(model, images, config.keep)
     groups = grouped(model, [layer.name for layer in inventory.layers], config.groups)
     weights, baseline = _baseline(run, state_given, origin, own.target.child(WORK))
     model.load_state_dict(read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
-    search = planned(run, model, weights, inventory, groups, one_image(run))
+    search = planned(run, model, weights, inventory, groups, images)
     return Prepared(run, own, inputs, weights, baseline, model, inventory, groups, search)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from clipq_ray import network
 from clipq_ray.evaluate import logits
+from clipq_ray.groups import grouped
 from clipq_ray.operator import Operator, make_plan
 from clipq_ray.plan import Theta
 from clipq_ray.stages import wants_control
@@ -33,7 +34,8 @@ def dry_run(source: Source) -> str:
     found = network.inventory(model, sample, config.keep)
     forward, step = _seconds(source, model, [layer.name for layer in found.layers])
     images, held = len(data.train), len(data.validation)
-    evaluations = config.search_evaluations * len(found.layers)
+    groups = grouped(model, [layer.name for layer in found.layers], config.groups)
+    evaluations = config.search_evaluations * len(groups)
     parallel = config.search_parallel or 1
     fresh = source.weights_origin() == "train"
     trainings = [("baseline", config.baseline_epochs)] * fresh + [("fine-tuning", config.epochs)]
@@ -43,7 +45,8 @@ def dry_run(source: Source) -> str:
         trainings.append(("more rounds", further))
     search_seconds = evaluations * min(config.search_images, images) * forward / parallel
     lines = [
-        f"network     {config.model}: {found.parameters:,} parameters, {len(found.layers)} layers to compress",
+        f"network     {config.model}: {found.parameters:,} parameters, {len(found.layers)} layers to compress"
+        + (f" in {len(groups)} groups" if config.groups else ""),
         f"data        {data.description}: {images:,} training, {held:,} validation images",
         f"search      {evaluations:,} evaluations of {min(config.search_images, images):,} images: about {_clock(search_seconds)}",
     ]

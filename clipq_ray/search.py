@@ -33,8 +33,8 @@ from clipq_ray.prefix import LayerScores
 from clipq_ray.quantizer import decide_share, quantize
 
 LADDER = (2.0, 8.0, 32.0)
-"""The lambdas that share a search with a target ratio: around them lie the choices for 8- to 40-fold smaller networks (measured on
-ResNet-20 and LeNet-5; every measured point stays open to every lambda)."""
+"""The lambdas that share a search, whatever is wanted of it: around them lie the choices for 8- to 40-fold smaller networks (measured on
+ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda needs no other search."""
 
 START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
 """The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
@@ -173,6 +173,10 @@ class LayerEvaluator:
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
         self._node = node
         self._known: dict[str, Candidates] = {}
+
+    def release(self) -> None:
+        """Keep nothing of the network until the next measurement."""
+        self._scores.release()
 
     @torch.no_grad()
     def known(self, group: Group) -> Candidates:

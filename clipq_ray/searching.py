@@ -23,7 +23,7 @@ from clipq_ray.network import Inventory
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
-from clipq_ray.work import SearchTask, read_state, read_trials, search_images
+from clipq_ray.work import LATE, SearchTask, read_state, read_trials, search_images
 
 DONE = "done.json"
 
@@ -44,7 +44,7 @@ class Search:
     @property
     def finished(self) -> bool:
         """Whether all trials are there."""
-        return self.store.exists(DONE)
+        return self.store.exists(DONE) and not self.task.open_groups()
 
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
@@ -52,27 +52,29 @@ class Search:
         if json.loads(self.store.read(DONE))["late"]:
             fewest = min(len(points) for points in found.values())
             self.run.notes.append(
-                f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer by --deadline-hours"
+                f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer or group by --deadline-hours"
             )
         return found
 
 
 def planned(
-    run: Run, model: nn.Module, weights: Store, inventory: Inventory, groups: Sequence[Group], image: Tensor
+    run: Run, model: nn.Module, weights: Store, inventory: Inventory, groups: Sequence[Group], images: Tensor
 ) -> Search:
-    """What is to be searched; `image`: float32 (1, c, h, w), for the order of the groups."""
+    """What is to be searched; `images`: float32 (n, c, h, w), a few for the order of the groups."""
     config = run.config
     lambdas = (config.tradeoff,) if config.search_early_stop and config.tradeoff else search.LADDER
     settings = search.Settings(
         config.search_evaluations, min(config.search_start, config.search_evaluations), lambdas, config.seed,
         config.search_stop_gain, config.search_loss_share, config.search_early_stop,
     )  # fmt: skip
+    architecture = run.source.architecture()
     inputs = {
+        "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
         "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
         "groups": [asdict(group) for group in groups], "images": config.search_images, "bytes": inventory.bytes_before,
         "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,
     }  # fmt: skip
-    costs = work(model, groups, image)
+    costs = work(model, groups, images)
     key, store = run.stage_store("search", inputs)
     task = SearchTask(
         run.source, weights.uri, tuple(groups), settings, min(config.search_images, len(run.data.train)),
@@ -95,9 +97,11 @@ def search_all(searches: Sequence[Search], engine: Engine, reporter: Reporter) -
         made = dict(zip((one.task.output for one in missing), found, strict=True))
     for one in missing:
         if made[one.task.output] is None:
-            late = one.task.deadline is not None and time.time() > one.task.deadline
-            one.store.write(DONE, json.dumps({"late": late}).encode())
-            one.run.record("search", one.key, time.monotonic() - started, reused=False)
+            one.store.write(DONE, json.dumps({"late": one.store.exists(LATE)}).encode())
+            own = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
+            one.run.record(
+                "search", one.key, own if len(missing) > 1 else time.monotonic() - started, reused=False
+            )
     for one in searches:
         if one not in missing and made.get(one.task.output) is None:
             one.run.reused("search", one.key, one.store)
@@ -117,6 +121,6 @@ def original_error(run: Run, model: nn.Module) -> float:
     return 1.0 - found.top1
 
 
-def one_image(run: Run) -> Tensor:
-    """The first training image, float32 (1, c, h, w)."""
-    return run.data.train.batch(torch.arange(1), None)[0]
+def sample(run: Run) -> Tensor:
+    """The first training images, two where there are so many, float32 (2, c, h, w): networks that squeeze fail on one."""
+    return run.data.train.batch(torch.arange(min(2, len(run.data.train))), None)[0]

@@ -47,7 +47,6 @@ class Run:
     engine: Engine
     reporter: Reporter
     storage: Store
-    data: Data
     started: float
     turn: threading.Lock
     work: Store | None = None
@@ -58,6 +57,11 @@ class Run:
     def config(self) -> Config:
         """The configuration."""
         return self.source.config
+
+    @property
+    def data(self) -> Data:
+        """The images; of several networks one set at a time is held."""
+        return self.source.data()
 
     @property
     def deadline(self) -> float | None:

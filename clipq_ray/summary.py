@@ -49,7 +49,11 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
                 f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %"
             )
         if promise := manifest.get("promise"):
-            lines.append(promise_line(promise))
+            lines.append(
+                f"{manifest['model']}: {promise_line(promise)}"
+                if len(manifests) > 1
+                else promise_line(promise)
+            )
         lines.append(f"run: {uri}")
         lines += [f"note: {note}" for note in manifest["notes"]]
     if len(manifests) > 1:

@@ -32,7 +32,7 @@ LAYERS: pa.Schema = pa.schema(
         _column("layer", pa.string(), "", _WEIGHT_NAME),
         _column(
             "group", pa.string(), "",
-            "group of layers that share one p and one b (--groups); the layer's own name where it has its own",
+            "group of layers that share one p and one b (--groups); the layer's own name where it has its own; null in runs before groups", null=True,
         ),
         _column("kind", pa.string(), "", "conv, linear, attention or matmul"),
         _column("shape", pa.list_(pa.int64()), "", "shape of the weight"),
@@ -58,7 +58,7 @@ LAYERS: pa.Schema = pa.schema(
         _column("state_changes", pa.int64(), "changes", "how often a weight went between zero and non-zero during fine-tuning"),
         _column(
             "search_error_percent", pa.float64(), "%",
-            "top-1 error on the search's images with only this layer compressed, untrained; null if not searched", null=True,
+            "top-1 error on the search's images with only this layer or its group compressed, untrained; null if not searched", null=True,
         ),
         _column(
             "search_reference_error_percent", pa.float64(), "%",
@@ -72,7 +72,7 @@ LAYERS: pa.Schema = pa.schema(
 TRIALS: pa.Schema = pa.schema(
     [
         _column("layer", pa.string(), "", "what was compressed: a layer, or a group of them (column group of layers.parquet)"),
-        _column("step", pa.int32(), "", "number of the evaluation within the layer, from 0"),
+        _column("step", pa.int32(), "", "number of the evaluation within the layer or group, from 0"),
         _column(
             "origin", pa.string(), "", "start (fixed first points) or bayes (suggested by the optimiser)"
         ),
@@ -81,13 +81,13 @@ TRIALS: pa.Schema = pa.schema(
         _column("images", pa.int32(), "images", "training images that were evaluated"),
         _column(
             "bound", pa.bool_(), "",
-            "whether the evaluation ended early because it could not win at this lambda: error and objective are then the least that they can be",
+            "whether the evaluation ended early because it could not win at this lambda: error and objective are then the least that they can be; null in runs before early ends", null=True,
         ),
-        _column("error_percent", pa.float64(), "%", "top-1 error with only this layer compressed, untrained"),
+        _column("error_percent", pa.float64(), "%", "top-1 error with nothing else compressed, untrained"),
         _column("loss", pa.float64(), "nats", "mean cross-entropy of the same evaluation"),
-        _column("bytes", pa.int64(), "bytes", "what the encoder writes for the layer"),
+        _column("bytes", pa.int64(), "bytes", "what the encoder writes for the layer or group"),
         _column(
-            "saved_fraction", pa.float64(), "fraction", "bits saved on this layer over the bits of all layers"
+            "saved_fraction", pa.float64(), "fraction", "bits saved on the layer or group over the bits of the network"
         ),
         _column(
             "tradeoff",
@@ -177,6 +177,14 @@ PARTITIONS: pa.Schema = pa.schema(
     ]
 )
 """The columns that come from a run's path and stand behind a table's own."""
+
+
+def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of an earlier version with the columns that it lacks and that may be null, as nulls."""
+    for field in schema:
+        if field.nullable and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def to_bytes(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

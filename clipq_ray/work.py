@@ -35,6 +35,8 @@ from clipq_ray.search import LayerEvaluator, Settings, Trial, step_group
 from clipq_ray.storage import Store
 
 WEIGHTS = "weights.safetensors"
+LATE = "late.json"
+"""Whether a deadline cut some group short."""
 CURVE = "curve.json"
 
 
@@ -133,8 +135,18 @@ _DATA_OPTIONS = (
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1)
+_OPEN: dict[str, Data] = {}
+
+
 def _opened_once(data_options: str) -> Data:
+    """The data of these options; those of other options are let go first, since two may not fit into memory."""
+    if data_options not in _OPEN:
+        _OPEN.clear()
+        _OPEN[data_options] = _opened(data_options)
+    return _OPEN[data_options]
+
+
+def _opened(data_options: str) -> Data:
     given, input_shape = json.loads(data_options)
     config = make(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
     return open_data(
@@ -290,9 +302,12 @@ class Searcher:
         self.task = task
         model = task.source.network()
         model.load_state_dict(read_state(Store(task.weights)))
+        self._until: float | None = None
         self._evaluator = LayerEvaluator(
             model,
-            search_images(task.source.data().train, task.images, config.seed),
+            search_images(
+                task.source.data().train, task.images, config.seed, shuffled=task.settings.early_stop
+            ),
             task.network_bytes,
             batch_size=config.evaluation_batch_size,
             device=device,
@@ -301,9 +316,14 @@ class Searcher:
             cache_bytes=min(config.search_cache_bytes, _fair_share(device, config.search_gpu_share)),
         )
 
+    def release(self) -> None:
+        """Keep nothing of the network until the next step: another one is searched meanwhile."""
+        self._evaluator.release()
+
     def begin(self, index: int) -> list[Trial]:
         """The trials of group `index` that an attempt before left behind."""
         store, name = Store(self.task.output), partial_name(index)
+        self._until = self._share()
         if not store.exists(name):
             return []
         try:
@@ -311,13 +331,23 @@ class Searcher:
         except (ValueError, TypeError):  # of another version; what is measured anew is at most one group
             return []
 
+    def _share(self) -> float | None:
+        """The time of `time.time()` by which a group that begins now should end: its share of what is left, beside those under way."""
+        if self.task.deadline is None:
+            return None
+        under_way = 1 + len(Store(self.task.output).names("partial-"))
+        groups = max(len(self.task.open_groups()), 1)
+        return time.time() + max(0.0, self.task.deadline - time.time()) * min(1.0, under_way / groups)
+
     def step(self, index: int, trials: list[Trial]) -> bool:
         """One more trial of group `index`, if one is worth measuring; True when the group is done, and then its trials are stored."""
         made = step_group(self._evaluator, self.task.groups[index], trials, self.task.settings)
-        late = self.task.deadline is not None and time.time() > self.task.deadline
-        if made is not None and len(trials) < self.task.settings.evaluations and not late:
-            Store(self.task.output).write(partial_name(index), _to_json(trials))
-            return False
+        late = self._until is not None and time.time() > self._until
+        if made is not None and len(trials) < self.task.settings.evaluations:
+            if not late:
+                Store(self.task.output).write(partial_name(index), _to_json(trials))
+                return False
+            Store(self.task.output).write(LATE, b"{}")
         Store(self.task.output).write(group_name(index), _to_json(trials))
         Store(self.task.output).remove(partial_name(index))
         return True
@@ -337,7 +367,7 @@ def layer_bytes(config: Config, layer: codec.CodedLayer) -> int:
     return codec.layer_bytes(stored, config.profile)
 
 
-def search_images(train_split: Split, images: int, seed: int) -> Split:
-    """The seeded subset of the training images that scores the search."""
-    order = torch.randperm(len(train_split), generator=seeds.generator(seed, "search images"))
-    return train_split.subset(order[:images].sort().values)
+def search_images(train_split: Split, images: int, seed: int, *, shuffled: bool = False) -> Split:
+    """The seeded subset of the training images that scores the search, in the order of the files, or `shuffled`, so that the first speak for all."""
+    order = torch.randperm(len(train_split), generator=seeds.generator(seed, "search images"))[:images]
+    return train_split.subset(order if shuffled else order.sort().values)

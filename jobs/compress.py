@@ -15,6 +15,7 @@ if __name__ == "__main__":  # a checkout runs without being installed, as in a R
 from clipq_ray import console, options
 from clipq_ray.api import make_engine
 from clipq_ray.errors import ClipqError
+from clipq_ray.fleet import ensembles
 from clipq_ray.fleet.results import write
 from clipq_ray.pipeline import Result, compress_all
 from clipq_ray.planning import dry_run
@@ -37,8 +38,10 @@ def main(arguments: list[str]) -> int:
         source.check()
     with make_engine(shared.engine) as engine:
         found = compress_all(sources, engine, Reporter(), trainings=fleet.limits.trainings)
+    together = []
     if fleet.name is not None:
-        store = write(Store(shared.storage), fleet.name, sources, found)
+        together = ensembles.all_scored(fleet.ensembles, sources, found)
+        store = write(Store(shared.storage), fleet.name, sources, found, together)
         print(f"fleet: {store.uri}", file=sys.stderr)
     failed = [one for one in found if isinstance(one, ClipqError)]
     if len(found) == 1 and failed:
@@ -46,6 +49,8 @@ def main(arguments: list[str]) -> int:
     results = [one for one in found if isinstance(one, Result)]
     if results:
         print(table([one.manifest for one in results], [one.uri for one in results]))
+    for ensemble in together:
+        print(ensembles.line(ensemble))
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
             print(redacted(f"compress: {source.name}: {' '.join(str(one).split())}"), file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -91,3 +93,42 @@ def test_work_is_the_products_from_a_group_on() -> None:
     }
     (whole,) = grouped(model, ["1.weight", "3.weight"], ["network"])
     assert work(model, [whole], torch.zeros(1, 1, 4, 4)) == {"network": 2 * (16 * 8 + 8 * 4)}
+
+
+def test_what_a_block_holds_inside_belongs_to_it() -> None:
+    """RegNet's blocks hold squeeze and excitation in a part of their own; ViT's hold attention."""
+    groups = {group.name: group.layers for group in found("regnet_y_400mf", 64, "blocks")}
+    first = groups["trunk_output.block1.block1-0"]
+    assert {name.split("block1-0.")[1] for name in first} == {
+        "proj.0.weight", "f.a.0.weight", "f.b.0.weight", "f.se.fc1.weight", "f.se.fc2.weight", "f.c.0.weight",
+    }  # fmt: skip
+    groups = {group.name: group.layers for group in found("vit_b_16", 224, "blocks")}
+    assert len(groups["encoder.layers.encoder_layer_0"]) == 4
+    assert len(groups) == 2 + 12
+
+
+def test_a_network_around_the_network_is_no_block() -> None:
+    inner = models.build(models.architecture("resnet20", 10, {}))
+    model = nn.Sequential()
+    model.model = inner
+    layers = [name for name, weight in model.named_parameters() if weight.dim() > 1]
+    wrapped = [group.name for group in grouped(model, layers, ["blocks"])]
+    plain = [name.removeprefix("model.") for name in layers]
+    assert wrapped == [f"model.{group.name}" for group in grouped(inner, plain, ["blocks"])]
+
+
+def test_a_network_whose_products_cannot_be_counted_is_ordered_by_weights() -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Conv2d(1, 4, 3), flat=nn.Flatten(), end=nn.Linear(16, 3)))
+
+    def broken(module: nn.Module, inputs: object) -> None:
+        raise KeyError("watched")
+
+    model.get_submodule("end").register_forward_pre_hook(broken)
+    groups = grouped(model, ["first.weight", "end.weight"], ())
+    assert work(model, groups, torch.zeros(2, 1, 4, 4)) == {"first.weight": 36 + 48, "end.weight": 48}
+
+
+@pytest.mark.parametrize("wanted", [("blocks", "layer1.*"), ("network", "blocks")])
+def test_words_stand_alone(wanted: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="by itself, got"):
+        found("resnet20", 32, *wanted)

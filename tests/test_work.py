@@ -24,6 +24,7 @@ from clipq_ray.search import Settings, Trial
 from clipq_ray.storage import Store
 from clipq_ray.work import (
     CURVE,
+    LATE,
     WEIGHTS,
     Searcher,
     SearchTask,
@@ -32,6 +33,7 @@ from clipq_ray.work import (
     partial_name,
     read_state,
     read_trials,
+    search_images,
     train,
     write_state,
 )
@@ -137,3 +139,39 @@ def test_a_search_that_was_cut_off_continues_behind_its_last_evaluation(tmp_path
         pass
     assert again.begin(0) == []
     assert [one.step for one in resumed] == list(range(len(resumed)))
+
+
+def test_groups_that_a_deadline_cuts_are_told_from_those_that_end_early(tmp_path: Path) -> None:
+    early = search_task(tmp_path, time.time() + 3600)
+    early = replace(early, settings=replace(early.settings, stop_gain=1e9))
+    LocalEngine().search([early], silent)
+    assert not Store(early.output).exists(LATE)
+    late = search_task(tmp_path / "late", time.time() - 1)
+    LocalEngine().search([late], silent)
+    assert Store(late.output).exists(LATE)
+
+
+def test_every_group_has_its_share_of_the_time_before_a_deadline(tmp_path: Path) -> None:
+    task = search_task(tmp_path, time.time() + 100)
+    searcher = Searcher(task, torch.device("cpu"))
+    searcher.begin(0)
+    assert searcher._until is not None
+    assert searcher._until - time.time() == pytest.approx(100 / 5, abs=2)
+
+
+def test_shuffled_images_of_the_search_are_the_same_images() -> None:
+    train = Source(make(model="lenet5")).data().train
+    plain, shuffled = (search_images(train, 50, 3, shuffled=flag) for flag in (False, True))
+    rows = torch.arange(50)
+    pixels, labels = plain.batch(rows, None)
+    others, other_labels = shuffled.batch(rows, None)
+    assert not torch.equal(labels, other_labels)
+    assert sorted(float(one.sum()) for one in pixels) == sorted(float(one.sum()) for one in others)
+
+
+def test_one_set_of_images_is_held_at_a_time() -> None:
+    first, second = (Source(make(model="lenet5", validation_images=count)) for count in (100, 200))
+    data = first.data()
+    assert first.data() is data
+    assert second.data() is not data
+    assert first.data() is not data

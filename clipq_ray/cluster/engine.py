@@ -66,7 +66,10 @@ class LocalEngine:
             while not finished:
                 finished = searcher.step(index, trials)
                 # a group that ends early counts as whole
-                progress(done + (each if finished else len(trials)), task.groups[index].name)
+                progress(
+                    done + (each if finished else len(trials)),
+                    f"{task.source.name}: {task.groups[index].name}",
+                )
             done += each
 
     def train(self, task: TrainTask, progress: Progress) -> None:

@@ -4,8 +4,8 @@ Search: one Tuner for all networks of a job, one trial per (network, group of la
 once and is reused for further groups; every step is one suggestion and its measurement, and what was measured lies in the store as JSON. Training: one TorchTrainer (Train
 V2, DDP; NCCL on GPUs, gloo on CPUs), restarted from the last checkpoint in the store when a worker or a node is lost.
 
-Without a running cluster, Ray starts on this machine and ends with the job. Ray's own storage is a temporary folder on one machine and
-`_work` of the run on a cluster; nothing that must last lies there, since Tune pickles. Not covered: several searches on one cluster.
+Without a running cluster, Ray starts on this machine and ends with the job. Ray's own storage is a temporary folder on one machine, and on a
+cluster `_work` of the run for trainings and `_ray` in the stage for a search, removed at its end; nothing that must last lies there, since Tune pickles. Not covered: several searches on one cluster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -24,8 +25,6 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # results and errors reach the user through our own lines
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# relative paths mean the same in a trial as in the job
-os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 import ray
@@ -54,6 +53,7 @@ from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
+_RAY = "_ray"  # what Tune keeps of a search, for as long as that goes on
 _ERROR = "error.json"  # what a worker says to the driver before it fails
 
 
@@ -149,6 +149,9 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
 
     def _searcher(self) -> Searcher:
         task = self._tasks[self._number]
+        for number, searcher in self._searchers.items():
+            if number != self._number:
+                searcher.release()
         if self._number not in self._searchers:
             # those on other images go first: two sets of images may not fit into memory
             same = task.source.data_options
@@ -231,9 +234,28 @@ def _ended(task: SearchTask, lost: Sequence[Exception]) -> ClipqError | None:
     told = _told(Store(task.output))
     if told is None and lost:
         return RunError(
-            f"the search of {len(lost)} layers failed: {_last_line(lost[0])}; run again to continue"
+            f"the search of {len(lost)} layers or groups failed: {_last_line(lost[0])}; run again to continue"
+        )
+    if told is None and (missing := len(task.open_groups())):
+        return RunError(
+            f"the search ended before {missing} layers or groups were done; run again to continue"
         )
     return told
+
+
+@contextmanager
+def _settings(**values: str) -> Iterator[None]:
+    """Environment variables that Ray reads in this process, for as long as it should."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def in_order(tasks: Sequence[SearchTask]) -> list[tuple[int, int]]:
@@ -331,7 +353,7 @@ class RayEngine:
                     reuse_actors=True, max_concurrent_trials=min((cap for cap in caps if cap), default=None)
                 ),
                 run_config=tune.RunConfig(
-                    name="search",
+                    name=_RAY,
                     verbose=0,
                     callbacks=[_Losses(tasks, places)],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -341,7 +363,9 @@ class RayEngine:
                     **self._ray_storage(Store(tasks[0].output)),
                 ),
             )
-            results = tuner.fit()
+            with _settings(RAY_CHDIR_TO_TRIAL_DIR="0", TUNE_DISABLE_SIGINT_HANDLER="1"):
+                results = tuner.fit()
+            Store(tasks[0].output).child(_RAY).remove_tree()
         lost: dict[int, list[Exception]] = {number: [] for number in range(len(tasks))}
         for result in results:
             if result.error is not None:

@@ -7,7 +7,7 @@
       - {model: resnet50, priority: 5}
       - {model: resnet50, name: small50, target_ratio: 25, weights: s3://bucket/w.safetensors}
     ensembles:
-      - {name: vote, members: [resnet50, small50], target_bytes: 9_000_000}
+      - {name: vote, members: [resnet50, small50]}
 
 `defaults` and a network's own lines hold the job's options; the network's own count more. Not covered: running it (`pipeline`, `cluster`).
 """
@@ -41,12 +41,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Networks that vote together, by the average of their probabilities; one intent for all of them, or none."""
+    """Networks that vote together, by the average of their probabilities."""
 
     name: str
     members: tuple[str, ...]
-    target_bytes: int | None = None
-    max_drop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ class _Reading:
         if listed is None or (isinstance(listed, yaml.SequenceNode) and not listed.value):
             self.say(top.at("models"), "models: expected at least one network, got none")
         names = {config.result_name: config for _, config in configs}
-        ensembles = tuple(self.ensembles(sections.get("ensembles"), names, defaults))
+        ensembles = tuple(self.ensembles(sections.get("ensembles"), names))
         order = sorted(configs, key=lambda one: -one[0])
         if self.mistakes:
             return None
@@ -232,15 +230,13 @@ class _Reading:
             found.append((priority, config))
         return found
 
-    def ensembles(
-        self, node: yaml.Node | None, networks: Mapping[str, Config], defaults: _Part
-    ) -> Iterator[Ensemble]:
+    def ensembles(self, node: yaml.Node | None, networks: Mapping[str, Config]) -> Iterator[Ensemble]:
         """The section `ensembles`."""
         seen: dict[str, int] = {}
         parts = list(self.each(node, "ensembles", "an ensemble"))
         names = {str(part.values.get("name")) for part in parts}
         for part in parts:
-            self.known(part, ("name", "members", "target_bytes", "max_drop"), "an ensemble")
+            self.known(part, ("name", "members"), "an ensemble")
             name, members = part.values.get("name"), part.values.get("members", ())
             if not isinstance(name, str) or not name or name in networks:
                 self.say(part.at("name"), f"name: expected one that no network has, got {name!r}")
@@ -268,16 +264,7 @@ class _Reading:
                         part.at("members"),
                         f"members: expected names of networks in this fleet, got {member!r}",
                     )
-            yield Ensemble(str(name), tuple(map(str, members)), **self.intent(part))
-
-    def intent(self, part: _Part) -> dict[str, Any]:
-        """What an ensemble as a whole should be: the same options as for a network."""
-        given = {
-            key: part.values[key] for key in ("target_bytes", "max_drop") if part.values.get(key) is not None
-        }
-        for option, text in checked(given)[1]:
-            self.say(part.at(option), text)
-        return given
+            yield Ensemble(str(name), tuple(map(str, members)))
 
 
 def _merged(

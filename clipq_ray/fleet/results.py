@@ -49,8 +49,14 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(storage: Store, name: str, sources: Sequence[Source], found: Sequence[Outcome]) -> Store:
-    """Store the table and the manifest of a fleet, over those of an earlier submission."""
+def write(
+    storage: Store,
+    name: str,
+    sources: Sequence[Source],
+    found: Sequence[Outcome],
+    ensembles: Sequence[Mapping[str, Any]] = (),
+) -> Store:
+    """Store the table and the manifest of a fleet, over those of an earlier submission; `ensembles` as scored."""
     rows = [row(source, one) for source, one in zip(sources, found, strict=True)]
     store = fleet_store(storage, name)
     document = {
@@ -58,6 +64,7 @@ def write(storage: Store, name: str, sources: Sequence[Source], found: Sequence[
         "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "runs": {one["model"]: one["run"] for one in rows if one["run"]},
         "failed": {one["model"]: one["error"] for one in rows if one["error"]},
+        "ensembles": [dict(one) for one in ensembles],
     }  # fmt: skip
     manifest.replace(store, {MODELS: tables.to_bytes(rows, tables.MODELS)}, document)
     return store

@@ -168,9 +168,16 @@ def search(name: str, layer: str, trials: Sequence[Row], reference: float | None
         if reference is not None:
             axes.axhline(reference, color=svg.ORIGINAL, linestyle="--", linewidth=1.2)
         for origin, fill in (("start", svg.PAPER), ("bayes", svg.MUTED)):
-            points = [row for row in trials if (row["origin"] == "start") == (origin == "start")]
+            points = [
+                row
+                for row in trials
+                if (row["origin"] == "start") == (origin == "start") and not row["bound"]
+            ]
             x, y = [row["bytes"] for row in points], [row["error_percent"] for row in points]
             axes.plot(x, y, "o", markersize=4.5, color=fill, markeredgecolor=svg.MUTED, markeredgewidth=1)
+        ended = [row for row in trials if row["bound"]]  # at least this error: an arrow upwards
+        x, y = [row["bytes"] for row in ended], [row["error_percent"] for row in ended]
+        axes.plot(x, y, "^", markersize=4, color=svg.PAPER, markeredgecolor=svg.MUTED, markeredgewidth=0.8)
         chosen = [row for row in trials if row["chosen"]]
         x, y = [row["bytes"] for row in chosen], [row["error_percent"] for row in chosen]
         axes.plot(x, y, "D", markersize=7.5, color=svg.COMPRESSED, markeredgecolor=svg.PAPER)
@@ -180,7 +187,7 @@ def search(name: str, layer: str, trials: Sequence[Row], reference: float | None
         axes.yaxis.set_major_locator(_ticks(4))
         axes.xaxis.set_major_formatter(_BYTES)
         axes.set_ylabel("error, %", labelpad=2)
-        axes.set_xlabel("size of the layer", labelpad=2)
+        axes.set_xlabel("size", labelpad=2)
 
     told = f"Search of {words.printable(layer)}: top-1 error over bytes, {len(trials)} points"
     return _draw((264, 176), name, told, draw)

@@ -124,21 +124,23 @@ def search_section(
         missing = "No search: the run has no trials, p and b were not searched."
         return {"missing": missing, "charts": [], "together": None}
     known: dict[str, tuple[int, Row]] = {}
+    weights: dict[str, int] = {}
     for place, row in enumerate(layers):
-        known.setdefault(row["group"], (place, row))
+        name = row["group"] or row["layer"]
+        known.setdefault(name, (place, row))
+        weights[name] = weights.get(name, 0) + row["weights"]
     order = sorted(by_layer, key=lambda name: (known[name][0] if name in known else len(known), name))
+    alone = all(row["group"] in (None, row["layer"]) for row in layers)
+    what = "layers" if alone else f"group{'s' if len(order) != 1 else ''} of layers"
     shown, note = order, None
     if len(order) > _SEARCHES_DRAWN:
-        largest = sorted(
-            order, key=lambda name: known[name][1]["weights"] if name in known else 0, reverse=True
-        )
+        largest = sorted(order, key=lambda name: weights.get(name, 0), reverse=True)
         kept = set(largest[:_SEARCHES_DRAWN])
         shown = [name for name in order if name in kept]
-        note = f"Shown are the {_SEARCHES_DRAWN} layers with the most weights, of {len(order)}; trials.parquet has all."
+        note = f"Shown are the {_SEARCHES_DRAWN} {what} with the most weights, of {len(order)}; trials.parquet has all."
     images = sorted({row["images"] for row in trials if not row["bound"]})
-    ended = sum(row["bound"] for row in trials)
+    ended = sum(bool(row["bound"]) for row in trials)
     spent = sum(row["seconds"] or 0.0 for row in trials)
-    what = "layers" if all(row["group"] == row["layer"] for row in layers) else "groups of layers"
     early = (
         f" {words.count(ended)} of them ended early because they could not win; their errors are the least possible."
         if ended
@@ -163,7 +165,7 @@ def _together(together: Mapping[str, Any], trials: Sequence[Row]) -> dict[str, A
     size = sum(row["bytes"] for row in trials if row["chosen"])
     chosen = {"bytes": size, "added_error_points": found["sum_points"]} if size else None
     return {
-        "told": f"One by one, the layers of the chosen plan add {words.number(found['sum_points'], 2, 'points')} of error in sum; all at once, "
+        "told": f"One by one, what was searched adds, as the chosen plan has it, {words.number(found['sum_points'], 2, 'points')} of error in sum; all at once, "
         f"without training, {words.number(found['together_points'], 2, 'points')} (from {words.percent(found['original_error_percent'])} to "
         f"{words.percent(found['together_error_percent'])} on {words.count(found['images'])} training images).",
         "chart": charts.front(points, chosen),

@@ -34,6 +34,7 @@ _CLASSES_DRAWN, _LOST_DRAWN, _GAINED_DRAWN = 40, 25, 10
 
 def page(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Table | None) -> str:
     """The whole page as HTML; arguments and errors as in `clipq_ray.report.render`."""
+    layers, trials = tables.completed(layers, tables.LAYERS), tables.completed(trials, tables.TRIALS)
     _check(manifest, layers, trials, predictions)
     metrics = manifest["metrics"]
     rows = layers.sort_by("index").to_pylist()

@@ -147,7 +147,7 @@ def test_trials_share_a_gpu_by_its_fraction(weights: Path, tmp_path: Path, clust
     cluster.add_node(num_cpus=3, num_gpus=1)
     storage, arguments = tmp_path / "s", command(tmp_path / "s", weights, **SEARCHED, search_gpu_share=0.5)
     with started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job:
-        job.until(lambda: midway(storage))
+        job.until(lambda: sum(len(rows) >= 5 for rows in rows_so_far(storage).values()) == 2)
         assert len(rows_so_far(storage)) == 2  # and not three, for which there are CPUs
 
 
@@ -182,3 +182,20 @@ def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_
         trials = tables.from_bytes(store.read("trials.parquet"))
         assert set(trials["step"].to_pylist()) == set(range(6))
     assert (tmp_path / "errors").read_text().count("search: done") == 1
+
+
+def test_an_interrupted_search_says_so_and_goes_on_when_run_again(
+    undisturbed: Rows, weights: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "s"
+    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
+        job.until(lambda: midway(storage))
+        os.kill(job.process.pid, signal.SIGINT)
+        ended = job.wait()
+    assert ended.code == 130
+    assert ended.lines[-1].startswith("compress: interrupted; run the same command again to continue")
+    assert not searched(storage)
+    before = rows_so_far(storage)
+    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
+        job.until(lambda: searched(storage))
+    assert_as_undisturbed(undisturbed, storage, before)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import clipq_ray
 from clipq_ray import cli, manifest, tables
+from clipq_ray.data import open_data
 from clipq_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,16 +25,31 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def fleet(folder: Path, models: list[dict[str, Any]]) -> Path:
+def fleet(folder: Path, models: list[dict[str, Any]], **more: Any) -> Path:
     path = folder / "fleet.yaml"
-    content = {"name": "night", "defaults": {**DEFAULTS, "storage": str(folder / "s")}, "models": models}
+    content = {
+        "name": "night",
+        "defaults": {**DEFAULTS, "storage": str(folder / "s")},
+        "models": models,
+        **more,
+    }
     path.write_text(yaml.safe_dump(content))
     return path
 
 
-def submitted(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def submitted(
+    path: Path, *more: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--fleet", str(path), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=path.parent)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=path.parent,
+        env={**os.environ, **(environment or {})},
+    )
 
 
 GOOD = [{"model": "lenet5"}, {"model": "lenet5", "name": "smaller", "target_ratio": 25}]
@@ -140,3 +159,73 @@ def test_mistakes_in_a_fleet_are_one_line_before_anything_is_written(tmp_path: P
     assert (both.returncode, both.stderr) == (
         2, "compress: --fleet: expected its file to name the networks, got --model as well; leave one out\n",
     )  # fmt: skip
+
+
+def test_an_ensemble_is_scored_by_averaged_probabilities_of_the_decoded_files(
+    night: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = night
+    vote = [{"name": "vote", "members": ["lenet5", "smaller"]}]
+    ended = submitted(fleet(folder, GOOD, ensembles=vote))
+    assert ended.returncode == 0
+    (told,) = json.loads((folder / "s" / "fleet=night" / "manifest.json").read_text())["ensembles"]
+    assert any(line.startswith("ensemble vote (lenet5, smaller): ") for line in ended.stdout.splitlines())
+    test = open_data("digits", input_shape=(1, 28, 28)).test
+    assert test is not None
+    images, labels = test.batch(torch.arange(len(test)), None)
+    votes = torch.zeros(len(test), 10, dtype=torch.float64)
+    for name in ("lenet5", "smaller"):
+        network = clipq_ray.load(f"{folder / 's'}/model={name}/run={rows(folder)[name]['run']}")
+        with torch.inference_mode():
+            votes += torch.softmax(network(images).double(), dim=1)
+    assert told["top1_percent"] == pytest.approx(100 * float((votes.argmax(dim=1) == labels).double().mean()))
+    assert told["images"] == len(test)
+    assert told["bytes"] == sum(rows(folder)[name]["bytes"] for name in ("lenet5", "smaller"))
+    # both have the same original, so its vote is its own
+    assert told["top1_before_percent"] == pytest.approx(rows(folder)["lenet5"]["top1_before_percent"])
+
+
+def test_an_ensemble_whose_member_failed_is_not_scored(tmp_path: Path) -> None:
+    vote = [{"name": "vote", "members": ["lenet_300_100", "lenet5"]}]
+    ended = submitted(fleet(tmp_path, [BROKEN, {"model": "lenet5", "weights": "nowhere.pt"}], ensembles=vote))
+    assert ended.returncode == 2  # nothing could be made, by mistakes in the input
+    assert "ensemble vote: not scored, lenet_300_100, lenet5 failed" in ended.stdout
+
+
+def test_what_nobody_expected_stops_no_other_and_networks_with_equal_weights_are_searched_apart(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, kind, **_):\n"
+        "        super().__init__()\n"
+        "        self.kind, self.first, self.end = kind, nn.Linear(784, 12), nn.Linear(12, 10)\n"
+        "    def forward(self, x):\n"
+        "        if self.kind == 'broken' and self.training:\n"
+        "            raise KeyError('nobody expected this')\n"
+        "        h = self.first(x.mean(dim=1).flatten(1))\n"
+        "        return self.end(h.relu() if self.kind == 'relu' else h.abs())\n\n"
+        "def net(kind, **more):\n    torch.manual_seed(0)\n    return Net(kind)\n"
+    )
+    models = [
+        {
+            "model": "own:net",
+            "name": kind,
+            "model_args": {"kind": kind},
+            "input_size": 28,
+            "weights": "random",
+        }
+        for kind in ("relu", "broken", "abs")
+    ]
+    ended = submitted(fleet(tmp_path, models), environment={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 1
+    found = rows(tmp_path)
+    assert [found[kind]["status"] for kind in ("relu", "broken", "abs")] == [
+        "committed",
+        "failed",
+        "committed",
+    ]
+    assert "unexpected KeyError" in found["broken"]["error"]
+    assert "broken: failed: unexpected KeyError" in ended.stderr  # at once, not only at the end
+    assert len(list((tmp_path / "s" / "_stages").glob("search-*"))) == 3

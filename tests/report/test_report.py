@@ -340,3 +340,24 @@ def test_importing_the_report_imports_neither_matplotlib_nor_jinja2() -> None:
     code = "import sys, clipq_ray.report; print([m for m in ('matplotlib', 'jinja2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_of_an_earlier_version_without_groups_and_bounds_is_shown() -> None:
+    layers = example.layers(3)
+    trials = example.trials(layers).drop_columns(["bound"])
+    page = render(example.manifest(layers), layers.drop_columns(["group"]), trials)
+    assert "3 layers on 2,000 training images" in page
+
+
+def test_bounds_and_groups_are_told() -> None:
+    layers = example.layers(3)
+    names = pa.array(["all"] * 3)
+    layers = layers.set_column(layers.schema.get_field_index("group"), layers.schema.field("group"), names)
+    trials = example.trials(example.layers(1))
+    column = trials.schema.get_field_index("layer")
+    trials = trials.set_column(column, trials.schema.field("layer"), pa.array(["all"] * len(trials)))
+    bounds = pa.array([number == 3 for number in range(len(trials))])
+    trials = trials.set_column(trials.schema.get_field_index("bound"), trials.schema.field("bound"), bounds)
+    page = render(example.manifest(layers), layers, trials)
+    assert "28 evaluations of 1 group of layers" in page
+    assert "1 of them ended early because they could not win" in page

@@ -1,0 +1,134 @@
+"""Networks that vote together: top-1 of their averaged probabilities, of the originals and of the decoded files, on the same images.
+
+Members may differ in everything but the images that they are judged on: the test set, or the validation images where there is none. Nothing
+is decided here. Not covered: one intent for an ensemble as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from clipq_ray import loading
+from clipq_ray.data import Split, batches
+from clipq_ray.errors import DataError, FormatError
+from clipq_ray.evaluate import Forward, evaluating
+from clipq_ray.fleet.file import Ensemble
+from clipq_ray.intent import Drop
+from clipq_ray.pipeline import Result
+from clipq_ray.storage import Store, stage_store
+from clipq_ray.work import Source, prepare_process, read_state
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of an ensemble and its committed run."""
+
+    source: Source
+    result: Result
+
+
+def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
+    """What the members score together before and after, as a JSON object; `DataError` where they are not judged on the same images."""
+    votes: dict[str, npt.NDArray[np.float64]] = {}
+    labels: npt.NDArray[np.int64] | None = None
+    split = "test"
+    for member in members:
+        prepare_process(member.source.config.threads_per_worker)
+        data = member.source.data()
+        images, split = (data.test, "test") if data.test is not None else (data.validation, "validation")
+        found = np.asarray(images.labels)
+        if labels is not None and not np.array_equal(labels, found):
+            raise DataError(
+                f"ensemble {ensemble.name}: expected all members to be judged on the same images, got others for {member.source.name}; "
+                "give them the same data options"
+            )
+        labels = found
+        for name, network in (("original", _original), ("compressed", _decoded)):
+            votes[name] = votes.get(name, 0.0) + _probabilities(member.source, network, member, images)
+    assert labels is not None
+    original, compressed = (votes[name].argmax(axis=1) for name in ("original", "compressed"))
+    drop = Drop.between(original, compressed, labels)
+    before, after = (
+        sum(one.result.manifest["metrics"][name] for one in members)
+        for name in ("bytes_before", "bytes_after")
+    )
+    return {
+        "name": ensemble.name, "members": list(ensemble.members), "split": split, "images": len(labels),
+        "top1_before_percent": 100 * float((original == labels).mean()), "top1_percent": 100 * float((compressed == labels).mean()),
+        "drop_points": drop.points, "drop_low_points": drop.low, "drop_high_points": drop.high,
+        "bytes_before": before, "bytes": after, "ratio": before / after,
+    }  # fmt: skip
+
+
+def _original(member: Member) -> nn.Module:
+    """The given network, from the stage that the run names."""
+    (key,) = (one["key"] for one in member.result.manifest["stages"] if one["stage"] == "baseline")
+    store = stage_store(Store(member.source.config.storage), "baseline", key)
+    model = member.source.network()
+    model.load_state_dict(read_state(store))
+    return model
+
+
+def _decoded(member: Member) -> nn.Module:
+    model: nn.Module = loading.load(member.result.uri, factory=member.source.network)
+    return model
+
+
+@torch.inference_mode()
+def _probabilities(
+    source: Source, network: Callable[[Member], nn.Module], member: Member, images: Split
+) -> npt.NDArray[np.float64]:
+    """Softmax of the network's class scores on all images, float64 (n, classes)."""
+    model = network(member).to(source.device())
+    forward, parts = (
+        Forward(model, source.device()),
+        torch.arange(len(images)).split(source.config.evaluation_batch_size),
+    )
+    with evaluating(model):
+        found = [
+            torch.softmax(forward(pixels).double(), dim=1).numpy()
+            for pixels, _ in batches(images, parts, lambda step: None)
+        ]
+    return np.concatenate(found)
+
+
+def line(found: dict[str, Any]) -> str:
+    """One ensemble, as a person would say it."""
+    if "error" in found:
+        return f"ensemble {found['name']}: not scored, {found['error']}"
+    return (
+        f"ensemble {found['name']} ({', '.join(found['members'])}): {found['bytes_before']:,} to {found['bytes']:,} bytes ({found['ratio']:.1f}x), "
+        f"top-1 {found['top1_before_percent']:.2f} to {found['top1_percent']:.2f} % on {found['images']:,} {found['split']} images "
+        f"({found['drop_points']:+.2f} points lost, 95 % {found['drop_low_points']:+.2f} to {found['drop_high_points']:+.2f})"
+    )
+
+
+def all_scored(
+    ensembles: Sequence[Ensemble], sources: Sequence[Source], results: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Every ensemble, or why it has no score."""
+    by_name = dict(zip((source.name for source in sources), zip(sources, results, strict=True), strict=True))
+    found = []
+    for ensemble in ensembles:
+        missing = [name for name in ensemble.members if not isinstance(by_name[name][1], Result)]
+        if missing:
+            found.append(
+                {
+                    "name": ensemble.name,
+                    "members": list(ensemble.members),
+                    "error": f"{', '.join(missing)} failed",
+                }
+            )
+            continue
+        try:
+            found.append(scored(ensemble, [Member(*by_name[name]) for name in ensemble.members]))
+        except (DataError, FormatError) as error:
+            found.append({"name": ensemble.name, "members": list(ensemble.members), "error": str(error)})
+    return found
