@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from clipq_ray.batch import compress as run_pipeline
 from clipq_ray.cluster.engine import Engine, LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import from_loaders
 from clipq_ray.errors import ConfigError
 from clipq_ray.pipeline import Result
-from clipq_ray.pipeline import compress as run_pipeline
 from clipq_ray.progress import Reporter
 from clipq_ray.work import Source
 

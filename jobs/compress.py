@@ -14,10 +14,11 @@ if __name__ == "__main__":  # a checkout runs without being installed, as in a R
 
 from clipq_ray import console, options
 from clipq_ray.api import make_engine
+from clipq_ray.batch import compress_all
 from clipq_ray.errors import ClipqError
 from clipq_ray.fleet import ensembles
 from clipq_ray.fleet.results import write
-from clipq_ray.pipeline import Result, compress_all
+from clipq_ray.pipeline import Result
 from clipq_ray.planning import dry_run
 from clipq_ray.progress import Reporter
 from clipq_ray.redaction import redacted

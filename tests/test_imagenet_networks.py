@@ -24,11 +24,12 @@ from torch import nn
 
 import clipq_ray
 from clipq_ray import codec, manifest, models, tables
+from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
 from clipq_ray.evaluate import Evaluation, evaluate
-from clipq_ray.pipeline import Result, compress
+from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
 from clipq_ray.storage import Store
 from clipq_ray.work import Source

@@ -10,9 +10,9 @@ import pytest
 from s3_faults import KINDS, FaultyProxy, faulty
 
 from clipq_ray import manifest
+from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
-from clipq_ray.pipeline import compress
 from clipq_ray.progress import Reporter
 from clipq_ray.storage import Store
 from clipq_ray.work import Source
