@@ -56,9 +56,10 @@ def test_the_record_scores_what_the_readme_says(shared: Path) -> None:
 
 def test_the_commands_on_a_file_run(tmp_path: Path) -> None:
     commands = re.findall(r"`clipq (\w+) ([^`]+)`", README)
-    assert [name for name, _ in commands] == ["inspect", "verify", "export"]
+    assert [name for name, _ in commands] == ["inspect", "verify", "prune", "export"]
     file, out = str(ROOT / "bench" / "records" / "resnet20-cifar10.clq"), str(tmp_path / "out.safetensors")
     for name, arguments in commands:
-        words = arguments.replace("FILE", file).replace("URI", file).replace("OUT.safetensors", out).split()
+        uri = str(tmp_path) if name == "prune" else file
+        words = arguments.replace("FILE", file).replace("URI", uri).replace("OUT.safetensors", out).split()
         assert cli.main([name, *words]) == 0
     assert Path(out).stat().st_size > 1_000_000
