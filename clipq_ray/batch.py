@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.errors import ClipqError, RunError
 from clipq_ray.pipeline import Prepared, Result, finish, prepare
@@ -43,22 +44,20 @@ def compress_all(
     As `compress`; one that fails leaves its error in its place and does not stop the others. Only trainings overlap: what this process does itself, it
     does for one network at a time, since its seeds and threads are one.
     """
-    turn = threading.Lock()
+    turn, held = threading.Lock(), list[Claim]()
     own = [reporter.about(source.name) if len(sources) > 1 else reporter for source in sources]
     runs = list(zip(sources, own, strict=True))
     at_once = trainings if engine.parallel else 1
-    ready = _each(lambda one: prepare(one[0], engine, one[1], turn), runs, turn, at_once)
-    _say_failed(ready, own)
     try:
+        ready = _each(lambda one: prepare(one[0], engine, one[1], turn, held), runs, turn, at_once)
+        _say_failed(ready, own)
         ended = _searched_and_finished(ready, engine, reporter, turn, at_once)
-        _say_failed(
-            [one if one is not before else None for one, before in zip(ended, ready, strict=True)], own
-        )
+        new = [one if one is not before else None for one, before in zip(ended, ready, strict=True)]
+        _say_failed(new, own)
         return ended
     finally:
-        for one in ready:
-            if isinstance(one, Prepared):
-                one.own.claim.give_back()
+        for claim in held:
+            claim.give_back()
 
 
 def _say_failed(found: Sequence[Any], reporters: Sequence[Reporter]) -> None:

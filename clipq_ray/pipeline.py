@@ -82,8 +82,11 @@ class Prepared:
         return self.own.target.child(WORK)
 
 
-def prepare(source: Source, engine: Engine, reporter: Reporter, turn: threading.Lock) -> Prepared | Result:
-    """Everything before the search; the result of a run that is committed already."""
+def prepare(
+    source: Source, engine: Engine, reporter: Reporter, turn: threading.Lock, held: list[claims.Claim]
+) -> Prepared | Result:
+    """Everything before the search; the result of a run that is committed already. The claim on the run goes into `held`, and is the caller's to
+    give back."""
     config = source.config
     storage = Store(config.storage)
     storage.check_writable()
@@ -99,11 +102,8 @@ def prepare(source: Source, engine: Engine, reporter: Reporter, turn: threading.
     own = _claimed(run, inputs)
     if isinstance(own, Result):
         return own
-    try:
-        return _ready(run, own, inputs, state_given, origin)
-    except BaseException:
-        own.claim.give_back()
-        raise
+    held.append(own.claim)
+    return _ready(run, own, inputs, state_given, origin)
 
 
 def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
