@@ -88,7 +88,7 @@ def inspect_command(uri: str) -> int:
 
 
 def verify_command(uri: str) -> int:
-    """Check every hash: of one .clq file, of all files of a run, of a fleet and its runs, or of all that a storage holds. Exit code 2 on damage."""
+    """Check every hash of one packed network, of all files of a run, of a fleet and its runs, or of all that a storage holds. Exit code 2 on damage."""
     problems: list[str] = []
     count, several = 0, 0
     for name, found in _checks(uri):
@@ -112,6 +112,10 @@ def prune_command(uri: str, yes: bool) -> int:
         raise StorageError(
             f"expected a storage, got a run or a fleet at {uri}; give the directory that holds them"
         )
+    if storage.uri.rpartition("/")[2].startswith("model=") or not any(
+        storage.names(one) for one in ("model=", "_stages/", "fleet=")
+    ):
+        raise StorageError(f"expected a storage that jobs have written to, got none at {uri}; check the URI")
     found = leftovers(storage)
     for one in found:
         print(f"{one.bytes:>15,} bytes  {one.place}: {one.reason}")

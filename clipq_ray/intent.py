@@ -67,6 +67,10 @@ class Drop:
     high: float
     n: int
 
+    def words(self) -> str:
+        """Lost or gained, and the interval of what is lost."""
+        return f"{abs(self.points):.2f} points {'gained' if self.points < 0 else 'lost'} (lost with 95 %: {self.low:+.2f} to {self.high:+.2f})"
+
     @classmethod
     def between(
         cls, reference: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]

@@ -160,15 +160,17 @@ def fleets(storage: Store) -> list[Store]:
 
 def verify_fleet(fleet: Store, storage: Store) -> list[str]:
     """What is wrong with a fleet's own files, and which of its runs `storage` does not hold; the runs' files are not looked at."""
-    if problems := verify(fleet):
+    problems = verify(fleet)
+    try:
+        runs = read_manifest(fleet).get("runs", {})
+    except (FormatError, StorageError):
         return problems
-    runs = read_manifest(fleet).get("runs", {})
     missing = [
         (model, run)
         for model, run in runs.items()
         if not storage.child(f"model={model}", f"run={run}").exists(MANIFEST)
     ]
-    return [
+    return problems + [
         f"{fleet.uri}/{MANIFEST}: expected run {run} of {model} to be committed, got no {MANIFEST}; submit the fleet again"
         for model, run in missing
     ]

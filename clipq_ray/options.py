@@ -84,6 +84,10 @@ def parse_all(arguments: Sequence[str], description: str) -> Fleet:
             raise ConfigError(
                 "--fleet: expected its file to name the networks, got --model as well; leave one out"
             )
+        if "name" in options:
+            raise ConfigError(
+                "--fleet: expected its file to name the results, got --name as well; leave one out"
+            )
         return read(fleet, options)
     if isinstance(filed.get("model"), tuple):
         raise ConfigError(

@@ -143,6 +143,8 @@ def _ready(
     images = sample(run)
     inventory = network.inventory(model, images, config.keep)
     groups = grouped(model, [layer.name for layer in inventory.layers], config.groups)
+    if config.groups and len(groups) == len(inventory.layers):
+        run.notes.append(f"--groups {','.join(config.groups)}: no layers share one (p, b)")
     weights, baseline = _baseline(run, state_given, origin, own.target.child(WORK))
     model.load_state_dict(read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]

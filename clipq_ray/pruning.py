@@ -46,7 +46,11 @@ def leftovers(storage: Store) -> list[Leftover]:
             document = read_manifest(run)
             used.update(f"{one['stage']}-{one['key']}" for one in document.get("stages", []))
             inside = [name for name in inside if name != MANIFEST and name not in document["files"]]
-        reason = "not named by the run's manifest" if MANIFEST in runs[place] else "a run without a manifest"
+        reason = (
+            "not named by the run's manifest"
+            if MANIFEST in runs[place]
+            else "an unfinished run, which the same job would continue"
+        )
         if inside and not held:
             found.append(_leftover(storage, place, inside, f"{reason}, and no job makes it"))
     for place, inside in fleets.items():

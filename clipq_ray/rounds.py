@@ -18,7 +18,7 @@ from torch import nn
 from clipq_ray import packing, search, stages
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group
-from clipq_ray.intent import Drop, Intent, Outcome, best, keeps, next_request
+from clipq_ray.intent import LARGER, SMALLER, Drop, Intent, Outcome, best, keeps, next_request
 from clipq_ray.network import Inventory
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Plan
@@ -28,6 +28,7 @@ from clipq_ray.together import added
 from clipq_ray.work import read_state
 
 Trials = Mapping[str, Sequence[search.Trial]]
+_STEPS = 40  # of a third or a quarter each: further than any network
 _START_ERROR = 0.03
 """A first plan may add so much one-shot error, summed over layers: on ResNet-20 that is a 15-fold smaller file, of which ten epochs recover all
 but 0.3 points; more by five times what may be lost. A start only: the rounds decide."""
@@ -98,9 +99,9 @@ def run_rounds(run: Run, given: Given) -> Rounds:
     done: list[Round] = []
     initial, seconds = given.weights, 0.0
     while True:
-        choice = _choice(intent, given, requested, other)
+        choice, requested = _other_choice(intent, given, requested, other, done)
         if any(_thetas(choice) == _thetas(one.choice) for one in done):
-            run.notes.append("no further round: the search has no other point for the next size")
+            run.notes.append("no further round: the search has no other point in that direction")
             break
         if done and run.deadline is not None and time.time() + seconds > run.deadline:
             run.notes.append("no further round before --deadline-hours")
@@ -116,7 +117,9 @@ def run_rounds(run: Run, given: Given) -> Rounds:
     made = Rounds(intent, given.inventory, tuple(done))
     asked = made.best.outcome.requested
     if asked is not None and made.best.choice.bytes > asked - other:
-        run.notes.append(f"{asked:,} bytes are beyond the measured points; the smallest of them were taken")
+        run.notes.append(
+            f"asked for {asked:,} bytes; the smallest that the search measured were taken, {made.best.predicted:,} bytes before training"
+        )
         run.reporter.say(run.notes[-1])
     return made
 
@@ -145,6 +148,23 @@ def _choice(intent: Intent, given: Given, requested: int | None, other: int) -> 
     if requested is None:
         return search.choose(given.trials, intent.value)
     return search.choose_for_bytes(given.trials, requested - other)
+
+
+def _other_choice(
+    intent: Intent, given: Given, requested: int | None, other: int, done: Sequence[Round]
+) -> tuple[search.Choice, int | None]:
+    """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
+    choice = _choice(intent, given, requested, other)
+    sides = {keeps(intent, one.outcome) for one in done}
+    if requested is None or intent.kind != "max_drop" or len(sides) != 1:
+        return choice, requested
+    tried, step = [_thetas(one.choice) for one in done], SMALLER if True in sides else LARGER
+    for _ in range(_STEPS):
+        if _thetas(choice) not in tried:
+            break
+        requested = max(1, math.ceil(requested * step))
+        choice = _choice(intent, given, requested, other)
+    return choice, requested
 
 
 def _round(
@@ -179,5 +199,5 @@ def _say(run: Run, intent: Intent, done: Sequence[Round], bytes_before: int) -> 
     verdict = "" if intent.kind == "tradeoff" else (", kept" if keeps(intent, outcome) else ", not kept")
     run.reporter.say(
         f"round {len(done)}: {outcome.bytes:,} bytes ({bytes_before / outcome.bytes:.1f}x), validation top-1 "
-        f"{outcome.drop.points:+.2f} points lost (95 % {outcome.drop.low:+.2f} to {outcome.drop.high:+.2f}); {intent.words()}{verdict}"
+        f"{outcome.drop.words()}; {intent.words()}{verdict}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipq_ray import codec
+from clipq_ray.intent import Drop
 
 
 def bytes_before(file: bytes) -> int:
@@ -83,8 +84,13 @@ def promise_line(promise: Mapping[str, Any]) -> str:
     told = f"{promise['words']}: {'kept' if promise['kept'] else 'NOT KEPT'}"
     if promise["intent"] == "tradeoff":
         told = f"none, {promise['words']} was given"
+    drop = Drop(
+        promise["drop_points"],
+        promise["drop_low_points"],
+        promise["drop_high_points"],
+        promise["validation_images"],
+    )
     return (
-        f"promise: {told}; validation top-1 {promise['drop_points']:+.2f} points lost against the {promise['reference']} "
-        f"({promise['confidence_percent']} % interval {promise['drop_low_points']:+.2f} to {promise['drop_high_points']:+.2f}, "
-        f"{promise['validation_images']:,} images), round {promise['round']} of {len(promise['rounds'])}"
+        f"promise: {told}; validation top-1 {drop.words()} against the {promise['reference']} "
+        f"on {drop.n:,} images, round {promise['round']} of {len(promise['rounds'])}"
     )

@@ -55,6 +55,16 @@ def main(arguments: list[str]) -> int:
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
             print(redacted(f"compress: {source.name}: {' '.join(str(one).split())}"), file=sys.stderr)
+    broken = [
+        source.name
+        for source, one in zip(sources, found, strict=True)
+        if isinstance(one, Result) and not one.kept
+    ]
+    if len(found) > 1:
+        print(
+            f"{len(results)} of {len(found)} committed"
+            + (f"; promises not kept: {', '.join(broken)}" if broken else "")
+        )
     if failed:
         return max(error.exit_code for error in failed) if len(failed) == len(found) else 1
     return 0 if all(one.kept for one in results) else 1

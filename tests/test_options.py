@@ -179,6 +179,19 @@ def test_every_model_gets_the_same_options() -> None:
     )
 
 
+def test_a_fleet_names_its_networks_itself(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("name: a\nmodels: [{model: lenet5}]\n")
+    for option in ("--model", "--name"):
+        with pytest.raises(ConfigError, match=f"expected its file to name the .*, got {option} as well"):
+            options.parse_all(["--fleet", str(path), option, "lenet5"], "")
+
+
+def test_a_list_of_words_may_be_one_text_in_a_file(tmp_path: Path) -> None:
+    found = parsed(written(tmp_path, "groups: blocks\nkeep: fc.*, conv1.weight\n"))
+    assert (found.groups, found.keep) == (("blocks",), ("fc.*", "conv1.weight"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

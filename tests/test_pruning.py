@@ -53,7 +53,7 @@ def test_leftovers_are_shown_and_nothing_is_removed(
     assert storage.names() == before
     for words in (
         "model=lenet5/run=r-000000000001: not named by the run's manifest, and no job makes it",
-        "model=lenet5/run=r-000000000002: a run without a manifest, and no job makes it",
+        "model=lenet5/run=r-000000000002: an unfinished run, which the same job would continue, and no job makes it",
         "fleet=night: a fleet without a manifest",
         "_stages/search-cccc: a stage that no committed run and no job under way uses",
         ".: writes that did not come to their end",
@@ -122,3 +122,11 @@ def test_with_a_damaged_manifest_nothing_is_removed(
 def test_a_run_is_no_storage(storage: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", f"{storage.uri}/model=lenet5/run=r-000000000001"]) == 2
     assert "expected a storage, got a run or a fleet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["nowhere", "model=lenet5"])
+def test_a_place_that_is_no_storage_is_refused(
+    storage: Store, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    assert main(["prune", f"{storage.uri}/{place}"]) == 2
+    assert "expected a storage that jobs have written to, got none at" in capsys.readouterr().err

@@ -60,6 +60,8 @@ def test_the_commands_on_a_file_run(tmp_path: Path) -> None:
     file, out = str(ROOT / "bench" / "records" / "resnet20-cifar10.clq"), str(tmp_path / "out.safetensors")
     for name, arguments in commands:
         uri = str(tmp_path) if name == "prune" else file
+        (tmp_path / "_stages" / "search-0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "_stages" / "search-0" / "done.json").write_text("{}")
         words = arguments.replace("FILE", file).replace("URI", uri).replace("OUT.safetensors", out).split()
         assert cli.main([name, *words]) == 0
     assert Path(out).stat().st_size > 1_000_000

@@ -5,19 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import clipq_ray
-from clipq_ray import loading, manifest
+from clipq_ray import loading, manifest, rounds
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
 from clipq_ray.evaluate import evaluate
+from clipq_ray.intent import Drop, Intent, Outcome
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.search import choose_for_bytes
 from clipq_ray.storage import Store
 from clipq_ray.work import Source
 
@@ -107,7 +110,10 @@ def test_a_promise_that_nothing_keeps_is_said_and_the_closest_round_committed(
     assert not result.kept
     assert manifest.verify(Store(result.uri)) == []
     assert any("not kept" in note for note in result.manifest["notes"])
-    assert any("beyond the measured points" in note for note in result.manifest["notes"])
+    assert any(
+        "asked for 10 bytes; the smallest that the search measured" in note
+        for note in result.manifest["notes"]
+    )
 
 
 def test_a_lambda_promises_nothing_and_takes_one_round(promised: tuple[Path, Result]) -> None:
@@ -133,3 +139,23 @@ def test_the_job_ends_with_1_and_says_why_where_the_promise_is_not_kept(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 1
     assert "promise: at most 10 bytes: NOT KEPT" in ended.stdout
+
+
+@pytest.mark.parametrize(("points", "further"), [(1.4, 1), (-1.0, -1)])
+def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, further: int) -> None:
+    """Found by a user: rounds were left, and larger points too, and the job gave up."""
+    from test_search import TRIALS
+
+    tried = choose_for_bytes(TRIALS, 900)
+    outcome = Outcome(900, tried.bytes, Drop(points, points - 1, points + 1, 500), 1)
+    done: Any = [SimpleNamespace(choice=tried, outcome=outcome)]
+    given: Any = SimpleNamespace(trials=TRIALS)
+    choice, requested = rounds._other_choice(Intent("max_drop", 0.5), given, tried.bytes, 0, done)
+    assert requested is not None
+    assert (choice.bytes - tried.bytes) * further > 0
+    # a size between a kept and a broken one is not stepped over
+    other = Outcome(700, 700, Drop(-points, -points - 1, -points + 1, 500), 1)
+    both = [*done, SimpleNamespace(choice=tried, outcome=other)]
+    assert rounds._other_choice(Intent("max_drop", 0.5), given, tried.bytes, 0, both)[0] == choose_for_bytes(
+        TRIALS, tried.bytes
+    )

@@ -158,6 +158,8 @@ class RayEngine:
             output.remove(ERROR)  # of a job that was killed
             try:
                 trainer.fit()
+            except SystemExit as ended:  # Ray Train's own handler of an interrupt
+                raise KeyboardInterrupt from ended
             except Exception as error:
                 failure = error
             if (named := told(output)) is not None:

@@ -105,8 +105,8 @@ def line(found: dict[str, Any]) -> str:
         return f"ensemble {found['name']}: not scored, {found['error']}"
     return (
         f"ensemble {found['name']} ({', '.join(found['members'])}): {found['bytes_before']:,} to {found['bytes']:,} bytes ({found['ratio']:.1f}x), "
-        f"top-1 {found['top1_before_percent']:.2f} to {found['top1_percent']:.2f} % on {found['images']:,} {found['split']} images "
-        f"({found['drop_points']:+.2f} points lost, 95 % {found['drop_low_points']:+.2f} to {found['drop_high_points']:+.2f})"
+        f"top-1 {found['top1_before_percent']:.2f} to {found['top1_percent']:.2f} % on {found['images']:,} {found['split']} images, "
+        f"{Drop(found['drop_points'], found['drop_low_points'], found['drop_high_points'], found['images']).words()}"
     )
 
 

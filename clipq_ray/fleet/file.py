@@ -23,7 +23,8 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
 from clipq_ray.config import INTENTS, Config, checked
-from clipq_ray.errors import ConfigError
+from clipq_ray.errors import ConfigError, UserError
+from clipq_ray.work import Source
 
 _SECTIONS = ("name", "defaults", "limits", "models", "ensembles")
 _LIMITS = ("trainings", "searches")
@@ -220,6 +221,10 @@ class _Reading:
                     self.say(defaults.at(option), text)
             if config is None:
                 continue
+            try:
+                Source(config).check()
+            except UserError as error:
+                self.say(part.at("model"), str(error))
             name = config.result_name
             if name in lines:
                 self.say(

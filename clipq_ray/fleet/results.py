@@ -29,10 +29,11 @@ def row(source: Source, found: Outcome) -> dict[str, Any]:
         return {**empty, **same, "status": "failed", "error": redacted(" ".join(str(found).split()))}
     document = found.manifest
     metrics, promise = document["metrics"], document["promise"]
+    promised = promise["intent"] != "tradeoff"
     split = "test" if metrics["test"] else "validation"
     scores = metrics[split]
     return {
-        **same, "status": "committed", "error": None, "run": document["run"], "reused": found.reused, "kept": promise["kept"], "promise": promise["words"],
+        **same, "status": "committed", "error": None, "run": document["run"], "reused": found.reused, "kept": promise["kept"] if promised else None, "promise": promise["words"] if promised else None,
         "parameters": metrics["parameters"], "bytes_before": metrics["bytes_before"], "bytes": metrics["bytes_after"], "ratio": metrics["ratio"],
         "split": split, "images": scores["n"], "top1_before_percent": scores["original"]["top1_percent"],
         "top1_percent": scores["compressed"]["top1_percent"], "drop_points": promise["drop_points"], "seconds": document["seconds"],
@@ -44,7 +45,7 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     done = [one for one in rows if one["status"] == "committed"]
     before, after = (sum(one[name] for one in done) for name in ("bytes_before", "bytes"))
     return {
-        "networks": len(rows), "committed": len(done), "failed": len(rows) - len(done), "promises_kept": sum(one["kept"] for one in done),
+        "networks": len(rows), "committed": len(done), "failed": len(rows) - len(done), "promises": sum(one["kept"] is not None for one in done), "promises_kept": sum(bool(one["kept"]) for one in done),
         "bytes_before": before, "bytes": after, "ratio": before / after if after else None,
     }  # fmt: skip
 

@@ -126,6 +126,16 @@ def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
     assert sha256(after) == sha256(undisturbed)
 
 
+def test_an_interrupted_training_says_so(weights: Path, searched: Path, tmp_path: Path) -> None:
+    with started(command(searched, weights), tmp_path / "errors") as job:
+        job.until(lambda: curve_so_far(searched))
+        os.kill(job.process.pid, signal.SIGINT)
+        ended = job.wait()
+    assert ended.code == 130
+    assert ended.lines[-1] == "compress: interrupted; run the same command again to continue"
+    assert unfinished(searched)
+
+
 def test_more_workers_than_the_machine_has_cpus_is_one_line_and_exit_code_2(
     weights: Path, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ ensembles:
         ("name: a\nmodels: [{model: lenet5, storage: /x}]\n", "storage: expected one for the whole fleet; move it to defaults"),
         ("name: a\nmodels: [{model: lenet5, max_drop: 1, target_ratio: 2}]\n", "expected one intent, got --max-drop and --target-ratio"),
         ("name: a\ndefaults: {model: lenet5}\nmodels: [{model: lenet5}]\n", "line 2: model: expected with a network, got it in defaults"),
+        ("name: a\nmodels: [{model: lenet99}]\n", "line 2: expected a known network or package.module:function, got 'lenet99'"),
         ("name: a\nmodels: [{model: lenet5, priority: high}]\n", "priority: expected a whole number, got 'high'"),
         ("name: a\nmodels: [{model: !!python/object:os.system x}]\n", "line 2: model: could not determine a constructor"),
         (GOOD + "  - {name: vote, members: [lenet5, small]}\n", "line 13: expected names that differ, got 'vote' as in line 12"),

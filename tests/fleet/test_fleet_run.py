@@ -101,6 +101,7 @@ def test_the_table_has_totals(night: tuple[Path, subprocess.CompletedProcess[str
     (line,) = (line for line in ended.stdout.splitlines() if "all 2" in line)
     assert f"{sum(row['bytes'] for row in found):,}" in line
     stated = json.loads((folder / "s" / "fleet=night" / "manifest.json").read_text())
+    assert ended.stdout.splitlines()[-1] == "2 of 3 committed"
     assert stated["totals"]["bytes"] == sum(row["bytes"] for row in found)
     assert (stated["totals"]["committed"], stated["totals"]["failed"]) == (2, 1)
 
@@ -139,12 +140,18 @@ def test_verify_checks_a_fleet_and_the_runs_that_it_names(
     row = rows(folder)["lenet5"]
     stated = folder / "s" / "model=lenet5" / f"run={row['run']}" / "manifest.json"
     content = stated.read_bytes()
+    table = folder / "s" / "fleet=night" / "models.parquet"
+    whole = table.read_bytes()
     stated.unlink()
+    table.write_bytes(whole[:-1])
     try:
         assert cli.main(["verify", place]) == 2
-        assert f"expected run {row['run']} of lenet5 to be committed" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"expected run {row['run']} of lenet5 to be committed" in said
+        assert f"expected {len(whole)} bytes, got {len(whole) - 1}" in said
     finally:
         stated.write_bytes(content)
+        table.write_bytes(whole)
     assert cli.main(["verify", str(folder / "s")]) == 0
 
 
