@@ -1,9 +1,10 @@
 """`make bench-search`, third part: the searched (p, b) of every layer against one (p, b) for all, at the same file size after equal fine-tuning.
 
-ResNet-20 on CIFAR-10 from the given weights. Searched: the product's own search, its choice for `--bytes`. Global: for every b the p (in steps of
-0.001) whose file takes as many bytes as the searched one after fine-tuning, to 1 % (in up to three attempts, since files grow or shrink on the way), and
-of these the b that scores best on the first seed's validation images. Both are fine-tuned by the product's own loop (same data, batches, epochs, schedule) and packed into files; top-1 of the
-decoded files on the test set, on which nothing is selected. One (variant, seed) is one unit: its JSON is stored when it ends and is not measured again.
+ResNet-20 on CIFAR-10 from the given weights. Searched: the product's own search, its choice for `--bytes`. Global: for every b, the p (in steps of
+0.001) whose layers take so many bytes before training, for a few sizes around; files grow or shrink while they are trained, so the two are compared by a
+line through the global points of a b (top-1 over the logarithm of the bytes), at the size of the searched file, with the b that does best there: chosen
+on the test set, in its favour. All are fine-tuned by the product's own loop (same data, batches, epochs, schedule) and packed; top-1 of the decoded files
+on the test set. One point and seed is one unit: its JSON is stored when it ends and is not measured again.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -107,20 +109,6 @@ class Bench:
                 high = middle
         return dict.fromkeys(self.layers, Theta(low / 1000, b))
 
-    def same_size(self, b: int, wanted: int, grows: float) -> dict[str, Any]:
-        """The unit of one (p, b) whose file takes as many bytes as `wanted` after fine-tuning, to 1 %; `grows`: by how much it is expected to grow."""
-        attempts: list[dict[str, Any]] = []
-        for _ in range(3):
-            thetas = self.one_for_all(b, wanted / grows - self.other)
-            print(f"  global p {thetas[self.layers[0]].p} b {b}", flush=True)
-            found = self.unit(thetas, f"global-b{b}-{len(attempts)}")
-            attempts.append({name: found[name] for name in ("bytes", "predicted_bytes", "test_top1_percent")})
-            print(f"  {attempts[-1]}, wanted {wanted}", flush=True)
-            if abs(found["bytes"] / wanted - 1) <= 0.01:
-                break
-            grows = found["bytes"] / found["predicted_bytes"]
-        return {**found, "attempts": attempts}
-
     def unit(self, thetas: dict[str, Theta], variant: str) -> dict[str, Any]:
         """Fine-tune, pack, and score the decoded file."""
         started = time.time()
@@ -180,10 +168,23 @@ class Units:
 
         return self._named("searched", seed, make)
 
-    def one_for_all(self, b: int, seed: int, grows: float) -> dict[str, Any]:
-        """One (p, b), fine-tuned, of the size of the searched one."""
-        wanted = self.searched(seed)["bytes"]
-        return self._named(f"global-b{b}", seed, lambda: self.bench(seed).same_size(b, wanted, grows))
+    def one_for_all(self, b: int, seed: int, size: float) -> dict[str, Any]:
+        """One (p, b), fine-tuned, of `size` times the bytes before training."""
+
+        def make() -> dict[str, Any]:
+            bench = self.bench(seed)
+            thetas = bench.one_for_all(b, size * self.given.bytes - bench.other)
+            return bench.unit(thetas, f"global-b{b}-{size}")
+
+        return self._named(f"global-b{b}-{size}", seed, make)
+
+
+def at_size(points: Sequence[dict[str, Any]], size: float) -> float:
+    """Top-1 [%] that a line through `points` has at `size` bytes."""
+    x = np.log([point["bytes"] for point in points])
+    y = [point["test_top1_percent"] for point in points]
+    slope, level = np.polyfit(x, y, 1)
+    return float(level + slope * np.log(size))
 
 
 def main() -> int:
@@ -195,39 +196,46 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--evaluations", type=int, default=18)
     parser.add_argument(
-        "--bits", type=int, nargs="+", default=[2, 3, 4], help="bit widths of the global setting"
+        "--bits", type=int, nargs="+", default=[2, 3], help="bit widths of the global setting"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=float,
+        nargs="+",
+        default=[0.85, 1.0],
+        help="of --bytes, for the global setting before training",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=0.02)
     given = parser.parse_args()
     units = Units(given)
-    searched = [units.searched(0)]
-    # which b is decided on the validation images of the first seed
-    trials = {b: units.one_for_all(b, 0, 1.0) for b in given.bits}
-    best = max(trials, key=lambda b: trials[b]["validation_top1_percent"])
-    one = [trials[best]]
-    grows = one[0]["bytes"] / one[0]["predicted_bytes"]
-    for seed in range(1, given.seeds):
-        searched.append(units.searched(seed))
-        one.append(units.one_for_all(best, seed, grows))
-    found = {"searched": searched, "global": one}
+    seeds = range(given.seeds)
+    searched = [units.searched(seed) for seed in seeds]
+    points = {
+        b: [units.one_for_all(b, seed, size) for seed in seeds for size in given.sizes] for b in given.bits
+    }
     place = f"search_global/resnet20-cifar10/{given.bytes}bytes-{given.epochs}epochs"
-    rows: list[Row] = []
-    for variant, runs in found.items():
-        rows.append(row(f"{place}/{variant}/test_top1", [run["test_top1_percent"] for run in runs], "%"))
-        rows.append(row(f"{place}/{variant}/bytes", [float(run["bytes"]) for run in runs], "bytes"))
+    rows: list[Row] = [
+        row(f"{place}/searched/test_top1", [run["test_top1_percent"] for run in searched], "%"),
+        row(f"{place}/searched/bytes", [float(run["bytes"]) for run in searched], "bytes"),
+        row(
+            f"{place}/searched/bytes_over_predicted",
+            [run["bytes"] / run["predicted_bytes"] for run in searched],
+            "",
+        ),
+    ]
+    for b, found in points.items():
+        levels = [at_size(found, run["bytes"]) for run in searched]
+        rows.append(row(f"{place}/global/b{b}/test_top1_at_that_size", levels, "%"))
         rows.append(
             row(
-                f"{place}/{variant}/bytes_over_predicted",
-                [run["bytes"] / run["predicted_bytes"] for run in runs],
+                f"{place}/global/b{b}/bytes_over_predicted",
+                [one["bytes"] / one["predicted_bytes"] for one in found],
                 "",
             )
         )
-    pairs = list(zip(found["searched"], found["global"], strict=True))
-    gains = [a["test_top1_percent"] - b["test_top1_percent"] for a, b in pairs]
-    for b, unit in trials.items():
-        rows.append(Row(f"{place}/global/b{b}/test_top1", unit["test_top1_percent"], "%", n=1))
-        rows.append(Row(f"{place}/global/b{b}/bytes", float(unit["bytes"]), "bytes", n=1))
+    best = [max(at_size(found, run["bytes"]) for found in points.values()) for run in searched]
+    gains = [run["test_top1_percent"] - level for run, level in zip(searched, best, strict=True)]
     rows.append(row(f"{place}/searched_minus_global", gains, "points", goal=0.0, better="higher"))
     print(f"stored in {write('search_global', rows)}")
     return 0
