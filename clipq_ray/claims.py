@@ -36,18 +36,29 @@ class Holder:
 
 @dataclass(frozen=True)
 class _Found:
-    """The claim with the highest number, 0 if there is none; `alive` where its job is, as far as can be seen."""
+    """The claim with the highest number, 0 if there is none; `gone` where its process is known to have ended."""
 
     number: int
     owner: str
     words: str
-    alive: bool
+    gone: bool
+
+    def alive(self, work: Store) -> bool:
+        """Whether its job is, as far as can be seen."""
+        if self.gone:
+            return False
+        try:
+            return work.now() - work.modified(_name(self.number)) <= EXPIRED_SECONDS
+        except StorageError:
+            if work.exists(_name(self.number)):
+                raise
+            return False  # given back meanwhile
 
 
 def _latest(work: Store) -> _Found:
     numbers = [int(found[1]) for name in work.names() if (found := _CLAIM.fullmatch(name))]
     if not numbers:
-        return _Found(0, "", "", False)
+        return _Found(0, "", "", True)
     name = _name(max(numbers))
     try:
         content = json.loads(work.read(name))
@@ -55,8 +66,11 @@ def _latest(work: Store) -> _Found:
         gone = content["place"] == _place() and not _runs(content["process"])
     except (ValueError, KeyError, TypeError):
         owner, words, gone = "", "somebody", False  # of another version; its age counts
-    alive = not gone and work.now() - work.modified(name) <= EXPIRED_SECONDS
-    return _Found(max(numbers), owner, words, alive)
+    except StorageError:
+        if work.exists(name):
+            raise
+        return _latest(work)  # given back since it was listed
+    return _Found(max(numbers), owner, words, gone)
 
 
 def _place() -> str:
@@ -138,7 +152,7 @@ def _content(owner: str) -> bytes:
 def holder(work: Store) -> Holder | None:
     """Who holds the run whose `_work` this is; None where nobody does or the holder is dead."""
     found = _latest(work)
-    return Holder(found.number, found.words) if found.alive else None
+    return Holder(found.number, found.words) if found.alive(work) else None
 
 
 def claim(work: Store) -> Claim | Holder:
@@ -146,7 +160,7 @@ def claim(work: Store) -> Claim | Holder:
     owner = uuid.uuid4().hex
     while True:
         found = _latest(work)
-        if found.alive:
+        if found.alive(work):
             return Holder(found.number, found.words)
         if work.create(_name(found.number + 1), _content(owner)):
             break

@@ -94,10 +94,10 @@ def _leftover(storage: Store, place: str, names: list[str], reason: str) -> Left
 
 def remove(storage: Store, found: list[Leftover], say: Callable[[str], None]) -> int:
     """Remove what is still left over, a directory at a time; bytes that were removed."""
-    freed = 0
+    freed, still = 0, leftovers(storage)
     for one in found:
         # a job may have claimed a run, or committed one that names a stage, since it was shown
-        if one.place != "." and one not in leftovers(storage):
+        if one.place != "." and one not in still:
             say(f"kept: {one.place} is used by now")
             continue
         for name in one.names:

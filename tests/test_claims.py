@@ -156,3 +156,19 @@ def test_claims_on_s3(s3_uri: str) -> None:
     first = taken(work)
     assert isinstance(claim(work), Holder)
     first.give_back()
+
+
+def test_a_claim_that_is_given_back_while_it_is_looked_at_is_none(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = taken(work)
+    real = Store.read
+
+    def read(store: Store, name: str) -> bytes:
+        first.give_back()
+        return real(store, name)
+
+    monkeypatch.setattr(Store, "read", read)
+    second = claim(work)
+    assert isinstance(second, Claim)
+    second.give_back()
