@@ -10,7 +10,6 @@ import argparse
 import json
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,7 +18,7 @@ from pydantic.fields import FieldInfo
 from clipq_ray.config import INTENTS, Config, make, unknown
 from clipq_ray.console import OneLineParser
 from clipq_ray.errors import ConfigError
-from clipq_ray.fleet.file import Fleet, read
+from clipq_ray.fleet.file import Fleet, parsed, read
 
 
 def parser(description: str) -> OneLineParser:
@@ -134,14 +133,7 @@ def _value(name: str, text: Any) -> Any:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """The options of a YAML file; unknown keys are refused by `make`."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: expected a readable YAML file, got {path!r} ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--config: expected YAML in {path!r}, got {' '.join(str(error).split())}"
-        ) from error
+    content = parsed("--config", path, yaml.safe_load)
     if not isinstance(content, dict):
         raise ConfigError(
             f"--config: expected options as 'name: value' lines in {path!r}, got {type(content).__name__}"

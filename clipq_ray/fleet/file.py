@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,21 @@ class Fleet:
     ensembles: tuple[Ensemble, ...] = ()
 
 
-def read(path: str, options: Mapping[str, Any]) -> Fleet:
-    """The fleet of the file at `path`; `options` of the command line take the place of its defaults. One `ConfigError` names all mistakes."""
+def parsed(option: str, path: str, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of the YAML file that `option` names; `ConfigError` where it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--fleet: expected a readable YAML file, got {path!r} ({error})") from error
+        raise ConfigError(f"{option}: expected a readable YAML file, got {path!r} ({error})") from error
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"--fleet: expected YAML in {path!r}, got {' '.join(str(error).split())}"
+            f"{option}: expected YAML in {path!r}, got {' '.join(str(error).split())}"
         ) from error
+
+
+def read(path: str, options: Mapping[str, Any]) -> Fleet:
+    """The fleet of the file at `path`; `options` of the command line take the place of its defaults. One `ConfigError` names all mistakes."""
+    root = parsed("--fleet", path, lambda text: yaml.compose(text, Loader=yaml.SafeLoader))
     reading = _Reading()
     fleet = reading.fleet(root, options)
     if reading.mistakes:
