@@ -67,6 +67,11 @@ class Drop:
     high: float
     n: int
 
+    @property
+    def error(self) -> float:
+        """The standard error of the difference, in points."""
+        return (self.high - self.low) / (2 * _Z95)
+
     def words(self) -> str:
         """Lost or gained, and the interval of what is lost."""
         return f"{abs(self.points):.2f} points {'gained' if self.points < 0 else 'lost'} (lost with 95 %: {self.low:+.2f} to {self.high:+.2f})"
