@@ -1,7 +1,8 @@
 """What a store does on a directory of this machine, and on an fsspec file system such as S3.
 
 `Directory` and `Objects` do the same few things; names are checked by `storage.Store` before they come here, and whatever goes wrong is
-raised as it is and put into words there. Not covered: what the objects are called and mean (`storage`).
+raised as it is and put into words there. Not covered: what the objects are called and mean (`storage`), and how a store is reached
+(`connections`).
 """
 
 from __future__ import annotations
@@ -15,16 +16,33 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import fsspec
+from clipq_ray.connections import S3, Connection, codes
 
 INTERNAL = ".clipq-"
-S3 = ("s3", "s3a")
+PART_BYTES = 64 * 2**20
+"""Objects of twice this size and more go to S3 in parts, each of which is tried again by itself."""
 # s3fs sends one put below twice its chunk size, and S3 takes at most 5 GiB in one.
 _ONE_PUT_CHUNK = 5 * 2**29
+_PARTS_AT_ONCE = 4
 _CREATE_ATTEMPTS = 4
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+class Upload(NamedTuple):
+    """Parts of an object that was never completed: nobody sees them, and the store keeps them. `begun`: by the clock of the storage [s since 1970]."""
+
+    name: str
+    id: str
+    begun: float
+
+
+class Entry(NamedTuple):
+    """An object in a listing; `modified`: when it was last written, by the clock of the storage [s since 1970]."""
+
+    bytes: int
+    modified: float
 
 
 class Backend(Protocol):
@@ -62,12 +80,24 @@ class Backend(Protocol):
         """All objects whose relative name begins with `prefix`."""
         ...
 
+    def entries(self) -> dict[str, Entry]:
+        """All objects by relative name."""
+        ...
+
     def remove(self, name: str) -> None:
         """Remove an object if it is there."""
         ...
 
     def remove_tree(self) -> None:
         """Remove all objects."""
+        ...
+
+    def uploads(self) -> list[Upload]:
+        """Objects that are sent in parts and not complete."""
+        ...
+
+    def abandon(self, upload: Upload) -> None:
+        """Let the parts go."""
         ...
 
     def arrow(self) -> tuple[Any, str]:
@@ -164,6 +194,15 @@ class Directory:
             found.extend(f"{inside}{one}" for one in files if f"{inside}{one}".startswith(prefix))
         return found
 
+    def entries(self) -> dict[str, Entry]:
+        """All objects by relative name."""
+        found = {}
+        for name in self.names(""):
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                stat = (self.root / name).stat()
+                found[name] = Entry(stat.st_size, stat.st_mtime)
+        return found
+
     def remove(self, name: str) -> None:
         """Remove an object if it is there."""
         (self.root / name).unlink(missing_ok=True)
@@ -172,6 +211,13 @@ class Directory:
         """Remove all objects."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root)
+
+    def uploads(self) -> list[Upload]:
+        """Objects that are sent in parts: none."""
+        return []
+
+    def abandon(self, upload: Upload) -> None:
+        """Nothing to let go."""
 
     def arrow(self) -> tuple[Any, str]:
         """A pyarrow file system and the path of this directory in it."""
@@ -196,21 +242,32 @@ class Objects:
 
     def read(self, name: str) -> bytes:
         """The whole object; `FileNotFoundError` if there is none."""
-        return bytes(self.connection.open().cat_file(self._at(name)))
+        return bytes(self.connection.call("cat_file", self._at(name)))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """The bytes from `start` to below `stop`, fewer where the object ends."""
-        return bytes(self.connection.open().cat_file(self._at(name), start=start, end=stop))
+        return bytes(self.connection.call("cat_file", self._at(name), start=start, end=stop))
 
     def write(self, name: str, data: bytes) -> None:
-        """Put the whole object, over another one."""
-        self._put(name, data, mode="overwrite")
+        """Put the whole object, over another one; a large one goes to S3 in parts, and is there once the last one is."""
+        if self.connection.protocol not in S3:
+            self.connection.call("pipe_file", self._at(name), data, mode="overwrite")
+            return
+        parts = {"chunksize": PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}
+        for attempt in range(2):
+            try:
+                self.connection.call("pipe_file", self._at(name), data, mode="overwrite", **parts)
+                return
+            except FileNotFoundError as error:
+                # The answer to the completion got lost, and the same request again finds no upload to complete.
+                if "NoSuchUpload" not in codes(error) or attempt:
+                    raise
 
     def create(self, name: str, data: bytes) -> bool:
         """Put the whole object if none is there; whether it was put."""
         for attempt in range(_CREATE_ATTEMPTS):
             try:
-                self._put(name, data, mode="create")
+                self._create(name, data)
                 return True
             except FileExistsError:
                 return False
@@ -233,48 +290,95 @@ class Objects:
         self.write(name, data)
         return True
 
-    def _put(self, name: str, data: bytes, mode: str) -> None:
+    def _create(self, name: str, data: bytes) -> None:
+        # In one put whatever the size: on some stores the completion of parts overwrites in silence.
         options = {"chunksize": _ONE_PUT_CHUNK} if self.connection.protocol in S3 else {}
-        self.connection.open().pipe_file(self._at(name), data, mode=mode, **options)
+        self.connection.call("pipe_file", self._at(name), data, mode="create", **options)
 
     def size(self, name: str) -> int | None:
         """The bytes of the object, None if there is none."""
         try:
-            info = self.connection.open().info(self._at(name))
+            info = self.connection.call("info", self._at(name))
         except FileNotFoundError:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
     def modified(self, name: str) -> float:
         """When the object was last written, by the clock of the storage [s since 1970]."""
-        return float(self.connection.open().modified(self._at(name)).timestamp())
+        return float(self.connection.call("modified", self._at(name)).timestamp())
 
     def names(self, prefix: str) -> list[str]:
         """All objects whose relative name begins with `prefix`."""
+        return list(self._found(prefix))
+
+    def entries(self) -> dict[str, Entry]:
+        """All objects by relative name."""
+        found = {}
+        for name, info in self._found("").items():
+            when = info.get("LastModified")
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                found[name] = Entry(int(info["size"]), when.timestamp() if when else self.modified(name))
+        return found
+
+    def _found(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """What fsspec says of all objects whose relative name begins with `prefix`."""
         fs = self.connection.open()
         folder, _, leaf = prefix.rpartition("/")
         top = self._at(folder) if folder else self.path
         takes_prefix = "prefix" in inspect.signature(fs.find).parameters
+        options = {"prefix": leaf} if takes_prefix and leaf else {}
         try:
-            found = fs.find(top, **({"prefix": leaf} if takes_prefix and leaf else {}))
+            found = self.connection.call("find", top, detail=True, **options)
         except FileNotFoundError as error:
             if "NoSuchBucket" in codes(error):
                 raise
-            return []
+            return {}
         root = fs._strip_protocol(self.path).rstrip("/") + "/"
-        inside = [name[len(root) :] for name in found if name.startswith(root) and not name.endswith("/")]
-        return [name for name in inside if name.startswith(prefix)]
+        inside = {
+            name[len(root) :]: info
+            for name, info in found.items()
+            if name.startswith(root) and not name.endswith("/")
+        }
+        return {name: info for name, info in inside.items() if name.startswith(prefix)}
 
     def remove(self, name: str) -> None:
         """Remove an object if it is there."""
         with contextlib.suppress(FileNotFoundError):
-            self.connection.open().rm_file(self._at(name))
+            self.connection.call("rm_file", self._at(name))
 
     def remove_tree(self) -> None:
         """Remove all objects."""
         # One by one: a recursive removal of a bucket's root would remove the bucket.
         for name in self.names(""):
             self.remove(name)
+
+    def uploads(self) -> list[Upload]:
+        """Objects that are sent in parts and not complete."""
+        if self.connection.protocol not in S3:
+            return []
+        bucket, _, inside = self.path.partition("/")
+        root = f"{inside.rstrip('/')}/" if inside else ""
+        found: list[Upload] = []
+        after: dict[str, str] = {}
+        while True:
+            page = self.connection.call(
+                "call_s3", "list_multipart_uploads", Bucket=bucket, Prefix=root, **after
+            )
+            found.extend(
+                Upload(one["Key"].removeprefix(root), one["UploadId"], one["Initiated"].timestamp())
+                for one in page.get("Uploads", [])
+            )
+            if not page.get("IsTruncated"):
+                return found
+            after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abandon(self, upload: Upload) -> None:
+        """Let the parts go."""
+        bucket, _, key = self._at(upload.name).partition("/")
+        with contextlib.suppress(FileNotFoundError):
+            self.connection.call(
+                "call_s3", "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id
+            )
 
     def arrow(self) -> tuple[Any, str]:
         """A pyarrow file system and the path of this directory in it."""
@@ -301,58 +405,3 @@ def _sync_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-class Connection:
-    """A protocol's file system, made at first use and again after a fork; listings are never cached."""
-
-    def __init__(self, protocol: str) -> None:
-        """`ImportError` if the protocol's package is missing, `ValueError` if nobody knows the protocol."""
-        self.protocol = protocol
-        find: Any = fsspec.get_filesystem_class
-        self._kind: Any = find(protocol)
-        self._made: tuple[int, Any] | None = None
-
-    def open(self) -> Any:
-        """This process's own file system."""
-        process = os.getpid()
-        made = self._made
-        # No lock: one that another thread holds while this process forks would never open in the child.
-        if made is None or made[0] != process:
-            options = {"skip_instance_cache": True, "use_listings_cache": False, **_options(self.protocol)}
-            self._made = made = (process, self._kind(**options))
-        return made[1]
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    if protocol not in S3:
-        return {}
-    if "AWS_ENDPOINT_URL" in os.environ or "AWS_ENDPOINT_URL_S3" in os.environ:
-        # Ceph, rclone and others refuse or garble uploads with the trailing checksums that newer clients send by default.
-        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    return {
-        "config_kwargs": {
-            "connect_timeout": 10,
-            "read_timeout": float(os.environ.get("CLIPQ_S3_TIMEOUT_SECONDS", 60)),
-            "retries": {"max_attempts": 4, "mode": "standard"},
-        }
-    }
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def codes(error: BaseException) -> set[str]:
-    """S3's error codes and the names of the exception classes that led here."""
-    found: set[str] = set()
-    for one in chain(error):
-        found.add(type(one).__name__)
-        response = getattr(one, "response", None)
-        if isinstance(response, dict):
-            found.add(str(response.get("Error", {}).get("Code")))
-    return found

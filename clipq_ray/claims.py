@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipq_ray.errors import RunError, StorageError
+from clipq_ray.redaction import redacted
 from clipq_ray.storage import Store
 
 BEAT_SECONDS, EXPIRED_SECONDS = 15.0, 90.0
@@ -116,7 +117,7 @@ class Claim:
             if not self._lost:
                 self._work.remove(_name(self._number))
         except StorageError as failed:  # it expires by itself
-            log.warning("the claim on %s could not be given back: %s", self._work.uri, failed)
+            log.warning("the claim on %s could not be given back: %s", self._work.uri, redacted(str(failed)))
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
@@ -129,7 +130,9 @@ class Claim:
                     return
                 self._work.write(_name(self._number), _content(self._owner))
             except StorageError as failed:  # may pass; if not, the claim expires
-                log.warning("the claim on %s could not be kept alive: %s", self._work.uri, failed)
+                log.warning(
+                    "the claim on %s could not be kept alive: %s", self._work.uri, redacted(str(failed))
+                )
 
     def check(self) -> None:
         """`RunError` where another job has taken the run over, because this one was away for too long."""
@@ -160,6 +163,8 @@ def claim(work: Store) -> Claim | Holder:
     owner = uuid.uuid4().hex
     while True:
         found = _latest(work)
+        if found.owner == owner:  # it was put, and only the answer got lost
+            return Claim(work, found.number, owner)
         if found.alive(work):
             return Holder(found.number, found.words)
         if work.create(_name(found.number + 1), _content(owner)):

@@ -2,7 +2,7 @@
 
     clipq inspect URI                     the table of a packed network, from the file alone
     clipq verify URI                      every hash of a file, a run, a fleet or a whole storage
-    clipq prune URI [--yes]               what no run and no job needs any more: shown, then removed
+    clipq prune URI [--yes]               what no run and no job needs any more, a day old: shown, then removed
     clipq export URI OUT                  dense for other tools: OUT.safetensors, OUT.onnx, or a Hugging Face style folder OUT/
 
 URIs are local paths or anything that fsspec opens. Exit code 0: all is well; 2: damage, or a mistake in the input (one line on stderr,
@@ -12,12 +12,13 @@ no traceback). Not covered: making compressed networks and evaluating them (`job
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipq_ray import console
-from clipq_ray.errors import StorageError
+from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.manifest import checked, committed, fleets, read_manifest, verify, verify_clq, verify_fleet
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
@@ -56,6 +57,12 @@ def _dispatch(arguments: list[str]) -> int:
         one.add_argument("uri", metavar="URI", help=_URIS[name])
         if name == "prune":
             one.add_argument("--yes", action="store_true", help="remove what is shown")
+            one.add_argument(
+                "--older-than-hours",
+                metavar="X",
+                default="24",
+                help="only what nothing was written to for so long, by the clock of the storage (default: 24) [h]",
+            )
         if name == "export":
             _add_export_arguments(one)
         one.set_defaults(command=command)
@@ -103,11 +110,11 @@ def verify_command(uri: str) -> int:
     return 2 if problems else 0
 
 
-def prune_command(uri: str, yes: bool) -> int:
-    """Show what a storage holds that no committed run names and no job under way uses: unfinished runs, stages, checkpoints; with --yes it is removed."""
+def prune_command(uri: str, yes: bool, older_than_hours: str) -> int:
+    """Show what a storage holds that no committed run names and no job under way uses: unfinished runs, stages, checkpoints, a day old; with --yes it is removed."""
     from clipq_ray.pruning import leftovers, remove
 
-    storage = Store(uri)
+    hours, storage = _hours(older_than_hours), Store(uri)
     if storage.exists(MANIFEST):
         raise StorageError(
             f"expected a storage, got a run or a fleet at {uri}; give the directory that holds them"
@@ -116,17 +123,33 @@ def prune_command(uri: str, yes: bool) -> int:
         storage.names(one) for one in ("model=", "_stages/", "fleet=")
     ):
         raise StorageError(f"expected a storage that jobs have written to, got none at {uri}; check the URI")
-    found = leftovers(storage)
+    both = leftovers(storage, hours)
+    found = both.old
     for one in found:
         print(f"{one.bytes:>15,} bytes  {one.place}: {one.reason}")
+    if both.young:
+        print(
+            f"{sum(one.bytes for one in both.young):>15,} bytes  in {len(both.young)} places were written to in the last {hours:g} hours, "
+            "and stay; --older-than-hours 0 shows them"
+        )
     total = sum(one.bytes for one in found)
     if not found:
-        print(f"nothing is left over in {storage.uri}")
+        print(f"nothing{' else' if both.young else ''} is left over in {storage.uri}")
     elif yes:
-        print(f"removed {remove(storage, found, print):,} bytes")
+        print(f"removed {remove(storage, found, print, hours):,} bytes")
     else:
         print(f"{total:,} bytes in {len(found)} places; nothing was removed, --yes removes them")
     return 0
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not 0 <= hours < math.inf:
+        raise ConfigError(f"--older-than-hours: expected a number of hours, 0 or more, got {text!r}")
+    return hours
 
 
 def export_command(uri: str, output: str, **options: Any) -> int:

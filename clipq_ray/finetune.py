@@ -106,7 +106,7 @@ class _NotFinite(Exception):
 class Trainer:
     """One training of `model`, in place; after `run` the parameters hold full-precision weights.
 
-    `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.time()` before which the last epoch
+    `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
     should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so.
     """
 
@@ -359,7 +359,7 @@ class Trainer:
     def _fit_deadline(self, epoch_seconds: float) -> None:
         if self.deadline is None:
             return
-        fit = max(0, math.floor((self.deadline - time.time()) / epoch_seconds))
+        fit = max(0, math.floor((self.deadline - time.monotonic()) / epoch_seconds))
         planned = torch.tensor(min(self.epochs, len(self.curve) + fit), device=self.rank.device)
         if self.rank.world > 1:
             dist.broadcast(planned, src=0)

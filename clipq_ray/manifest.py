@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipq_ray.errors import FormatError, StorageError
+from clipq_ray.redaction import redacted
 from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, WORK, Store
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _RUN = re.compile(rf"model=([^/]+)/run=([^/]+)/{re.escape(MANIFEST)}")
 _FLEET = re.compile(rf"fleet=([^/]+)/{re.escape(MANIFEST)}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SELF = "manifest_sha256"
+_RESTORE = "restore it, or make a new run with --force"
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +62,9 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
     try:
         run.child(WORK).remove_tree()
     except StorageError as error:
-        _log.warning("the run is committed, but its checkpoints could not be removed: %s", error)
+        _log.warning(
+            "the run is committed, but its checkpoints could not be removed: %s", redacted(str(error))
+        )
 
 
 def replace(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
@@ -84,23 +88,43 @@ def read_manifest(run: Store) -> dict[str, Any]:
     try:
         manifest = json.loads(run.read(MANIFEST))
     except ValueError as error:
-        raise FormatError(
-            f"expected JSON in {at}, got {error}; restore the file or run the job again"
-        ) from error
+        raise FormatError(f"expected JSON in {at}, got {' '.join(str(error).split())}; {_RESTORE}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        came = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise FormatError(
-            f"expected a manifest of format {FORMAT} in {at}, got {came!r}; read it with the version that wrote it"
-        )
+        raise FormatError(_other_format(manifest, at))
     if _SELF in manifest and manifest[_SELF] != _own_hash(manifest):
         raise FormatError(
-            f"expected {at} to have the SHA-256 that it states, got another; restore the file or run the job again"
+            f"expected {at} to have the SHA-256 that it states, got another, so it was edited or damaged; {_RESTORE}"
         )
     if not _names_files(manifest.get("files")):
         raise FormatError(
-            f"expected {at} to list its files with bytes and sha256, got something else; restore it or run the job again"
+            f"expected {at} to list its files with bytes and sha256, got something else; {_RESTORE}"
         )
     return manifest
+
+
+def refuse_newer(directory: Store) -> None:
+    """`FormatError` where what lies there was written by a newer version, which this one must not replace."""
+    try:
+        content = json.loads(directory.read(MANIFEST)) if directory.exists(MANIFEST) else {}
+    except ValueError:
+        return
+    if isinstance(content, dict) and _newer(content):
+        raise FormatError(_other_format(content, f"{directory.uri}/{MANIFEST}"))
+
+
+def _newer(manifest: Mapping[str, Any]) -> bool:
+    came = manifest.get("format")
+    return type(came) is int and came > FORMAT
+
+
+def _other_format(manifest: Any, at: str) -> str:
+    came = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if not isinstance(manifest, dict) or not _newer(manifest):
+        return f"expected a manifest of format {FORMAT} in {at}, got {came!r}; {_RESTORE}"
+    versions = manifest.get("versions")
+    by = versions.get("clipq_ray") if isinstance(versions, dict) else None
+    writer = f" by clipq_ray {by}" if isinstance(by, str) else ""
+    return f"expected a manifest of format {FORMAT} in {at}, got {came}, written{writer}; use that version or a newer one"
 
 
 def verify(run: Store) -> list[str]:
@@ -113,7 +137,7 @@ def verify(run: Store) -> list[str]:
     for key, value in (part.split("=", 1) for part in run.uri.split("/")[-2:] if "=" in part):
         if key in ("model", "run", "fleet") and manifest.get(key) != value:
             problems.append(
-                f"{run.uri}/{MANIFEST}: expected {key} {value!r} as in the path, got {manifest.get(key)!r}"
+                f"{run.uri}/{MANIFEST}: expected {key} {value!r} as in the path, got {manifest.get(key)!r}; give the directory its name back"
             )
     for name, stated in sorted(manifest["files"].items()):
         problems.extend(_verify_file(run, name, stated))
@@ -123,15 +147,11 @@ def verify(run: Store) -> list[str]:
 def checked(data: bytes, stated: Mapping[str, Any], origin: str) -> bytes:
     """`data`, if it has the size and SHA-256 that the manifest states for it; else a `FormatError` that names `origin`."""
     if not {"bytes", "sha256"} <= stated.keys():
-        raise FormatError(f"{origin}: expected the manifest to list it, got no entry; run the job again")
+        raise FormatError(f"{origin}: expected the manifest to list it, got no entry; {_RESTORE}")
     if len(data) != stated["bytes"]:
-        raise FormatError(
-            f"{origin}: expected {stated['bytes']} bytes, got {len(data)}; fetch it again or run the job again"
-        )
+        raise FormatError(f"{origin}: expected {stated['bytes']} bytes, got {len(data)}; {_RESTORE}")
     if (came := hashlib.sha256(data).hexdigest()) != stated["sha256"]:
-        raise FormatError(
-            f"{origin}: expected SHA-256 {stated['sha256']}, got {came}; fetch it again or run the job again"
-        )
+        raise FormatError(f"{origin}: expected SHA-256 {stated['sha256']}, got {came}; {_RESTORE}")
     return data
 
 
@@ -268,7 +288,7 @@ def _verify_file(run: Store, name: str, stated: Mapping[str, Any]) -> list[str]:
     at = f"{run.uri}/{name}"
     try:
         if not run.exists(name):
-            return [f"{at}: expected {stated['bytes']} bytes, got no file"]
+            return [f"{at}: expected {stated['bytes']} bytes, got no file; {_RESTORE}"]
         data = checked(run.read(name), stated, at)
     except (StorageError, FormatError) as error:
         return [str(error)]

@@ -6,7 +6,10 @@ decoded file. A job that is run again continues behind the last finished stage (
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
 from clipq_ray.cluster.engine import Engine
-from clipq_ray.errors import FormatError, RunError
+from clipq_ray.errors import FormatError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
@@ -90,12 +93,13 @@ def prepare(
     config = source.config
     storage = Store(config.storage)
     storage.check_writable()
+    engine.reaches(storage)
     prepare_process(config.threads_per_worker)
-    started = time.time()
+    run = Run(source, engine, reporter, storage, turn)
     reporter.say(f"data: opening {config.data}")
     data = source.data()
     source.check_fit()
-    run = Run(source, engine, reporter, storage, started, turn, notes=list(data.notes))
+    run.notes += data.notes
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(run)
     inputs = identity.of_run(source, data, state_given)
@@ -103,7 +107,8 @@ def prepare(
     if isinstance(own, Result):
         return own
     held.append(own.claim)
-    return _ready(run, own, inputs, state_given, origin)
+    with stages.going_on(run):
+        return _ready(run, own, inputs, state_given, origin)
 
 
 def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
@@ -114,9 +119,7 @@ def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
         target = run_store(run.storage, name, run_id)
         if committed is not None:
             if problems := manifest.verify(target):
-                raise FormatError(
-                    f"the committed run at {target.uri} is damaged: {problems[0]}; use --force for a new one"
-                )
+                raise FormatError(f"the committed run is damaged, and left as it is: {problems[0]}")
             again = "" if said else "; --force makes a new one"
             run.reporter.say(f"run {run_id} is committed already at {target.uri}{again}")
             return Result(target.uri, committed, True)
@@ -154,7 +157,12 @@ def _ready(
 
 def finish(given: Prepared) -> Result:
     """Everything behind the search."""
-    run, reporter, target, weights = given.run, given.run.reporter, given.own.target, given.weights
+    with stages.going_on(given.run):
+        return _finished(given)
+
+
+def _finished(given: Prepared) -> Result:
+    run, target, weights = given.run, given.own.target, given.weights
     prepare_process(run.config.threads_per_worker)
     trials = given.search.trials()
     reference_error = original_error(run, given.model)
@@ -175,14 +183,45 @@ def finish(given: Prepared) -> Result:
         )
     files, document = _files(given, made, trials, control, dense, reference_error)
     if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
-        reporter.say(
-            f"run {given.own.run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
-        )
-        return Result(target.uri, manifest.read_manifest(target), True)
+        return _of_another(given)
     given.own.claim.check()
-    manifest.commit(target, files, document)
+    try:
+        manifest.commit(target, files, document)
+    except StorageError as error:
+        if _is_there(target):
+            return _of_another(given)
+        raise _uncommitted(given, files, error) from error
     given.work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)
+
+
+def _of_another(given: Prepared) -> Result:
+    target = given.own.target
+    given.run.reporter.say(
+        f"run {given.own.run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
+    )
+    return Result(target.uri, manifest.read_manifest(target), True)
+
+
+def _is_there(target: Store) -> bool:
+    try:
+        return target.exists(MANIFEST)
+    except StorageError:
+        return False
+
+
+def _uncommitted(given: Prepared, files: Mapping[str, bytes], error: StorageError) -> RunError:
+    """The error of a run that its store does not take; its files are kept on this machine where the store is elsewhere, which may be gone."""
+    kept = f"its stages are kept in {given.run.storage.uri}"
+    if given.run.storage.local is None:
+        place = Store(tempfile.gettempdir()).child("clipq-uncommitted", *given.own.target.uri.split("/")[-2:])
+        with contextlib.suppress(StorageError):
+            for name, data in files.items():
+                place.write(name, data)
+            kept += f", its files in {place.uri} on {platform.node()}"
+    return RunError(
+        f"the run cannot be committed: {error}; {kept}: the same command again commits it, and makes only the last step anew"
+    )
 
 
 def _files(

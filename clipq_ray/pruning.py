@@ -1,21 +1,30 @@
 """What a storage holds that nobody needs: found first, shown, and removed only then.
 
 Kept are committed runs with the files that their manifests name, the stages that these name, fleets with a manifest, and whatever a run uses that a
-live job claims (`claims`): its directory, and the stages that it has begun, which it lists in its `_work`. All else in the directories that jobs
-write is left over: runs without a manifest, stages of attempts that nobody continues, checkpoints, unfinished writes. Not covered: files that no job wrote.
+live job claims (`claims`): its directory, and the stages that it has begun, which it lists in its `_work` before it looks at them. All else in the
+directories that jobs write is left over once nothing in it was written for `OLDER_THAN_HOURS`, by the clock of the storage: runs without a manifest,
+stages of attempts that nobody continues, checkpoints, unfinished writes, parts of objects that were never completed.
+
+A job may begin while `remove` works. So that a stage never goes away under it, what says that a stage is finished is taken away first, and then
+claims are looked at once more: a job that has named the stage by then gets it back whole, a later one finds no finished stage and makes it again.
+Not covered: files that no job wrote.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from clipq_ray import claims
-from clipq_ray.errors import StorageError
+from clipq_ray.backends import Entry, Upload
 from clipq_ray.manifest import read_manifest
 from clipq_ray.storage import MANIFEST, USES, WORK, Store
 
+OLDER_THAN_HOURS = 24.0
+FINISHED = ("curve.json", "done.json")
+"""The objects of a stage of which one says that it is finished."""
+_UNFINISHED_SECONDS = 3600.0  # a write that is under way is never older
 _RUN = re.compile(r"(model=[^/]+/run=[^/]+)/(.+)")
 _STAGE = re.compile(r"(_stages/([^/]+))/(.+)")
 _FLEET = re.compile(r"(fleet=[^/]+)/(.+)")
@@ -29,12 +38,31 @@ class Leftover:
     names: tuple[str, ...]
     bytes: int
     reason: str
+    uploads: tuple[Upload, ...] = ()
 
 
-def leftovers(storage: Store) -> list[Leftover]:
-    """What could be removed, by directory; `FormatError` where a manifest is damaged, since then nobody knows what it names."""
-    names = storage.names()
-    runs, stages, fleets = (_by_place(pattern, names) for pattern in (_RUN, _STAGE, _FLEET))
+@dataclass(frozen=True)
+class Leftovers:
+    """What could be removed, by directory, and what is too young for that."""
+
+    old: list[Leftover]
+    young: list[Leftover]
+
+
+def leftovers(storage: Store, older_than_hours: float = OLDER_THAN_HOURS) -> Leftovers:
+    """What nobody needs; `FormatError` where a manifest is damaged, since then nobody knows what it names."""
+    entries = storage.entries()
+    found = _unneeded(storage, entries)
+    limit = 3600.0 * older_than_hours
+    latest = storage.now() - limit if found else 0.0
+    young = [one for one in found if any(entries[name].modified > latest for name in one.names)]
+    old = [one for one in found if one not in young]
+    return Leftovers([*old, *_unfinished(storage, max(limit, _UNFINISHED_SECONDS))], young)
+
+
+def _unneeded(storage: Store, entries: Mapping[str, Entry]) -> list[Leftover]:
+    """What of `entries` no run and no job needs, whatever its age."""
+    runs, stages, fleets = (_by_place(pattern, entries) for pattern in (_RUN, _STAGE, _FLEET))
     used: set[str] = set()
     found: list[Leftover] = []
     for place, inside in runs.items():
@@ -52,22 +80,30 @@ def leftovers(storage: Store) -> list[Leftover]:
             else "an unfinished run, which the same job would continue"
         )
         if inside and not held:
-            found.append(_leftover(storage, place, inside, f"{reason}, and no job makes it"))
+            found.append(_leftover(entries, place, inside, f"{reason}, and no job makes it"))
     for place, inside in fleets.items():
         if MANIFEST not in inside:
-            found.append(_leftover(storage, place, inside, "a fleet without a manifest"))
+            found.append(_leftover(entries, place, inside, "a fleet without a manifest"))
     for place, inside in stages.items():
         if place.removeprefix("_stages/") not in used:
             found.append(
-                _leftover(storage, place, inside, "a stage that no committed run and no job under way uses")
+                _leftover(entries, place, inside, "a stage that no committed run and no job under way uses")
             )
-    unfinished = storage.unfinished(older_than=3600.0)
-    if unfinished:
-        found.append(_leftover(storage, "", unfinished, "writes that did not come to their end"))
     return found
 
 
-def _by_place(pattern: re.Pattern[str], names: list[str]) -> dict[str, list[str]]:
+def _unfinished(storage: Store, seconds: float) -> Iterator[Leftover]:
+    """Writes that are that old."""
+    if names := storage.unfinished(seconds):
+        size = sum(storage.size(name) for name in names)
+        yield Leftover(".", tuple(names), size, "writes that did not come to their end")
+    if uploads := storage.uploads(seconds):
+        yield Leftover(
+            ".", (), 0, f"parts of {len(uploads)} objects that were never completed", tuple(uploads)
+        )
+
+
+def _by_place(pattern: re.Pattern[str], names: Mapping[str, Entry]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {}
     for name in names:
         if match := pattern.fullmatch(name):
@@ -81,26 +117,52 @@ def _used(run: Store) -> Iterator[str]:
         yield name.removeprefix(f"{USES}/")
 
 
-def _leftover(storage: Store, place: str, names: list[str], reason: str) -> Leftover:
-    full = tuple(f"{place}/{name}" if place else name for name in names)
-    size = 0
-    for name in full:
-        try:
-            size += storage.size(name)
-        except StorageError:  # gone meanwhile
-            continue
-    return Leftover(place or ".", full, size, reason)
+def _leftover(entries: Mapping[str, Entry], place: str, names: list[str], reason: str) -> Leftover:
+    full = tuple(f"{place}/{name}" for name in names)
+    return Leftover(place, full, sum(entries[name].bytes for name in full), reason)
 
 
-def remove(storage: Store, found: list[Leftover], say: Callable[[str], None]) -> int:
-    """Remove what is still left over, a directory at a time; bytes that were removed."""
-    freed, still = 0, leftovers(storage)
+def remove(
+    storage: Store,
+    found: list[Leftover],
+    say: Callable[[str], None],
+    older_than_hours: float = OLDER_THAN_HOURS,
+) -> int:
+    """Remove what is still left over; bytes that were removed."""
+    still = leftovers(storage, older_than_hours).old
+    going = [one for one in found if one.place == "." or one in still]
+    going = _without_their_ends(storage, going)
+    freed = 0
     for one in found:
-        # a job may have claimed a run, or committed one that names a stage, since it was shown
-        if one.place != "." and one not in still:
+        if one not in going:
             say(f"kept: {one.place} is used by now")
             continue
         for name in one.names:
             storage.remove(name)
+        for upload in one.uploads:
+            storage.abandon(upload)
         freed += one.bytes
     return freed
+
+
+def _without_their_ends(storage: Store, going: list[Leftover]) -> list[Leftover]:
+    """Those of `going` that nobody needs after what says that they are finished was taken away; the others have it back."""
+    ends = [name for one in going for name in one.names if name.rpartition("/")[2] in FINISHED]
+    taken = {name: storage.read(name) for name in ends}
+    unneeded: list[Leftover] = []
+    try:
+        for name in taken:
+            storage.remove(name)
+        there = {**{name: Entry(len(data), 0.0) for name, data in taken.items()}, **storage.entries()}
+        now = {one.place: one for one in _unneeded(storage, there)}
+        unneeded = [
+            one
+            for one in going
+            if one.place == "." or (one.place in now and set(now[one.place].names) <= set(one.names))
+        ]
+    finally:
+        gone = {name for one in unneeded for name in one.names}
+        for name, data in taken.items():
+            if name not in gone:
+                storage.create(name, data)
+    return unneeded

@@ -103,12 +103,13 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         if any(_thetas(choice) == _thetas(one.choice) for one in done):
             run.notes.append("no further round: the search has no other point in that direction")
             break
-        if done and run.deadline is not None and time.time() + seconds > run.deadline:
+        left = run.seconds_left
+        if done and left is not None and seconds > left:
             run.notes.append("no further round before --deadline-hours")
             break
-        started = time.time()
+        started = time.monotonic()
         done.append(_round(run, given, done, choice, requested, choice.bytes + other, initial, model))
-        seconds = time.time() - started
+        seconds = time.monotonic() - started
         _say(run, intent, done, given.inventory.bytes_before)
         requested = next_request(intent, [one.outcome for one in done], config.rounds)
         if requested is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipq_ray import identity, models, search, stages
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.data import Split
-from clipq_ray.errors import ClipqError
+from clipq_ray.errors import ClipqError, StorageError
 from clipq_ray.groups import Group, work
 from clipq_ray.network import Inventory
 from clipq_ray.progress import Reporter
@@ -97,15 +97,27 @@ def search_all(searches: Sequence[Search], engine: Engine, reporter: Reporter) -
         made = dict(zip((one.task.output for one in missing), found, strict=True))
     for one in missing:
         if made[one.task.output] is None:
-            one.store.write(DONE, json.dumps({"late": one.store.exists(LATE)}).encode())
-            own = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
-            one.run.record(
-                "search", one.key, own if len(missing) > 1 else time.monotonic() - started, reused=False
-            )
+            whole = time.monotonic() - started if len(missing) == 1 else None
+            made[one.task.output] = _closed(one, whole)
     for one in searches:
         if one not in missing and made.get(one.task.output) is None:
             one.run.reused("search", one.key, one.store)
-    return [made.get(one.task.output) for one in searches]
+    failed = [made.get(one.task.output) for one in searches]
+    return [
+        None if error is None else stages.stopped(one.run, error)
+        for one, error in zip(searches, failed, strict=True)
+    ]
+
+
+def _closed(one: Search, seconds: float | None) -> ClipqError | None:
+    """Store that a search has ended; `seconds` that it took, of several at once by their trials. The error of a store that fails."""
+    try:
+        one.store.write(DONE, json.dumps({"late": one.store.exists(LATE)}).encode())
+        own = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
+    except StorageError as error:
+        return error
+    one.run.record("search", one.key, own if seconds is None else seconds, reused=False)
+    return None
 
 
 def scoring_images(run: Run) -> Split:

@@ -6,12 +6,12 @@ is run again continues behind the last finished one. Not covered: the order of t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from clipq_ray import identity, models
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
+from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.finetune import Schedule
 from clipq_ray.plan import Plan
@@ -47,11 +48,17 @@ class Run:
     engine: Engine
     reporter: Reporter
     storage: Store
-    started: float
     turn: threading.Lock
     work: Store | None = None
     notes: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    began: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    _begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has gone on; whatever this machine's clock says meanwhile."""
+        return time.monotonic() - self._begun
 
     @property
     def config(self) -> Config:
@@ -64,10 +71,10 @@ class Run:
         return self.source.data()
 
     @property
-    def deadline(self) -> float | None:
-        """The time of `time.time()` by which trainings should have ended."""
+    def seconds_left(self) -> float | None:
+        """Until trainings should have ended; None without a deadline."""
         hours = self.config.deadline_hours
-        return None if hours is None else self.started + 3600 * hours - _TAIL_SECONDS
+        return None if hours is None else 3600 * hours - _TAIL_SECONDS - self.seconds
 
     def stage(
         self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
@@ -77,7 +84,7 @@ class Run:
         with self._alone(store):
             return self._made(name, key, store, finished, make)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _alone(self, store: Store) -> Iterator[None]:
         """No other run of this process makes the same stage."""
         lock = _MAKING.setdefault(store.uri, threading.Lock())
@@ -101,7 +108,7 @@ class Run:
         self.record(name, key, time.monotonic() - started, reused=False)
         return store
 
-    @contextmanager
+    @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """While this run waits for other processes, another one may work in this one."""
         self.turn.release()
@@ -131,14 +138,12 @@ class Run:
 def run_document(run: Run) -> dict[str, Any]:
     """What the manifest says about the run itself."""
     return {
-        "created_utc": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(
-            timespec="seconds"
-        ),
+        "created_utc": run.began.isoformat(timespec="seconds"),
         "versions": identity.versions(),
         "config": redacted_json(run.config.model_dump(mode="json")),
         "stages": run.stages,
         "notes": redacted_json(run.notes),
-        "seconds": round(time.time() - run.started, 1),
+        "seconds": round(run.seconds, 1),
         "data": {
             "description": redacted(run.data.description),
             "train_images": len(run.data.train),
@@ -203,10 +208,28 @@ def trained(
 
 
 def deadline_of(run: Run, stage: str) -> float | None:
-    """The time of `time.time()` by which `stage` should end: its share of what is left before the deadline."""
-    if run.deadline is None:
-        return None
-    return time.time() + max(0.0, run.deadline - time.time()) * _DEADLINE_SHARES[stage]
+    """The time, by the clock of the storage [s since 1970], by which `stage` should end: its share of what is left before the deadline. That clock
+    is the one that all nodes have, and that an attempt after a lost worker has too."""
+    left = run.seconds_left
+    return None if left is None else run.storage.now() + max(0.0, left) * _DEADLINE_SHARES[stage]
+
+
+@contextlib.contextmanager
+def going_on(run: Run) -> Iterator[None]:
+    """A store that fails when the run has begun is no mistake of the input: the run ends, and says what is kept."""
+    try:
+        yield
+    except StorageError as error:
+        raise stopped(run, error) from error
+
+
+def stopped(run: Run, error: ClipqError) -> ClipqError:
+    """The error that ends `run`; of a failed store with where the work is kept."""
+    if not isinstance(error, StorageError):
+        return error
+    return RunError(
+        f"{error}; what is finished is kept in {run.storage.uri}: the same command again goes on behind it"
+    )
 
 
 def wants_control(source: Source) -> bool:

@@ -1,13 +1,13 @@
 """One directory at any URI, with objects that appear whole or not at all; and the names inside a run directory.
 
 `Store` is the one place that touches storage: a local path or `file://` (a temporary file in the same directory, fsync, rename),
-`s3://` (one put per object, through s3fs with whatever credentials, profile, region and endpoint the environment names), `memory://`
+`s3://` (one put per object, or parts that appear together, through s3fs with the credentials, region and endpoint that `connections` finds), `memory://`
 and every other protocol of an installed fsspec package. Listings are never cached, so what one process wrote, the next one sees. A
 store pickles as its URI alone and opens its own connections in every process, forked ones included.
 
 Every failure is a `StorageError` of one line with the URI, what failed and what to do. Names that begin with `.clipq-` belong to
 unfinished writes and are never listed. Not covered: locks (`create` is the only primitive; what commits a run stands in `manifest`),
-objects over 5 GB on S3, and streaming: objects are read and written as bytes.
+and streaming: objects are read and written as bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipq_ray.backends import INTERNAL, S3, Backend, Connection, Directory, Objects, chain, codes
+from clipq_ray import refusals
+from clipq_ray.backends import INTERNAL, Backend, Directory, Entry, Objects, Upload
+from clipq_ray.connections import S3, Connection, connection
 from clipq_ray.errors import ClipqError, ConfigError, StorageError
 
 MODEL = "model.clq"
@@ -82,7 +84,7 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """Put a whole object in place of whatever is there; readers see the old or the new content, never a part."""
-        with _translated(self._at(name), "write"):
+        with _translated(self._at(name), f"write {len(data):,} bytes to", self.local):
             self._backend.write(name, bytes(data))
 
     def create(self, name: str, data: bytes) -> bool:
@@ -91,7 +93,7 @@ class Store:
         Of any number of callers at once, one gets True. After a lost connection the answer may be False although the object is this
         caller's: who must know reads it back. Stores without conditional puts (some S3 imitations) only check before they write.
         """
-        with _translated(self._at(name), "write"):
+        with _translated(self._at(name), f"write {len(data):,} bytes to", self.local):
             return self._backend.create(name, bytes(data))
 
     def exists(self, name: str) -> bool:
@@ -114,19 +116,19 @@ class Store:
 
     def now(self) -> float:
         """The clock of the storage [s since 1970], from an object that is written and removed."""
-        with self._probe(b"") as name, _translated(self._at(name), "look up"):
+        with self.probe(b"") as name, _translated(self._at(name), "look up"):
             return self._backend.modified(name)
 
     def exclusive(self) -> bool:
         """Whether `create` is exclusive here: some stores overwrite in silence what should be created only once."""
-        with self._probe(b"1") as name, _translated(self._at(name), "write"):
+        with self.probe(b"1") as name, _translated(self._at(name), "write"):
             return not self._backend.create(name, b"2") and self._backend.read(name) == b"1"
 
     @contextlib.contextmanager
-    def _probe(self, data: bytes) -> Iterator[str]:
+    def probe(self, data: bytes) -> Iterator[str]:
         """A small object of a unique name that is never listed."""
         name = f"{INTERNAL}probe-{uuid.uuid4().hex}"
-        with _translated(self.uri, "write to"):
+        with _translated(self.uri, "write to", self.local):
             self._backend.write(name, data)
         try:
             yield name
@@ -142,6 +144,14 @@ class Store:
             found = self._backend.names(prefix)
         return sorted(name for name in found if not name.rpartition("/")[2].startswith(INTERNAL))
 
+    def entries(self) -> dict[str, Entry]:
+        """All objects at any depth with size and time, in one listing where the storage has one."""
+        with _translated(self.uri, "list"):
+            found = self._backend.entries()
+        return {
+            name: found[name] for name in sorted(found) if not name.rpartition("/")[2].startswith(INTERNAL)
+        }
+
     def unfinished(self, older_than: float) -> list[str]:
         """Writes that never came to their end, older than so many seconds by the clock of the storage, sorted."""
         with _translated(self.uri, "list"):
@@ -154,6 +164,18 @@ class Store:
                 if now - self.modified(name) > older_than:
                     old.append(name)
         return sorted(old)
+
+    def uploads(self, older_than: float) -> list[Upload]:
+        """Objects that were begun in parts more than so many seconds ago, by the clock of the storage, and never completed; readers do not see them."""
+        with _translated(self.uri, "list"):
+            found = self._backend.uploads()
+        now = self.now() if found else 0.0
+        return sorted(one for one in found if now - one.begun > older_than)
+
+    def abandon(self, upload: Upload) -> None:
+        """Let the parts of an object go that was never completed."""
+        with _translated(self._at(upload.name), "remove parts of"):
+            self._backend.abandon(upload)
 
     def remove(self, name: str) -> None:
         """Remove an object; one that is not there is no error."""
@@ -168,7 +190,7 @@ class Store:
     def check_writable(self) -> None:
         """Write, read back and remove a small object of a unique name; `StorageError` if any of it fails."""
         data = os.urandom(64)
-        with self._probe(data) as name, _translated(self.uri, "read back from"):
+        with self.probe(data) as name, _translated(self.uri, "read back from"):
             came = self._backend.read(name)
         if came != data:
             raise StorageError(
@@ -251,10 +273,12 @@ def _label(what: str, text: str) -> str:
 
 def _connection(protocol: str) -> Connection:
     try:
-        return Connection(protocol)
+        return connection(protocol)
     except ImportError as error:
         extra = "clipq_ray[s3]" if protocol in S3 else "the package that it names"
-        raise StorageError(f"cannot open {protocol}:// URIs: {_line(error)}; install {extra}") from error
+        raise StorageError(
+            f"cannot open {protocol}:// URIs: {refusals.line(error)}; install {extra}"
+        ) from error
     except ValueError as error:
         raise StorageError(
             f"expected a path, file://, s3://, memory:// or another protocol that fsspec knows, got {protocol}://; check the URI"
@@ -262,51 +286,15 @@ def _connection(protocol: str) -> Connection:
 
 
 @contextlib.contextmanager
-def _translated(uri: str, action: str) -> Iterator[None]:
-    """Whatever storage raises becomes one `StorageError` line; every fsspec package has exceptions of its own, so all are caught."""
+def _translated(uri: str, action: str, local: Path | None = None) -> Iterator[None]:
+    """Whatever storage raises becomes one `StorageError` line; every fsspec package has exceptions of its own, so all are caught. `local`: the
+    directory on this machine, for how much is free where it is full."""
     try:
         yield
     except ClipqError:
         raise
     except Exception as error:
-        raise StorageError(f"cannot {action} {uri}: {_line(error)}; {_advice(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
-
-
-_ADVICE = (
-    (("NoSuchBucket",), "create the bucket first or correct its name"),
-    (
-        ("NoCredentialsError", "PartialCredentialsError", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "TokenRetrievalError"),
-        "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role)",
-    ),
-    (("ProfileNotFound",), "correct AWS_PROFILE or unset it"),
-    (("AccessDenied", "403"), "allow these credentials to get, put, delete and list objects there"),
-    (("PermissionError",), "give yourself permission there or choose another storage"),
-    (
-        ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientConnectorError", "ConnectionError", "ConnectionRefusedError"),
-        "check AWS_ENDPOINT_URL and the network",
-    ),
-    (("NoRegionError", "PermanentRedirect", "AuthorizationHeaderMalformed", "301"), "set AWS_DEFAULT_REGION to the bucket's region"),
-    (("FileNotFoundError",), "check the URI"),
-    (("NotADirectoryError", "FileExistsError"), "choose a path whose parents are directories"),
-    (("IsADirectoryError",), "name a file, not a directory"),
-)  # fmt: skip
-_ADVICE_BY_NUMBER = {
-    errno.ENOSPC: "free space there or choose another storage",
-    errno.EDQUOT: "free space in your quota or choose another storage",
-    errno.EROFS: "choose a storage that is not read-only",
-}
-
-
-def _advice(error: BaseException) -> str:
-    for one in chain(error):
-        if isinstance(one, OSError) and one.errno in _ADVICE_BY_NUMBER:
-            return _ADVICE_BY_NUMBER[one.errno]
-    found = codes(error)
-    return next(
-        (advice for names, advice in _ADVICE if found & set(names)), "check the URI and the storage behind it"
-    )
+        free = refusals.free(error, local)
+        raise StorageError(
+            f"cannot {action} {uri}: {refusals.line(error)}{free}; {refusals.advice(error)}"
+        ) from error

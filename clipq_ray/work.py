@@ -189,9 +189,14 @@ def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
         ) from error
 
 
+def here(deadline: float | None, store: Store) -> float | None:
+    """A deadline by the clock of the storage as a time of this process's `time.monotonic()`, which no change of a clock moves afterwards."""
+    return None if deadline is None else time.monotonic() + deadline - store.now()
+
+
 @dataclass(frozen=True)
 class TrainTask:
-    """One training: `stage` is "baseline", "finetune" or "control"; URIs name stores."""
+    """One training: `stage` is "baseline", "finetune" or "control"; URIs name stores. `deadline`: by the clock of the storage [s since 1970]."""
 
     source: Source
     stage: str
@@ -222,7 +227,7 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
         rank=rank,
         checkpoints=Checkpoints(Store(task.checkpoints)),
         evaluation_batch_size=config.evaluation_batch_size,
-        deadline=task.deadline,
+        deadline=here(task.deadline, Store(task.output)),
         precision=config.precision,
     )
     trainer.run(progress, report)
@@ -244,8 +249,8 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
 class SearchTask:
     """The search of one network: one object of trials per group of layers is written to `output`.
 
-    `work`: what an evaluation of each group costs beside others [FLOP]. After `deadline`, a time of `time.time()`, a group ends with what it has, at
-    least one trial.
+    `work`: what an evaluation of each group costs beside others [FLOP]. After `deadline`, by the clock of the storage [s since 1970], a group ends with
+    what it has, at least one trial.
     """
 
     source: Source
@@ -302,6 +307,7 @@ class Searcher:
         self.task = task
         model = task.source.network()
         model.load_state_dict(read_state(Store(task.weights)))
+        self._deadline = here(task.deadline, Store(task.output))
         self._until: float | None = None
         self._evaluator = LayerEvaluator(
             model,
@@ -332,17 +338,18 @@ class Searcher:
             return []
 
     def _share(self) -> float | None:
-        """The time of `time.time()` by which a group that begins now should end: its share of what is left, beside those under way."""
-        if self.task.deadline is None:
+        """The time of `time.monotonic()` by which a group that begins now should end: its share of what is left, beside those under way."""
+        if self._deadline is None:
             return None
         under_way = 1 + len(Store(self.task.output).names("partial-"))
         groups = max(len(self.task.open_groups()), 1)
-        return time.time() + max(0.0, self.task.deadline - time.time()) * min(1.0, under_way / groups)
+        left = max(0.0, self._deadline - time.monotonic())
+        return time.monotonic() + left * min(1.0, under_way / groups)
 
     def step(self, index: int, trials: list[Trial]) -> bool:
         """One more trial of group `index`, if one is worth measuring; True when the group is done, and then its trials are stored."""
         made = step_group(self._evaluator, self.task.groups[index], trials, self.task.settings)
-        late = self._until is not None and time.time() > self._until
+        late = self._until is not None and time.monotonic() > self._until
         if made is not None and len(trials) < self.task.settings.evaluations:
             if not late:
                 Store(self.task.output).write(partial_name(index), _to_json(trials))

@@ -18,11 +18,12 @@ from clipq_ray.batch import compress_all
 from clipq_ray.errors import ClipqError
 from clipq_ray.fleet import ensembles
 from clipq_ray.fleet.results import write
+from clipq_ray.manifest import refuse_newer
 from clipq_ray.pipeline import Result
 from clipq_ray.planning import dry_run
 from clipq_ray.progress import Reporter
 from clipq_ray.redaction import redacted
-from clipq_ray.storage import Store
+from clipq_ray.storage import Store, fleet_store
 from clipq_ray.summary import table
 from clipq_ray.work import Source
 
@@ -37,6 +38,8 @@ def main(arguments: list[str]) -> int:
         return 0
     for source in sources:
         source.check()
+    if fleet.name is not None:
+        refuse_newer(fleet_store(Store(shared.storage), fleet.name))
     with make_engine(shared.engine) as engine:
         found = compress_all(sources, engine, Reporter(), trainings=fleet.limits.trainings)
     together = []

@@ -145,7 +145,7 @@ def test_verify_of_a_storage_prints_one_line_per_problem_and_exits_with_2(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert lines[0].startswith(f"{runs[0].uri}/{MODEL}: expected SHA-256")
-    assert lines[1].endswith("got no file")
+    assert "expected 6 bytes, got no file; restore it" in lines[1]
     assert f"{runs[1].uri}/{MANIFEST}" in lines[2]
     assert lines[3] == f"{runs[2].uri}: ok"
     assert lines[4].startswith(f"{runs[3].uri}/{REPORT}")

@@ -214,9 +214,10 @@ def test_verify_names_every_damaged_file_in_one_line_each(storage: Store) -> Non
     assert len(problems) == 3
     assert problems[0].startswith(f"{run.uri}/{LAYERS}: expected SHA-256")
     assert (
-        problems[1] == f"{run.uri}/{REPORT}: expected 13 bytes, got 18; fetch it again or run the job again"
+        problems[1]
+        == f"{run.uri}/{REPORT}: expected 13 bytes, got 18; restore it, or make a new run with --force"
     )
-    assert problems[2].endswith("got no file")
+    assert "got no file; restore it, or make a new run with --force" in problems[2]
 
 
 def test_data_that_is_not_what_the_manifest_states_is_refused_by_name() -> None:
@@ -238,7 +239,9 @@ def test_verify_notices_a_run_that_lies_under_another_name(tmp_path: Path) -> No
     moved = tmp_path / "model=other"
     (tmp_path / "model=lenet5").rename(moved)
     problems = manifests.verify(Store(moved / "run=r-1"))
-    assert problems == [f"{moved}/run=r-1/{MANIFEST}: expected model 'other' as in the path, got 'lenet5'"]
+    assert problems == [
+        f"{moved}/run=r-1/{MANIFEST}: expected model 'other' as in the path, got 'lenet5'; give the directory its name back"
+    ]
     assert not run.exists(MANIFEST)
 
 

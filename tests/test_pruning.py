@@ -34,10 +34,18 @@ def storage(tmp_path: Path) -> Store:
     fleet_store(result, "night").write("models.parquet", b"table")
     old = tmp_path / "_stages" / "search-aaaa" / ".clipq-dead.part"
     old.write_bytes(b"part")
-    os.utime(old, (time.time() - 7200, time.time() - 7200))
     (tmp_path / ".clipq-new.part").write_bytes(b"under way")
     result.write("notes.txt", b"somebody's own")
+    age(tmp_path, 25)
     return result
+
+
+def age(folder: Path, hours: float) -> None:
+    """As if everything in it, apart from a write that is under way, had been written so long ago."""
+    then = time.time() - 3600 * hours
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != ".clipq-new.part":
+            os.utime(path, (then, then))
 
 
 def pruned(storage: Store, capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -88,7 +96,7 @@ def test_what_a_job_under_way_uses_stays(storage: Store, capsys: pytest.CaptureF
     assert "search-cccc" not in said
     assert "_stages/search-cccc/done.json" in storage.names()
     claim.give_back()
-    assert "search-cccc" in pruned(storage, capsys)
+    assert "search-cccc: a stage" in pruned(storage, capsys)
 
 
 def test_what_was_claimed_since_it_was_shown_stays(
@@ -96,7 +104,7 @@ def test_what_was_claimed_since_it_was_shown_stays(
 ) -> None:
     from clipq_ray import pruning
 
-    found: list[Any] = pruning.leftovers(storage)
+    found: list[Any] = pruning.leftovers(storage).old
     claim = claims.claim(run_store(storage, "lenet5", "r-000000000002").child(WORK))
     assert isinstance(claim, claims.Claim)
     said: list[str] = []
@@ -107,6 +115,79 @@ def test_what_was_claimed_since_it_was_shown_stays(
         "kept: _stages/search-cccc is used by now",
     ]
     assert "model=lenet5/run=r-000000000002/model.clq" in storage.names()
+
+
+def test_what_was_written_to_in_the_last_day_stays_and_is_counted(
+    storage: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that was killed an hour ago may be submitted again; whoever is sure says so."""
+    place = Path(storage.uri) / "_stages" / "search-cccc" / "done.json"
+    for hours, stays in ((23, True), (25, False)):
+        then = time.time() - 3600 * hours
+        os.utime(place, (then, then))
+        said = pruned(storage, capsys)
+        assert ("_stages/search-cccc: a stage" not in said) is stays
+        assert ("2 bytes  in 1 places were written to in the last 24 hours, and stay" in said) is stays
+    said = pruned(storage, capsys, "--older-than-hours=26")
+    assert (
+        "in 4 places were written to in the last 26 hours, and stay; --older-than-hours 0 shows them" in said
+    )
+    assert "nothing else is left over" in said
+    assert main(["prune", storage.uri, "--older-than-hours=-1"]) == 2
+    assert "--older-than-hours: expected a number of hours" in capsys.readouterr().err
+
+
+def test_age_is_told_by_the_clock_of_the_storage(
+    storage: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pruned(storage, capsys)
+    real = time.time
+    for jump in (-86_400.0, 86_400.0):
+        monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+        assert pruned(storage, capsys) == before
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_job_that_begins_while_things_are_removed_finds_a_stage_whole_or_not_at_all(
+    storage: Store, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It claims, names the stage, and then looks whether it is there: the order of the pipeline."""
+    from clipq_ray import pruning
+
+    stage_store(storage, "search", "cccc").write("group-0000.json", b"[]")
+    age(Path(storage.uri), 25)
+    found = pruning.leftovers(storage).old
+    run, stage = run_store(storage, "lenet5", "r-000000000003"), stage_store(storage, "search", "cccc")
+    held, seen = list[claims.Claim](), list[bool]()
+    done, real = "_stages/search-cccc/done.json", Store.remove
+
+    def job() -> None:
+        claim = claims.claim(run.child(WORK))
+        assert isinstance(claim, claims.Claim)
+        held.append(claim)
+        run.child(WORK).write(f"{USES}/search-cccc", b"")
+        seen.append(stage.exists("done.json"))
+
+    def removing(store: Store, name: str) -> None:
+        if name == done and not held and moment == "before":
+            job()
+        real(store, name)
+        if name == done and not held and moment == "after":
+            job()
+
+    monkeypatch.setattr(Store, "remove", removing)
+    said: list[str] = []
+    pruning.remove(storage, found, said.append)
+    held[0].give_back()
+    assert seen == [moment == "before"]
+    assert "kept: _stages/search-cccc is used by now" in said
+    assert stage.names() == ["done.json", "group-0000.json"]
+
+
+def test_the_ends_of_stages_are_those_of_the_pipeline() -> None:
+    from clipq_ray import pruning, searching, work
+
+    assert set(pruning.FINISHED) == {work.CURVE, searching.DONE}
 
 
 def test_with_a_damaged_manifest_nothing_is_removed(

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipq_ray import backends
+from clipq_ray import backends, connections
+from clipq_ray.connections import Connection
 from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.storage import Store, run_store, stage_store
 
@@ -40,6 +42,13 @@ class S3Answer(Exception):
     def __init__(self, code: str) -> None:
         super().__init__(code)
         self.response = {"Error": {"Code": code}}
+
+
+def own_connection(uri: str) -> Store:
+    """A store whose connection no other test has."""
+    store = Store(uri)
+    store._backend.connection = Connection("s3")
+    return store
 
 
 def one_line(error: pytest.ExceptionInfo[StorageError]) -> str:
@@ -256,9 +265,9 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_leftovers(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError) as error:
         store.write("x", b"new")
-    assert (
-        one_line(error)
-        == f"cannot write {tmp_path}/x: No space left on device; free space there or choose another storage"
+    assert re.fullmatch(
+        rf"cannot write 3 bytes to {tmp_path}/x: No space left on device, [\d,]+ bytes are free; free space there or choose another storage",
+        one_line(error),
     )
     assert (tmp_path / "x").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -343,7 +352,7 @@ def test_refused_permission_on_s3_says_which_rights_are_needed() -> None:
         def cat_file(self, _: str) -> bytes:
             raise PermissionError("Access Denied") from S3Answer("AccessDenied")
 
-    store = Store("s3://bucket/x")
+    store = own_connection("s3://bucket/x")
     store._backend.connection._made = (os.getpid(), Denying())
     with pytest.raises(StorageError, match="allow these credentials to get, put, delete and list"):
         store.read("y")
@@ -369,7 +378,7 @@ def test_create_understands_what_other_s3_stores_answer(code: str, there: bool, 
                 raise FileNotFoundError(path)
             return {"type": "file", "size": 1}
 
-    store = Store("s3://bucket/x")
+    store = own_connection("s3://bucket/x")
     other = Other()
     store._backend.connection._made = (os.getpid(), other)
     assert store.create("y", b"1") is won
@@ -389,32 +398,128 @@ def test_create_tries_again_when_s3_asks_for_it() -> None:
         def info(self, path: str) -> dict[str, object]:
             raise FileNotFoundError(path)
 
-    store = Store("s3://bucket/x")
+    store = own_connection("s3://bucket/x")
     busy = Busy()
     store._backend.connection._made = (os.getpid(), busy)
     assert store.create("y", b"1")
     assert busy.puts == 2
 
 
-def test_a_large_object_goes_to_s3_in_one_put(s3_uri: str) -> None:
-    store = Store(s3_uri)
-    # s3fs by itself would cut this into parts of 50 MiB.
-    data = bytes(101 * 2**20)
-    store.write("large", data)
-    bucket = s3_uri.removeprefix("s3://")
-    etag = boto3.client("s3").head_object(Bucket=bucket, Key="large")["ETag"]
-    assert "-" not in etag
-    assert store.size("large") == len(data)
+def etag(uri: str, name: str) -> str:
+    found: str = boto3.client("s3").head_object(Bucket=uri.removeprefix("s3://"), Key=name)["ETag"]
+    return found.strip('"')
 
 
-def test_other_endpoints_get_the_checksum_settings_that_they_take(
+def test_a_large_object_goes_to_s3_in_parts_and_is_created_in_one_put(
     s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION")
-    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_supported")
-    Store(s3_uri).names()
-    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_required"
-    assert os.environ["AWS_RESPONSE_CHECKSUM_VALIDATION"] == "when_supported"
+    monkeypatch.setattr(backends, "PART_BYTES", 5 * 2**20)
+    store, data = Store(s3_uri), os.urandom(11 * 2**20)
+    store.write("large", data)
+    assert etag(s3_uri, "large").endswith("-3")
+    assert store.read("large") == data
+    assert store.create("once", data)
+    assert "-" not in etag(s3_uri, "once")
+    assert not store.create("once", b"other")
+    store.write("small", data[: 9 * 2**20])
+    assert "-" not in etag(s3_uri, "small")
+
+
+def test_parts_that_were_never_completed_are_seen_by_nobody_and_can_be_let_go(s3_uri: str) -> None:
+    bucket, client = s3_uri.removeprefix("s3://"), boto3.client("s3")
+    store = Store(f"{s3_uri}/runs")
+    for key in ("runs/x/model.clq", "other/y"):
+        client.create_multipart_upload(Bucket=bucket, Key=key)
+    assert store.names() == []
+    (upload,) = store.uploads(older_than=-60.0)
+    assert upload.name == "x/model.clq"
+    store.abandon(upload)
+    store.abandon(upload)
+    assert store.uploads(older_than=-60.0) == []
+    assert [one["Key"] for one in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == ["other/y"]
+
+
+def checksums(uri: str) -> dict[str, str]:
+    """What a new connection says about checksums."""
+    store = Store(uri)
+    store.names()
+    return {
+        name: value
+        for name, value in store._backend.connection.open().config_kwargs.items()
+        if "checksum" in name
+    }
+
+
+def test_stores_that_a_user_names_get_the_checksums_that_they_take(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+        monkeypatch.delenv(name)
+    needed = {
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    assert checksums(s3_uri) == needed
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    profile = tmp_path / "config"
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(profile))
+    profile.write_text(f"[default]\nendpoint_url = {endpoint}\n")
+    assert checksums(s3_uri) == needed
+    profile.write_text(
+        f"[profile mine]\nservices = here\nrequest_checksum_calculation = when_supported\n"
+        f"[services here]\ns3 =\n  endpoint_url = {endpoint}\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    assert checksums(s3_uri) == {"response_checksum_validation": "when_required"}
+    assert "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ
+
+
+def test_amazons_own_store_keeps_its_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    assert "request_checksum_calculation" not in connections._options("s3")["config_kwargs"]
+
+
+def test_waits_grow_differ_and_end() -> None:
+    waits = list(connections.delays(120.0))
+    assert sum(waits) == pytest.approx(120.0)
+    assert 0.25 <= waits[0] <= 0.5
+    assert max(waits) <= 20.0
+    assert waits != list(connections.delays(120.0))
+
+
+class Wavering:
+    """A store that fails so many times, in a way that may pass."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.calls = failures, 0
+
+    def cat_file(self, path: str) -> bytes:
+        self.calls += 1
+        if self.failures:
+            self.failures -= 1
+            raise OSError(16, "busy") from S3Answer("SlowDown")
+        return b"data"
+
+
+def test_a_store_that_has_answered_is_waited_for_and_one_that_never_did_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "delays", lambda limit: iter([0.0, 0.0]))
+    store, wavering = own_connection("s3://bucket/x"), Wavering(1)
+    store._backend.connection._made = (os.getpid(), wavering)
+    with pytest.raises(StorageError, match=r"the store is too busy \(SlowDown\)"):
+        store.read("y")
+    assert store.read("y") == b"data"
+    wavering.failures = 2
+    assert store.read("y") == b"data"
+    wavering.failures, wavering.calls = 9, 0
+    for calls in (3, 4):  # the second time nobody waits
+        with pytest.raises(StorageError):
+            store.read("y")
+        assert wavering.calls == calls
 
 
 def test_without_s3fs_an_s3_uri_says_what_to_install() -> None:

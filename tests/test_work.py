@@ -156,7 +156,7 @@ def test_every_group_has_its_share_of_the_time_before_a_deadline(tmp_path: Path)
     searcher = Searcher(task, torch.device("cpu"))
     searcher.begin(0)
     assert searcher._until is not None
-    assert searcher._until - time.time() == pytest.approx(100 / 5, abs=2)
+    assert searcher._until - time.monotonic() == pytest.approx(100 / 5, abs=2)
 
 
 def test_shuffled_images_of_the_search_are_the_same_images() -> None:

@@ -12,6 +12,7 @@ from typing import Protocol, Self
 
 from clipq_ray.errors import ClipqError
 from clipq_ray.finetune import Progress, Rank
+from clipq_ray.storage import Store
 from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
 
@@ -19,6 +20,9 @@ class Engine(Protocol):
     """Runs tasks to their end; what they make lies in their stores afterwards. `parallel`: whether `train` may be called from several threads."""
 
     parallel: bool
+
+    def reaches(self, storage: Store) -> None:
+        """`StorageError` where work would run that does not see what this process writes to `storage`."""
 
     def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
         """Search all groups of layers of all `tasks` that are not there yet; for each task the error that ended it, if one did."""
@@ -41,6 +45,9 @@ class LocalEngine:
     """Everything in this process, one worker, no Ray: breakpoints, fast tests, laptops."""
 
     parallel = False
+
+    def reaches(self, storage: Store) -> None:
+        """Everything runs in this process."""
 
     def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
         """Group by group."""

@@ -30,7 +30,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from clipq_ray.cluster import ray_search
+from clipq_ray.cluster import ray_search, sight
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told
 from clipq_ray.config import Config
 from clipq_ray.errors import (
@@ -94,6 +94,7 @@ class RayEngine:
 
     def __init__(self) -> None:
         self._own, self._before = False, dict[str, str | None]()
+        self._reached: set[Store] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="clipq-ray-")
 
     def __enter__(self) -> Self:
@@ -119,6 +120,12 @@ class RayEngine:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+    def reaches(self, storage: Store) -> None:
+        """Every node of the cluster is asked, once per storage (`sight`)."""
+        if storage not in self._reached:
+            sight.check(storage)
+            self._reached.add(storage)
 
     def _ray_storage(self, near: Store) -> dict[str, Any]:
         """Where Ray keeps what it wants to keep: a temporary folder while there is one node, `near` on a cluster."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipq_ray import manifest, tables
-from clipq_ray.errors import ClipqError
+from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.identity import versions
 from clipq_ray.pipeline import Result
 from clipq_ray.redaction import redacted
@@ -67,5 +67,10 @@ def write(
         "failed": {one["model"]: one["error"] for one in rows if one["error"]},
         "ensembles": [dict(one) for one in ensembles],
     }  # fmt: skip
-    manifest.replace(store, {MODELS: tables.to_bytes(rows, tables.MODELS)}, document)
+    try:
+        manifest.replace(store, {MODELS: tables.to_bytes(rows, tables.MODELS)}, document)
+    except StorageError as error:
+        raise RunError(
+            f"the fleet's table cannot be written: {error}; its runs are kept: the same command again writes it"
+        ) from error
     return store

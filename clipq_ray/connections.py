@@ -1,0 +1,145 @@
+"""How a store on the network is reached: one way to name endpoint, region, credentials and checksums, and what is done when it does not answer.
+
+Everything is named as AWS's own clients name it: the environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, ...), a profile
+(AWS_PROFILE), or the role of the machine; where an endpoint is named, buckets stand in the path. pyarrow gets the same connection (`Objects.arrow`).
+A request to S3 is tried again by its client, four times with backoff and jitter; and by `Connection.call` for `PATIENCE_SECONDS`, where the
+store has answered before: one that never did is a mistake in the URI, and said at once. Not covered: what is asked of a store (`backends`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+S3 = ("s3", "s3a")
+PATIENCE_SECONDS = 120.0
+"""How long a store that has answered before is asked again; the environment's CLIPQ_S3_PATIENCE_SECONDS counts more."""
+
+
+class Connection:
+    """A protocol's file system, made at first use and again after a fork; listings are never cached."""
+
+    def __init__(self, protocol: str) -> None:
+        """`ImportError` if the protocol's package is missing, `ValueError` if nobody knows the protocol."""
+        self.protocol = protocol
+        find: Any = fsspec.get_filesystem_class
+        self._kind: Any = find(protocol)
+        self._made: tuple[int, Any] | None = None
+        self._answers = False
+
+    def open(self) -> Any:
+        """This process's own file system."""
+        process = os.getpid()
+        made = self._made
+        # No lock: one that another thread holds while this process forks would never open in the child.
+        if made is None or made[0] != process:
+            options = {"skip_instance_cache": True, "use_listings_cache": False, **_options(self.protocol)}
+            self._made = made = (process, self._kind(**options))
+        return made[1]
+
+    def call(self, method: str, *given: Any, **options: Any) -> Any:
+        """What the file system's `method` gives; where the store has answered before and fails for the moment, it is asked again."""
+        limit = float(os.environ.get("CLIPQ_S3_PATIENCE_SECONDS", PATIENCE_SECONDS))
+        waits = delays(limit) if self._answers else iter(())
+        while True:
+            try:
+                result = getattr(self.open(), method)(*given, **options)
+            except Exception as error:
+                if not passing(error):
+                    self._answers = True
+                    raise
+                wait = next(waits, None)
+                if wait is None:
+                    self._answers = False  # nobody waits a second time for a store that is gone
+                    raise
+                time.sleep(wait)
+            else:
+                self._answers = True
+                return result
+
+
+_SHARED: dict[tuple[tuple[str, str], ...], Connection] = {}
+
+
+def connection(protocol: str) -> Connection:
+    """The connection of this process to `protocol` with what the environment says now; `ImportError` and `ValueError` as `Connection`."""
+    said = sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", "CLIPQ_S3_")))
+    key = (("protocol", protocol), *said)
+    if key not in _SHARED:
+        _SHARED[key] = Connection(protocol)
+    return _SHARED[key]
+
+
+def delays(limit: float) -> Iterator[float]:
+    """Waits before further attempts [s]: doubling from half a second to 20 s, each between half of that and all of it by chance, `limit` in sum."""
+    wait, left = 0.5, limit
+    while left > 0:
+        chosen = min(left, wait * random.uniform(0.5, 1.0))
+        yield chosen
+        left -= chosen
+        wait = min(20.0, 2 * wait)
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    if protocol not in S3:
+        return {}
+    config: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": float(os.environ.get("CLIPQ_S3_TIMEOUT_SECONDS", 60)),
+        "retries": {"max_attempts": 4, "mode": "standard"},
+    }
+    return {"config_kwargs": {**config, **_checksums()}}
+
+
+def _checksums() -> dict[str, str]:
+    """Ceph, rclone and others refuse or garble uploads with the trailing checksums that newer clients send by default; so where an endpoint is
+    named, in the environment or in the profile, they are sent where an operation needs them, unless the user says otherwise there."""
+    import botocore.session
+    from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.exceptions import BotoCoreError
+
+    session = botocore.session.Session()
+    try:
+        profile = session.get_scoped_config()
+        endpoint = ConfiguredEndpointProvider(session.full_config, profile, "s3").provide()
+    except BotoCoreError:  # a profile that is not there; the first request says so
+        return {}
+    names = ("request_checksum_calculation", "response_checksum_validation")
+    said = {name for name in names if f"AWS_{name.upper()}" in os.environ or name in profile}
+    return {name: "when_required" for name in names if name not in said} if endpoint else {}
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def codes(error: BaseException) -> set[str]:
+    """S3's error codes and the names of the exception classes that led here."""
+    found: set[str] = set()
+    for one in chain(error):
+        found.add(type(one).__name__)
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            found.add(str(response.get("Error", {}).get("Code")))
+    return found
+
+
+_PASSING = {
+    "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "HTTPClientError", "IncompleteReadError",
+    "ResponseStreamingError", "ClientConnectorError", "ClientPayloadError", "ServerDisconnectedError", "TimeoutError", "FSTimeoutError",
+    "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError", "BrokenPipeError",
+    "500", "502", "503", "504", "InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "OperationAborted", "IncompleteBody", "BadDigest",
+}  # fmt: skip
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same request may succeed later: the store is busy, cannot be reached, or was cut off."""
+    return bool(codes(error) & _PASSING)
