@@ -20,6 +20,10 @@ S3 = ("s3", "s3a")
 PATIENCE_SECONDS = 120.0
 """How long a store that has answered before is asked again; the environment's CLIPQ_S3_PATIENCE_SECONDS counts more."""
 
+_BODY_ATTEMPTS = (
+    2  # of s3fs: answers that are cut off in the middle, for pyarrow, which does not come through `call`
+)
+
 
 class Connection:
     """A protocol's file system, made at first use and again after a fork; listings are never cached."""
@@ -40,6 +44,8 @@ class Connection:
         if made is None or made[0] != process:
             options = {"skip_instance_cache": True, "use_listings_cache": False, **_options(self.protocol)}
             self._made = made = (process, self._kind(**options))
+            if self.protocol in S3:
+                made[1].retries = _BODY_ATTEMPTS
         return made[1]
 
     def call(self, method: str, *given: Any, **options: Any) -> Any:

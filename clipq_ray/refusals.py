@@ -30,6 +30,11 @@ _REASONS = (
     (("QuotaExceeded", "EntityTooLarge"), "the store is full for this account"),
     (("AccessDenied", "403"), "the store refuses access"),
     (("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ConnectionRefusedError"), "the store cannot be reached"),
+    (
+        ("ConnectionClosedError", "ServerDisconnectedError", "ConnectionResetError", "BrokenPipeError", "ClientPayloadError", "IncompleteReadError",
+         "ResponseStreamingError"),
+        "the store cut the connection",
+    ),
     (("ReadTimeoutError", "TimeoutError", "FSTimeoutError"), "the store did not answer in time"),
     (("SlowDown", "503", "ServiceUnavailable"), "the store is too busy"),
     (("InternalError", "500", "502", "504"), "the store had an error of its own"),
@@ -48,7 +53,9 @@ _ADVICE = (
     (("AccessDenied", "403"), "allow these credentials to get, put, delete and list objects there"),
     (("PermissionError",), "give yourself permission there or choose another storage"),
     (
-        ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientConnectorError", "ConnectionError", "ConnectionRefusedError"),
+        ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientConnectorError", "ConnectionError", "ConnectionRefusedError",
+         "ConnectionClosedError", "ServerDisconnectedError", "ConnectionResetError", "BrokenPipeError", "ClientPayloadError", "IncompleteReadError",
+         "ResponseStreamingError"),
         "check AWS_ENDPOINT_URL and the network",
     ),
     (("QuotaExceeded",), "free space there or choose another storage"),

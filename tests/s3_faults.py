@@ -1,6 +1,7 @@
 """A proxy on loopback before an S3 server that fails a share of the requests: 500, 503 SlowDown, no answer in time, half a body, a cut connection.
 
 A cut or unanswered request may have done its work before: half of them reach the server first. Faults are drawn from a seed, and counted.
+Beside that the whole store can be `gone` (every connection is cut) or `refusing` (403 to what writes), and requests are written down.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 KINDS = ("500", "503", "silence", "half", "cut")
-_ERRORS = {"500": (500, "InternalError"), "503": (503, "SlowDown")}
+_ERRORS = {"500": (500, "InternalError"), "503": (503, "SlowDown"), "403": (403, "AccessDenied")}
+
+
+class Request(NamedTuple):
+    """What came: `method`, `path` with its query, and the headers that say who asks."""
+
+    method: str
+    path: str
+    authorization: str
+    token: str
 
 
 class FaultyProxy:
@@ -28,12 +38,19 @@ class FaultyProxy:
         self.share, self.silence_seconds = share, silence_seconds
         self.faults: Counter[str] = Counter()
         self.requests = 0
+        self.gone = self.refusing = False
+        self.seen: list[Request] = []
         self._random, self._lock = random.Random(seed), threading.Lock()
 
-    def draw(self) -> tuple[str | None, bool]:
+    def draw(self, request: Request) -> tuple[str | None, bool]:
         """The fault of the next request, if it has one, and whether the server sees the request."""
         with self._lock:
             self.requests += 1
+            self.seen.append(request)
+            if self.gone:
+                return "cut", False
+            if self.refusing and request.method != "GET" and request.method != "HEAD":
+                return "403", False
             if self._random.random() >= self.share:
                 return None, True
             kind = self._random.choice(KINDS)
@@ -47,7 +64,11 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
 
         def handle_any(self) -> None:
             body = self._body()
-            kind, forwarded = proxy.draw()
+            said = self.headers.get
+            request = Request(
+                self.command, self.path, said("Authorization", ""), said("X-Amz-Security-Token", "")
+            )
+            kind, forwarded = proxy.draw(request)
             answer = self._forward(body) if forwarded else None
             if kind is None or kind == "half":
                 assert answer is not None

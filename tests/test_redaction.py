@@ -86,6 +86,87 @@ def assert_clean(name: str, data: bytes) -> None:
         assert secret.encode() not in data, name
 
 
+URL = f"http://me:{PLANTED}-password-333@127.0.0.1:9"
+PLACES = {
+    "weights": [f"--weights={URL}/w.safetensors"],
+    "data": [f"--data={URL}/images"],
+    "validation data": [f"--validation-data={URL}/images"],
+    "storage on the web": [f"--storage={URL}/runs"],
+    "storage on S3": [f"--storage=s3://me:{PLANTED}-password-333@bucket/runs"],
+    "a query": [f"--data=http://127.0.0.1:9/x?X-Amz-Signature={PLANTED}-444&token={PLANTED}-555"],
+    "a name that no option has": [f"--wieghts={URL}/w.safetensors"],
+    "a model": [f"--model={URL}"],
+    "a configuration": ["--config=CONFIG"],
+    "a fleet": ["--fleet=FLEET"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_url_with_a_password_is_said_without_it_wherever_it_stands(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+) -> None:
+    from test_jobs import imported
+
+    from clipq_ray import console
+
+    config, fleet = tmp_path / "config.yaml", tmp_path / "fleet.yaml"
+    config.write_text(f"weights: {URL}/w.safetensors\n")
+    defaults = f"{{engine: local, storage: {tmp_path / 'runs'}}}"
+    fleet.write_text(
+        f"name: night\ndefaults: {defaults}\nmodels: [{{model: lenet5, weights: '{URL}/w.safetensors'}}, {{model: lenet_300_100, data: '{URL}/x'}}]\n"
+    )
+    monkeypatch.setenv("CLIPQ_S3_PATIENCE_SECONDS", "0")
+    given = [one.replace("CONFIG", str(config)).replace("FLEET", str(fleet)) for one in PLACES[place]]
+    own = (
+        []
+        if place == "a fleet"
+        else ["--engine=local", *([] if "storage" in place else [f"--storage={tmp_path / 'runs'}"])]
+    )
+    monkeypatch.setattr("sys.argv", ["compress.py", *own, *given])
+    assert console.run("compress", imported("compress").main) == 2
+    said = capsys.readouterr()
+    assert said.err
+    assert_clean(place, (said.out + said.err + caplog.text).encode())
+    stored = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert (place == "a fleet") is any(path.name == "manifest.json" for path in stored)
+    for path in stored:
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            data += repr(pq.read_table(path).to_pylist()).encode()
+        assert_clean(str(path), data)
+
+
+def test_an_endpoint_with_a_password_and_the_keys_of_a_profile_are_not_said(
+    tmp_path: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from s3_server import environment, make_bucket
+
+    from clipq_ray import cli
+
+    bucket = make_bucket(s3_server)
+    for name, value in environment(s3_server).items():
+        monkeypatch.setenv(name, value)
+    profile = tmp_path / "credentials"
+    profile.write_text(f"[mine]\naws_access_key_id = KEY\naws_secret_access_key = {PLANTED}-profile-666\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    assert cli.main(["verify", f"s3://{bucket}/runs"]) == 2
+    assert cli.main(["verify", "s3://no-such-bucket-here/runs"]) == 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL", URL)
+    assert cli.main(["verify", f"s3://{bucket}/runs"]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 3
+    assert "there is no such bucket" in said.err
+    assert "check AWS_ENDPOINT_URL" in said.err
+    assert_clean("stderr", (said.out + said.err).encode())
+
+
 def test_no_output_of_a_job_holds_a_secret(s3_server: str, weights: str, tmp_path: Path) -> None:
     from s3_server import make_bucket
 
