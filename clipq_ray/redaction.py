@@ -10,7 +10,7 @@ import os
 import re
 from typing import Any
 
-_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+_USER = re.compile(r"((?:\b[a-z][a-z0-9+.-]*:)?//)[^/\s'\"]+@", re.IGNORECASE)
 _PAIR = re.compile(r"(?<![\w/])[^\s/:@'\"]+:[^\s/@'\"]+@(?=[\w.-])")
 _QUERY = re.compile(
     r"([?&;](?:x-amz-[\w-]+|awsaccesskeyid|signature|sig|se|sp|sv|token|access_token|password|passwd|secret|secret_key|access_key|key|credential)=)"

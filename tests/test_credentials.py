@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 import pytest
 from s3_faults import FaultyProxy, faulty
-from s3_server import environment, make_bucket
 
 from clipq_ray.storage import Store
 
@@ -23,6 +22,8 @@ ROLE = {"AccessKeyId": "ROLEKEY", "SecretAccessKey": "role-secret", "Token": "ro
 @pytest.fixture
 def place(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str, FaultyProxy]]:
     """A bucket, its endpoint and a proxy that writes down who asks; the environment says nothing about it yet."""
+    from s3_server import make_bucket
+
     for name in (
         "AWS_PROFILE",
         "AWS_SESSION_TOKEN",
@@ -54,6 +55,8 @@ def asked(uri: str, proxy: FaultyProxy) -> set[tuple[str, str]]:
 def test_the_environment_says_who_asks(
     place: tuple[str, str, FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from s3_server import environment
+
     uri, endpoint, proxy = place
     for name, value in environment(endpoint).items():
         monkeypatch.setenv(name, value)

@@ -13,16 +13,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
-from ceph_server import Ceph, Keys
 from s3_faults import KINDS, FaultyProxy, faulty
 
 from clipq_ray import backends, claims, codec, manifest, pruning
 from clipq_ray.cli import main
 from clipq_ray.errors import StorageError
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store, stage_store
+
+if TYPE_CHECKING:
+    from ceph_server import Ceph
 
 pytest_plugins = ["ceph_server"]
 pytestmark = pytest.mark.s3
@@ -338,6 +341,8 @@ def refused(ended: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_what_cannot_be_used_is_one_line_before_anything_starts(ceph: Ceph, bucket: str) -> None:
+    from ceph_server import Keys
+
     name, planted = bucket.removeprefix("s3://"), "pLaNtEd-secret-000"
     wrong = {**ceph.environment(keys=Keys(ceph.owner.access, planted))}
     nobody = {**ceph.environment(keys=Keys("NOBODYKNOWSME", planted))}

@@ -32,6 +32,8 @@ SECRETS = {
     ("text", "shown"),
     [
         ("cannot read https://me:pw@host/x: 403", "cannot read https://***@host/x: 403"),
+        ("no attribute '//me:pw@host'", "no attribute '//***@host'"),
+        ("https://me:p@w@host/x", "https://***@host/x"),
         ("s3://b/w.pt?X-Amz-Signature=abc&part=2", "s3://b/w.pt?X-Amz-Signature=***&part=2"),
         ("https://h/w?token=abc'; check", "https://h/w?token=***'; check"),
         ("s3://bucket/a@b/model=x/run=r-1", "s3://bucket/a@b/model=x/run=r-1"),
@@ -163,7 +165,7 @@ def test_an_endpoint_with_a_password_and_the_keys_of_a_profile_are_not_said(
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 3
     assert "there is no such bucket" in said.err
-    assert "check AWS_ENDPOINT_URL" in said.err
+    assert "credentials encoded in URL" in said.err
     assert_clean("stderr", (said.out + said.err).encode())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from clipq_ray import refusals
 from clipq_ray.errors import ClipqError, DataError
 from clipq_ray.storage import Store
 
@@ -66,8 +67,7 @@ def reading(what: str) -> Iterator[None]:
     except ClipqError:
         raise
     except Exception as error:  # fsspec packages and Arrow have exceptions of their own
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"cannot read {what}: {line}; check that it is whole and may be read") from error
+        raise DataError(f"cannot read {what}: {refusals.line(error)}; check that it is whole and may be read") from error
 
 
 def few(names: list[str] | tuple[str, ...], most: int = 4) -> str:
