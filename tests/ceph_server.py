@@ -2,7 +2,7 @@
 
 A test module takes it by `pytest_plugins = ["ceph_server"]` and the fixture `ceph`, one server for a session; signatures are checked, buckets
 have owners, conditional puts hold. Needs root, and Debian's or Ubuntu's apt for the first time; where they are missing the tests are skipped in
-one line. Data, sockets and logs lie in one temporary folder; processes and folder are gone at the end, also where the tests are killed.
+one line. Data, sockets and logs lie in one temporary folder, which goes at the end; the processes end too where the tests are killed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import boto3
 import pytest
+from botocore.config import Config
 
 PACKAGES = ("ceph-mon", "ceph-osd", "ceph-common", "radosgw")
 START_LIMIT_SECONDS = 90.0
@@ -97,7 +98,7 @@ class Ceph(NamedTuple):
         """boto3's client of the owner."""
         return boto3.client(
             "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id=self.owner.access,
-            aws_secret_access_key=self.owner.secret,
+            aws_secret_access_key=self.owner.secret, config=Config(request_checksum_calculation="when_required"),
         )  # fmt: skip
 
     def bucket(self) -> str:

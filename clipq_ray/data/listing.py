@@ -67,7 +67,9 @@ def reading(what: str) -> Iterator[None]:
     except ClipqError:
         raise
     except Exception as error:  # fsspec packages and Arrow have exceptions of their own
-        raise DataError(f"cannot read {what}: {refusals.line(error)}; check that it is whole and may be read") from error
+        raise DataError(
+            f"cannot read {what}: {refusals.line(error)}; check that it is whole and may be read"
+        ) from error
 
 
 def few(names: list[str] | tuple[str, ...], most: int = 4) -> str:
