@@ -20,7 +20,7 @@ test: install
 
 # Against a real S3 server on loopback, which is installed where it is missing; where that is not possible, it says why in one line.
 test-s3: install
-	$(BIN)/python -m pytest -m s3 -rs
+	$(BIN)/python -m pytest -m s3
 
 test-models: install
 	$(BIN)/python -m pytest -m models

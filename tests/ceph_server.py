@@ -108,10 +108,20 @@ class Ceph(NamedTuple):
         return name
 
 
+_REASONS: set[str] = set()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why there was no server, in one line for all tests."""
+    for reason in _REASONS:
+        terminalreporter.write_line(reason)
+
+
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[Ceph]:
     """The server of this session."""
     if reason := _missing():
+        _REASONS.add(reason)
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="clipq-s3-"))
     server = _Server(folder)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -308,7 +309,11 @@ def test_a_job_through_faults_leaves_the_bytes_that_it_leaves_in_a_folder(
     ceph: Ceph, failing: tuple[str, FaultyProxy], on_disk: str, engine: str
 ) -> None:
     uri, proxy = failing
-    ended = submitted(f"{uri}/runs", f"--engine={engine}")
+    with tempfile.TemporaryDirectory(prefix="clipq-ray-") as own:  # short, since Ray's sockets lie in it
+        ended = submitted(f"{uri}/runs", f"--engine={engine}", RAY_TMPDIR=own)
+        logs = [path for path in Path(own).rglob("*") if path.is_file() and not path.is_symlink()]
+        assert (len(logs) > 20) is (engine == "ray")
+        assert [path for path in logs if ceph.owner.secret.encode() in path.read_bytes()] == []
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert sum(proxy.faults.values()) > 2
     proxy.share = 0.0

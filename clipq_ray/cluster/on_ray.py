@@ -30,7 +30,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from clipq_ray.cluster import ray_search, sight
+from clipq_ray.cluster import privacy, ray_search, sight
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told
 from clipq_ray.config import Config
 from clipq_ray.errors import (
@@ -95,11 +95,13 @@ class RayEngine:
     def __init__(self) -> None:
         self._own, self._before = False, dict[str, str | None]()
         self._reached: set[Store] = set()
+        self._passed_on: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="clipq-ray-")
 
     def __enter__(self) -> Self:
         self._before = {name: os.environ.get(name) for name in _SETTINGS}
         os.environ.update(_SETTINGS)
+        self._passed_on = privacy.keep_keys()
         if ray.is_initialized():
             return self
         self._own = True
@@ -115,6 +117,7 @@ class RayEngine:
         if self._own:
             ray.shutdown()
         self._folder.cleanup()
+        privacy.pass_on(self._passed_on)
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)
