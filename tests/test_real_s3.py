@@ -60,8 +60,8 @@ def bucket(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def failing(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FaultyProxy]]:
     """A new bucket behind a proxy that fails five requests in a hundred, and the proxy."""
-    with faulty(ceph.endpoint, silence_seconds=1.5) as (endpoint, proxy):
-        use(monkeypatch, {**ceph.environment(endpoint), "CLIPQ_S3_TIMEOUT_SECONDS": "0.75"})
+    with faulty(ceph.endpoint, silence_seconds=3.0) as (endpoint, proxy):
+        use(monkeypatch, {**ceph.environment(endpoint), "CLIPQ_S3_TIMEOUT_SECONDS": "2"})
         yield f"s3://{ceph.bucket()}", proxy
 
 
@@ -262,7 +262,7 @@ def test_verify_and_prune_see_what_is_there(bucket: str, capsys: pytest.CaptureF
 def submitted(storage: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs" / "compress.py"), *JOB, f"--storage={storage}", *more],
-        capture_output=True, text=True, timeout=280, check=False, cwd=ROOT, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=500, check=False, cwd=ROOT, env={**os.environ, **environment},
     )  # fmt: skip
 
 
