@@ -1,4 +1,4 @@
-"""Many networks in one job: all are prepared, searched together, and finished; one that fails stops no other.
+"""Many networks in one job: all are prepared and searched together, each is finished as soon as it is searched; one that fails stops no other.
 
 Not covered: the stages of one network (`pipeline`), and what a fleet says about its networks (`fleet`).
 """
@@ -6,10 +6,12 @@ Not covered: the stages of one network (`pipeline`), and what a fleet says about
 from __future__ import annotations
 
 import logging
+import queue
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
@@ -20,8 +22,6 @@ from clipq_ray.searching import search_all
 from clipq_ray.work import Source
 
 log = logging.getLogger(__name__)
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
@@ -36,79 +36,115 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     return result
 
 
-def compress_all(
-    sources: Sequence[Source], engine: Engine, reporter: Reporter, *, trainings: int = 1
-) -> list[Result | ClipqError]:
-    """Compress several networks, of different names: all are prepared, then searched together, then finished, so many trainings at a time.
+def compress_all(sources: Sequence[Source], engine: Engine, reporter: Reporter) -> list[Result | ClipqError]:
+    """Compress several networks, of different names: all are prepared and then searched together, and each is finished as soon as it is searched.
 
-    As `compress`; one that fails leaves its error in its place and does not stop the others. Only trainings overlap: what this process does itself, it
-    does for one network at a time, since its seeds and threads are one.
+    As `compress`; one that fails leaves its error in its place and does not stop the others. Only searches and trainings overlap: what this process
+    does itself, it does for one network at a time, since its seeds and threads are one.
     """
-    turn, held = threading.Lock(), list[Claim]()
     own = [reporter.about(source.name) if len(sources) > 1 else reporter for source in sources]
-    runs = list(zip(sources, own, strict=True))
-    at_once = trainings if engine.parallel else 1
+    job = _Job(sources, own, engine)
     try:
-        ready = _each(lambda one: prepare(one[0], engine, one[1], turn, held), runs, turn, at_once)
-        _say_failed(ready, own)
-        ended = _searched_and_finished(ready, engine, reporter, turn, at_once)
-        new = [one if one is not before else None for one, before in zip(ended, ready, strict=True)]
-        _say_failed(new, own)
-        return ended
+        job.prepare()
+        waiting = [number for number, one in enumerate(job.found) if isinstance(one, Prepared)]
+        if engine.parallel:
+            job.search_and_finish(waiting, reporter)
+        else:
+            for number in waiting:
+                job.search_and_finish([number], own[number])
+        return job.found
     finally:
-        for claim in held:
+        for claim in job.held:
             claim.give_back()
 
 
-def _say_failed(found: Sequence[Any], reporters: Sequence[Reporter]) -> None:
-    """At once, since the others may take hours; the job says it again at its end."""
-    for one, reporter in zip(found, reporters, strict=True):
-        if isinstance(one, ClipqError) and len(found) > 1:
-            reporter.say(f"failed: {one}")
+class _Job:
+    """The networks of a job on their way; `found` holds for each what it is by now."""
 
+    def __init__(self, sources: Sequence[Source], reporters: Sequence[Reporter], engine: Engine) -> None:
+        self._sources, self._reporters, self._engine = sources, reporters, engine
+        self._turn = threading.Lock()
+        self._alone = len(sources) == 1
+        wanted = sources[0].config.trainings or engine.trainings([source.config for source in sources])
+        self._at_once = min(wanted, len(sources)) if engine.parallel else 1
+        self.held: list[Claim] = []
+        self.found: list[Any] = [None] * len(sources)
 
-def _searched_and_finished(
-    ready: Sequence[Prepared | Result | ClipqError],
-    engine: Engine,
-    reporter: Reporter,
-    turn: threading.Lock,
-    at_once: int,
-) -> list[Result | ClipqError]:
-    waiting = [number for number, one in enumerate(ready) if isinstance(one, Prepared)]
-    errors = search_all([one.search for one in ready if isinstance(one, Prepared)], engine, reporter)
-    ended: list[Any] = list(ready)
-    for number, error in zip(waiting, errors, strict=True):
-        ended[number] = error or ready[number]
-    searched = [number for number, one in enumerate(ended) if isinstance(one, Prepared)]
-    finished = _each(finish, [ended[number] for number in searched], turn, at_once)
-    for number, result in zip(searched, finished, strict=True):
-        ended[number] = result
-    return ended
+    def prepare(self) -> None:
+        """Everything before the search."""
 
+        def step(number: int) -> Prepared | Result:
+            reporter = self._reporters[number]
+            return prepare(self._sources[number], self._engine, reporter, self._turn, self.held)
 
-def _each(
-    step: Callable[[S], T], given: Sequence[S], turn: threading.Lock, at_once: int
-) -> list[T | ClipqError]:
-    """What `step` makes of each, or its error; `at_once` threads, of which one runs at a time unless it waits for a training."""
+        numbers = range(len(self._sources))
+        if self._at_once == 1:
+            for number in numbers:
+                self._in_turn(step, number)
+            return
+        with self._threads() as pool:
+            _wait([pool.submit(self._in_turn, step, number) for number in numbers])
 
-    def in_turn(one: S) -> T | ClipqError:
-        with turn:
+    def search_and_finish(self, numbers: Sequence[int], reporter: Reporter) -> None:
+        """The search of these, and everything behind it; of those that are searched, the most urgent one is finished next."""
+        urgent: queue.PriorityQueue[tuple[int, int]] = queue.PriorityQueue()
+        searches = [self.found[number].search for number in numbers]
+        ended: list[Future[None]] = []
+
+        def finish_next() -> None:
+            self._in_turn(lambda number: finish(self.found[number]), urgent.get()[1])
+
+        def searched(place: int, error: ClipqError | None) -> None:
+            number = numbers[place]
+            if error is not None:
+                self._end(number, error)
+                return
+            urgent.put((-self._sources[number].priority, number))
+            if pool is not None:
+                ended.append(pool.submit(finish_next))
+
+        if len(numbers) == 1:  # nothing to do meanwhile: all in this thread
+            pool = None
+            search_all(searches, self._engine, reporter, searched)
+            while not urgent.empty():
+                finish_next()
+            return
+        with self._threads() as pool:
+            search_all(searches, self._engine, reporter, searched)
+            _wait(ended)
+
+    @contextmanager
+    def _threads(self) -> Iterator[ThreadPoolExecutor]:
+        pool = ThreadPoolExecutor(self._at_once)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt must not wait for trainings
+
+    def _in_turn(self, step: Callable[[int], Prepared | Result], number: int) -> None:
+        """What `step` makes of a network, or its error; one thread at a time unless it waits for a training."""
+        with self._turn:
             try:
-                return step(one)
+                ended: Prepared | Result | ClipqError = step(number)
             except ClipqError as error:
-                return error
+                ended = error
             except Exception as error:
-                if len(given) == 1:
+                if self._alone:
                     raise
                 log.exception("unexpected, and no mistake of the input")
-                return RunError(
+                ended = RunError(
                     f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report it"
                 )
+        self._end(number, ended)
 
-    if at_once == 1 or len(given) < 2:
-        return [in_turn(one) for one in given]
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        return list(pool.map(in_turn, given))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt must not wait for trainings
+    def _end(self, number: int, ended: Prepared | Result | ClipqError) -> None:
+        """Keep what a network is now, and say at once if it failed: the others may take hours, and the job says it again at its end."""
+        self.found[number] = ended
+        if isinstance(ended, ClipqError) and not self._alone:
+            self._reporters[number].say(f"failed: {ended}")
+
+
+def _wait(ended: Sequence[Future[Any]]) -> None:
+    """Until all have ended; raises what nobody expected."""
+    for one in ended:
+        one.result()

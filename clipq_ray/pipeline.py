@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
 from clipq_ray.cluster.engine import Engine
@@ -71,7 +71,6 @@ class Prepared:
     inputs: Mapping[str, Any]
     weights: Store
     baseline: Mapping[str, Evaluation | None]
-    model: nn.Module
     inventory: network.Inventory
     groups: tuple[Group, ...]
     search: Search
@@ -149,7 +148,7 @@ def _ready(
     model.load_state_dict(read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
     search = planned(run, model, weights, inventory, groups, images)
-    return Prepared(run, own, inputs, weights, baseline, model, inventory, groups, search)
+    return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)
 
 
 def finish(given: Prepared) -> Result:
@@ -157,7 +156,9 @@ def finish(given: Prepared) -> Result:
     run, reporter, target, weights = given.run, given.run.reporter, given.own.target, given.weights
     prepare_process(run.config.threads_per_worker)
     trials = given.search.trials()
-    reference_error = original_error(run, given.model)
+    model = run.source.network()
+    model.load_state_dict(read_state(weights))
+    reference_error = original_error(run, model)
     control = _control(run, weights, given.work) if stages.wants_control(run.source) else None
     dense = _dense(run, control)
     reference = dense["validation"] or given.baseline["validation"]

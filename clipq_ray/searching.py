@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -83,29 +83,50 @@ def planned(
     return Search(run, key, task)
 
 
-def search_all(searches: Sequence[Search], engine: Engine, reporter: Reporter) -> list[ClipqError | None]:
-    """Make what is not there yet, all in one call of the engine; for each search the error that ended it, if one did."""
-    first: dict[str, Search] = {}
-    for one in searches:  # networks that differ behind the search share it
-        first.setdefault(one.task.output, one)
-    missing = [one for one in first.values() if not one.finished]
-    made: dict[str, ClipqError | None] = {}
+def search_all(
+    searches: Sequence[Search],
+    engine: Engine,
+    reporter: Reporter,
+    done: Callable[[int, ClipqError | None], None],
+) -> None:
+    """Make what is not there yet, all in one call of the engine; `done` is told the number of each search as soon as its trials are there, or with the
+    error that ended it."""
+    numbers: dict[str, list[int]] = {}
+    for number, one in enumerate(searches):  # networks that differ behind the search share it
+        numbers.setdefault(one.task.output, []).append(number)
+    first = [searches[found[0]] for found in numbers.values()]
+    missing = [one for one in first if not one.finished]
     started = time.monotonic()
+
+    def over(one: Search, error: ClipqError | None) -> None:
+        if one in missing and error is None:
+            own = (time.monotonic() - started) if len(missing) == 1 else None
+            error = _recorded(one, own)
+        for number in numbers[one.task.output]:
+            if error is None and not (searches[number] is one and one in missing):
+                searches[number].run.reused("search", one.key, one.store)
+            done(number, error)
+
+    for one in first:
+        if one not in missing:
+            over(one, None)
     if missing:
         with reporter.stage("search") as progress:
-            found = engine.search([one.task for one in missing], progress)
-        made = dict(zip((one.task.output for one in missing), found, strict=True))
-    for one in missing:
-        if made[one.task.output] is None:
-            one.store.write(DONE, json.dumps({"late": one.store.exists(LATE)}).encode())
-            own = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
-            one.run.record(
-                "search", one.key, own if len(missing) > 1 else time.monotonic() - started, reused=False
+            engine.search(
+                [one.task for one in missing], progress, lambda number, error: over(missing[number], error)
             )
-    for one in searches:
-        if one not in missing and made.get(one.task.output) is None:
-            one.run.reused("search", one.key, one.store)
-    return [made.get(one.task.output) for one in searches]
+
+
+def _recorded(one: Search, seconds: float | None) -> ClipqError | None:
+    """Store that a search is finished, and record its time: `seconds`, or that of its evaluations; the error of the storage, if there was one."""
+    try:
+        one.store.write(DONE, json.dumps({"late": one.store.exists(LATE)}).encode())
+        if seconds is None:
+            seconds = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
+    except ClipqError as failed:
+        return failed
+    one.run.record("search", one.key, seconds, reused=False)
+    return None
 
 
 def scoring_images(run: Run) -> Split:

@@ -70,9 +70,9 @@ class Run:
         return None if hours is None else self.started + 3600 * hours - _TAIL_SECONDS
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
+        self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], float | None]
     ) -> Store:
-        """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
+        """The store of a stage's outputs; `make` runs unless `finished` lies there already, and gives the seconds of its time that it waited."""
         key, store = self.stage_store(name, inputs)
         with self._alone(store):
             return self._made(name, key, store, finished, make)
@@ -90,15 +90,15 @@ class Run:
             lock.release()
 
     def _made(
-        self, name: str, key: str, store: Store, finished: str, make: Callable[[Store, Any], None]
+        self, name: str, key: str, store: Store, finished: str, make: Callable[[Store, Any], float | None]
     ) -> Store:
         if store.exists(finished):
             self.reused(name, key, store)
             return store
         started = time.monotonic()
         with self.reporter.stage(name) as progress:
-            make(store, progress)
-        self.record(name, key, time.monotonic() - started, reused=False)
+            waited = make(store, progress) or 0.0
+        self.record(name, key, time.monotonic() - started - waited, reused=False)
         return store
 
     @contextmanager
@@ -138,7 +138,7 @@ def run_document(run: Run) -> dict[str, Any]:
         "config": redacted_json(run.config.model_dump(mode="json")),
         "stages": run.stages,
         "notes": redacted_json(run.notes),
-        "seconds": round(time.time() - run.started, 1),
+        "seconds": round(sum(one["seconds"] for one in run.stages), 1),
         "data": {
             "description": redacted(run.data.description),
             "train_images": len(run.data.train),
@@ -189,13 +189,13 @@ def trained(
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
     }  # fmt: skip
 
-    def make(store: Store, progress: Any) -> None:
+    def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
             work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage),
         )  # fmt: skip
         with run.away():
-            run.engine.train(task, progress)
+            return run.engine.train(task, progress)
 
     store = run.stage(stage, inputs, CURVE, make)
     run.notes += json.loads(store.read(CURVE))["notes"]

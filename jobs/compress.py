@@ -24,21 +24,20 @@ from clipq_ray.progress import Reporter
 from clipq_ray.redaction import redacted
 from clipq_ray.storage import Store
 from clipq_ray.summary import table
-from clipq_ray.work import Source
 
 
 def main(arguments: list[str]) -> int:
     """The job, from its arguments to the table at its end."""
     fleet = options.parse_all(arguments, __doc__ or "")
-    sources = [Source(config) for config in fleet.configs]
+    sources = fleet.sources()
     shared = fleet.configs[0]
     if shared.dry_run:
         print("\n\n".join(dry_run(source) for source in sources))
         return 0
     for source in sources:
         source.check()
-    with make_engine(shared.engine) as engine:
-        found = compress_all(sources, engine, Reporter(), trainings=fleet.limits.trainings)
+    with make_engine(shared) as engine:
+        found = compress_all(sources, engine, Reporter())
     together = []
     if fleet.name is not None:
         together = ensembles.all_scored(fleet.ensembles, sources, found)

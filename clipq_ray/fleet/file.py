@@ -27,17 +27,15 @@ from clipq_ray.errors import ConfigError, UserError
 from clipq_ray.work import Source
 
 _SECTIONS = ("name", "defaults", "limits", "models", "ensembles")
-_LIMITS = ("trainings", "searches")
-_OF_THE_JOB = ("dry_run", "engine", "storage", "force", "search_parallel", "on_claim")
+_LIMITS = {
+    "trainings": "trainings",
+    "searches": "search_parallel",
+    "cpus": "limit_cpus",
+    "gpus": "limit_gpus",
+}
+"""What a job may take of a cluster at a time, and the options that say the same."""
+_OF_THE_JOB = ("dry_run", "engine", "storage", "force", "on_claim", *_LIMITS.values())
 """Options that are one for all networks of a job."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a job may take of a cluster: fine-tunings and search trials at a time; None is what there is."""
-
-    trainings: int = 1
-    searches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,20 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Fleet:
-    """What a fleet file says, or a command line (then it has no name); `configs` in the order in which they are worked on: highest priority first."""
+    """What a fleet file says, or a command line (then it has no name); `configs` with the highest priority first, and `priorities` of each."""
 
     name: str | None
     configs: tuple[Config, ...]
-    limits: Limits = Limits()
     ensembles: tuple[Ensemble, ...] = ()
+    priorities: tuple[int, ...] = ()
+
+    def sources(self) -> list[Source]:
+        """The networks."""
+        priorities = self.priorities or (0,) * len(self.configs)
+        return [
+            Source(config, priority=priority)
+            for config, priority in zip(self.configs, priorities, strict=True)
+        ]
 
 
 def parsed(option: str, path: str, parse: Callable[[str], Any]) -> Any:
@@ -165,8 +171,8 @@ class _Reading:
         defaults = (
             self.plain(self.part(sections["defaults"], "defaults")) if "defaults" in sections else _Part(1)
         )
-        limits = self.limits(sections.get("limits"))
-        configs = self.models(sections.get("models"), defaults, options)
+        limited = self.limits(sections.get("limits"), defaults)
+        configs = self.models(sections.get("models"), defaults, {**limited, **options})
         listed = sections.get("models")
         if listed is None or (isinstance(listed, yaml.SequenceNode) and not listed.value):
             self.say(top.at("models"), "models: expected at least one network, got none")
@@ -175,23 +181,28 @@ class _Reading:
         order = sorted(configs, key=lambda one: -one[0])
         if self.mistakes:
             return None
-        told = {"search_parallel": limits.searches} if limits.searches else {}
-        networks = tuple(config.model_copy(update=told) for _, config in order)
-        return Fleet(str(name), networks, limits, ensembles)
+        priorities, networks = zip(*order, strict=True)
+        return Fleet(str(name), networks, ensembles, priorities)
 
-    def limits(self, node: yaml.Node | None) -> Limits:
-        """The section `limits`."""
+    def limits(self, node: yaml.Node | None, defaults: _Part) -> dict[str, int]:
+        """The section `limits`, as options."""
         if node is None:
-            return Limits()
+            return {}
         part = self.part(node, "limits")
-        self.known(part, _LIMITS, "limits")
+        self.known(part, tuple(_LIMITS), "limits")
         part = self.plain(part)
-        for key in _LIMITS:
-            value = part.values.get(key, 1)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        found = {}
+        for key, option in _LIMITS.items():
+            value = part.values.get(key)
+            if key in part.values and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 self.say(part.at(key), f"{key}: expected a whole number of at least 1, got {value!r}")
-                part.values.pop(key)
-        return Limits(**{key: value for key, value in part.values.items() if key in _LIMITS})
+            elif key in part.values and option in defaults.values:
+                self.say(
+                    part.at(key), f"{key}: is there twice, {option} in defaults says it too; leave one out"
+                )
+            elif isinstance(value, int):
+                found[option] = value
+        return found
 
     def models(
         self, node: yaml.Node | None, defaults: _Part, options: Mapping[str, Any]

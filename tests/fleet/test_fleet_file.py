@@ -35,7 +35,7 @@ def read(folder: Path, text: str, **options: Any) -> fleet.Fleet:
 
 def test_a_fleet_holds_every_network_with_its_options_highest_priority_first(tmp_path: Path) -> None:
     found = read(tmp_path, GOOD)
-    shared: dict[str, Any] = {"data": "digits", "epochs": 3, "search_parallel": 4}
+    shared: dict[str, Any] = {"data": "digits", "epochs": 3, "search_parallel": 4, "trainings": 2}
     assert found == fleet.Fleet(
         "night",
         (
@@ -43,8 +43,22 @@ def test_a_fleet_holds_every_network_with_its_options_highest_priority_first(tmp
             make(model="lenet5", target_ratio=15, **shared),
             make(model="lenet5", name="small", max_drop=0.5, keep=("fc3.weight",), **shared),
         ),
-        fleet.Limits(2, 4),
         (fleet.Ensemble("vote", ("lenet5", "small")),),
+        (5, 1, 0),
+    )
+    assert [source.priority for source in found.sources()] == [5, 1, 0]
+
+
+def test_what_the_job_may_take_is_said_once_and_the_command_line_counts_more(tmp_path: Path) -> None:
+    text = GOOD.replace("searches: 4", "cpus: 8, gpus: 2")
+    (first, *_) = read(tmp_path, text).configs
+    assert (first.limit_cpus, first.limit_gpus, first.trainings, first.search_parallel) == (8, 2, 2, None)
+    assert read(tmp_path, text, limit_cpus=3).configs[0].limit_cpus == 3
+    said = mistakes(tmp_path, text.replace("epochs: 3", "limit_cpus: 4"))
+    assert "line 3: cpus: is there twice, limit_cpus in defaults says it too; leave one out" in said
+    said = mistakes(tmp_path, text.replace("epochs: 3", "workers: 9"))
+    assert (
+        "expected --workers x --threads-per-worker at most --limit-cpus (8), got 9; lower one of them" in said
     )
 
 
@@ -71,7 +85,7 @@ name: a/b
 defaults:
   data: digits
   epochs: 0
-limits: {gpus: 3, trainings: 0}
+limits: {cores: 3, trainings: 0}
 modles: []
 models:
   - {model: lenet5, epoch: 3}
@@ -89,7 +103,7 @@ ensembles:
     for line, words in (
         (1, "name: expected a name without spaces"),
         (4, "--epochs: expected greater than or equal to 1, got 0"),
-        (5, "unknown key 'gpus' in limits; expected trainings, searches"),
+        (5, "unknown key 'cores' in limits; expected trainings, searches, cpus, gpus"),
         (5, "trainings: expected a whole number of at least 1, got 0"),
         (6, "unknown key 'modles' in a fleet"),
         (8, "unknown option 'epoch'; did you mean --epochs"),
