@@ -5,18 +5,23 @@ Not covered: the stages of one network (`pipeline`), and what a fleet says about
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from clipq_ray import identity
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.errors import ClipqError, RunError
-from clipq_ray.pipeline import Prepared, Result, finish, prepare
+from clipq_ray.fleet.file import Ensemble
+from clipq_ray.fleet.shares import finish_ensemble, without
+from clipq_ray.pipeline import Prepared, Result, finish, inputs_of, prepare
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
 from clipq_ray.work import Source
@@ -36,22 +41,27 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
     return result
 
 
-def compress_all(sources: Sequence[Source], engine: Engine, reporter: Reporter) -> list[Result | ClipqError]:
-    """Compress several networks, of different names: all are prepared and then searched together, and each is finished as soon as it is searched.
+def compress_all(
+    sources: Sequence[Source], engine: Engine, reporter: Reporter, ensembles: Sequence[Ensemble] = ()
+) -> list[Result | ClipqError]:
+    """Compress several networks, of different names: all are prepared and then searched together, and each is finished as soon as it is searched;
+    members of one of `ensembles` with an intent as soon as all of them are.
 
     As `compress`; one that fails leaves its error in its place and does not stop the others. Only searches and trainings overlap: what this process
     does itself, it does for one network at a time, since its seeds and threads are one.
     """
     own = [reporter.about(source.name) if len(sources) > 1 else reporter for source in sources]
-    job = _Job(sources, own, engine)
+    job = _Job(sources, own, engine, [one for one in ensembles if one.wants])
     try:
+        job.identify()
         job.prepare()
-        waiting = [number for number, one in enumerate(job.found) if isinstance(one, Prepared)]
+        job.drop_incomplete()
+        waiting = job.waiting()
         if engine.parallel:
             job.search_and_finish(waiting, reporter)
         else:
-            for number in waiting:
-                job.search_and_finish([number], own[number])
+            for numbers in waiting:
+                job.search_and_finish([numbers], own[numbers[0]])
         return job.found
     finally:
         for claim in job.held:
@@ -61,49 +71,112 @@ def compress_all(sources: Sequence[Source], engine: Engine, reporter: Reporter) 
 class _Job:
     """The networks of a job on their way; `found` holds for each what it is by now."""
 
-    def __init__(self, sources: Sequence[Source], reporters: Sequence[Reporter], engine: Engine) -> None:
-        self._sources, self._reporters, self._engine = sources, reporters, engine
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        reporters: Sequence[Reporter],
+        engine: Engine,
+        ensembles: Sequence[Ensemble],
+    ) -> None:
+        self._sources, self._reporters, self._engine = list(sources), reporters, engine
         self._turn = threading.Lock()
         self._alone = len(sources) == 1
         wanted = sources[0].config.trainings or engine.trainings([source.config for source in sources])
         self._at_once = min(wanted, len(sources)) if engine.parallel else 1
+        place = {source.name: number for number, source in enumerate(sources)}
+        self._ensembles = {tuple(place[name] for name in one.members): one for one in ensembles}
         self.held: list[Claim] = []
         self.found: list[Any] = [None] * len(sources)
+
+    def identify(self) -> None:
+        """Of members of an ensemble with one intent all the others count too."""
+        for numbers, ensemble in self._ensembles.items():
+            assert ensemble.wants is not None
+            inputs = self._inputs(numbers)
+            self.drop_incomplete()
+            if len(inputs) == len(numbers):
+                same = identity.of_ensemble(*ensemble.wants, inputs)
+                for number in numbers:
+                    self._sources[number] = replace(self._sources[number], ensemble=same)
+
+    def _inputs(self, numbers: Sequence[int]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def step(source: Source) -> None:
+            found[source.name] = inputs_of(source)
+
+        for number in numbers:
+            self._in_turn(functools.partial(step, self._sources[number]), [number])
+        return found
 
     def prepare(self) -> None:
         """Everything before the search."""
 
-        def step(number: int) -> Prepared | Result:
-            reporter = self._reporters[number]
-            return prepare(self._sources[number], self._engine, reporter, self._turn, self.held)
+        def step(number: int) -> None:
+            def made() -> dict[int, Any]:
+                reporter = self._reporters[number]
+                return {number: prepare(self._sources[number], self._engine, reporter, self._turn, self.held)}
 
-        numbers = range(len(self._sources))
+            self._in_turn(made, [number])
+
+        numbers = [number for number, one in enumerate(self.found) if one is None]
         if self._at_once == 1:
             for number in numbers:
-                self._in_turn(step, number)
+                step(number)
             return
         with self._threads() as pool:
-            _wait([pool.submit(self._in_turn, step, number) for number in numbers])
+            _wait([pool.submit(step, number) for number in numbers])
 
-    def search_and_finish(self, numbers: Sequence[int], reporter: Reporter) -> None:
+    def drop_incomplete(self) -> None:
+        """Give up members of an ensemble with one intent of which another one failed."""
+        for numbers, ensemble in self._ensembles.items():
+            failed = {
+                self._sources[number].name: self.found[number]
+                for number in numbers
+                if isinstance(self.found[number], ClipqError)
+            }
+            for number in numbers if failed else ():
+                if not isinstance(self.found[number], ClipqError | Result):
+                    self._end(number, without(ensemble, failed))
+
+    def waiting(self) -> list[tuple[int, ...]]:
+        """The networks that are to be searched, in what is finished together: each by itself, or all members of an ensemble with one intent."""
+        open_numbers = [number for number, one in enumerate(self.found) if isinstance(one, Prepared)]
+        found: dict[tuple[int, ...], None] = {}
+        for number in open_numbers:
+            whole = next((one for one in self._ensembles if number in one), (number,))
+            found.setdefault(tuple(one for one in whole if one in open_numbers))
+        return list(found)
+
+    def search_and_finish(self, units: Sequence[tuple[int, ...]], reporter: Reporter) -> None:
         """The search of these, and everything behind it; of those that are searched, the most urgent one is finished next."""
-        urgent: queue.PriorityQueue[tuple[int, int]] = queue.PriorityQueue()
-        searches = [self.found[number].search for number in numbers]
+        numbers = [number for unit in units for number in unit]
+        unit_of = {number: unit for unit in units for number in unit}
+        left = {unit: set(unit) for unit in units}
+        urgent: queue.PriorityQueue[tuple[int, tuple[int, ...]]] = queue.PriorityQueue()
         ended: list[Future[None]] = []
 
         def finish_next() -> None:
-            self._in_turn(lambda number: finish(self.found[number]), urgent.get()[1])
+            unit = urgent.get()[1]
+            self._in_turn(lambda: self._finished(unit), unit)
 
         def searched(place: int, error: ClipqError | None) -> None:
             number = numbers[place]
+            unit = unit_of[number]
+            left[unit].discard(number)
             if error is not None:
                 self._end(number, error)
+            if left[unit]:
                 return
-            urgent.put((-self._sources[number].priority, number))
+            self.drop_incomplete()
+            if any(isinstance(self.found[one], ClipqError) for one in unit):
+                return
+            urgent.put((-max(self._sources[one].priority for one in unit), unit))
             if pool is not None:
                 ended.append(pool.submit(finish_next))
 
-        if len(numbers) == 1:  # nothing to do meanwhile: all in this thread
+        searches = [self.found[number].search for number in numbers]
+        if len(units) == 1:  # nothing to do meanwhile: all in this thread
             pool = None
             search_all(searches, self._engine, reporter, searched)
             while not urgent.empty():
@@ -113,6 +186,15 @@ class _Job:
             search_all(searches, self._engine, reporter, searched)
             _wait(ended)
 
+    def _finished(self, unit: tuple[int, ...]) -> dict[int, Result]:
+        """Everything behind the search of what is finished together."""
+        whole = next((one for one in self._ensembles if set(unit) <= set(one)), None)
+        if whole is None:
+            return {number: finish(self.found[number]) for number in unit}
+        members = [self.found[number] for number in whole]
+        made = finish_ensemble(self._ensembles[whole], members, self._engine.parallel)
+        return dict(zip(whole, made, strict=True))
+
     @contextmanager
     def _threads(self) -> Iterator[ThreadPoolExecutor]:
         pool = ThreadPoolExecutor(self._at_once)
@@ -121,21 +203,23 @@ class _Job:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupt must not wait for trainings
 
-    def _in_turn(self, step: Callable[[int], Prepared | Result], number: int) -> None:
-        """What `step` makes of a network, or its error; one thread at a time unless it waits for a training."""
+    def _in_turn(self, step: Callable[[], Mapping[int, Any] | None], numbers: Sequence[int]) -> None:
+        """Keep what `step` makes of networks, or its error for these; one thread at a time unless it waits for a training."""
         with self._turn:
             try:
-                ended: Prepared | Result | ClipqError = step(number)
+                ended: Mapping[int, Any] = step() or {}
             except ClipqError as error:
-                ended = error
+                ended = dict.fromkeys(numbers, error)
             except Exception as error:
                 if self._alone:
                     raise
                 log.exception("unexpected, and no mistake of the input")
-                ended = RunError(
+                told = RunError(
                     f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report it"
                 )
-        self._end(number, ended)
+                ended = dict.fromkeys(numbers, told)
+        for number, one in ended.items():
+            self._end(number, one)
 
     def _end(self, number: int, ended: Prepared | Result | ClipqError) -> None:
         """Keep what a network is now, and say at once if it failed: the others may take hours, and the job says it again at its end."""

@@ -73,7 +73,13 @@ def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> di
         "config": {name: value for name, value in options.items() if name not in _DECIDES_NOTHING},
         **_platform(source.config),
         "versions": STAGE_VERSIONS,
+        **({"ensemble": source.ensemble} if source.ensemble else {}),
     }
+
+
+def of_ensemble(intent: str, value: float, members: Mapping[str, Mapping[str, Any]]) -> str:
+    """What decides the members' shares of one intent: it, and all that decides each member."""
+    return _sha256({"intent": intent, "value": value, "members": members})
 
 
 def stage_key(stage: str, config: Config, inputs: Mapping[str, Any]) -> str:

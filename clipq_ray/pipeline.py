@@ -96,7 +96,7 @@ def prepare(
     source.check_fit()
     run = Run(source, engine, reporter, storage, started, turn, notes=list(data.notes))
     reporter.say(f"data: {data.description}")
-    state_given, origin = _given(run)
+    state_given, origin = _given(source, run.notes)
     inputs = identity.of_run(source, data, state_given)
     own = _claimed(run, inputs)
     if isinstance(own, Result):
@@ -151,9 +151,31 @@ def _ready(
     return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """One network between the search and its rounds."""
+
+    prepared: Prepared
+    trials: Mapping[str, list[Trial]]
+    control: Store | None
+    dense: Mapping[str, Evaluation | None]
+    given: rounds.Given
+
+    @property
+    def reference(self) -> Store:
+        """The weights that the file is measured against: the dense control's, or the original's where none was made."""
+        return self.control or self.prepared.weights
+
+
 def finish(given: Prepared) -> Result:
     """Everything behind the search."""
-    run, reporter, target, weights = given.run, given.run.reporter, given.own.target, given.weights
+    opened = open_rounds(given)
+    return close_rounds(opened, rounds.run_rounds(given.run, opened.given))
+
+
+def open_rounds(given: Prepared) -> Opened:
+    """What the rounds start from; a dense control is trained here."""
+    run, weights = given.run, given.weights
     prepare_process(run.config.threads_per_worker)
     trials = given.search.trials()
     model = run.source.network()
@@ -164,19 +186,21 @@ def finish(given: Prepared) -> Result:
     reference = dense["validation"] or given.baseline["validation"]
     assert reference is not None
     sha256 = models.weights_sha256(read_state(weights))
-    made = rounds.run_rounds(
-        run,
-        rounds.Given(
-            trials, given.groups, weights, given.inventory, reference_error, reference, sha256, given.work
-        ),
-    )
+    return Opened(
+        given, trials, control, dense,
+        rounds.Given(trials, given.groups, weights, given.inventory, reference_error, reference, sha256, given.work),
+    )  # fmt: skip
+
+
+def close_rounds(opened: Opened, made: rounds.Rounds) -> Result:
+    """Verify and commit what the rounds have made."""
+    given = opened.prepared
+    run, target = given.run, given.own.target
     if not made.kept:
-        run.notes.append(
-            f"the promise ({made.intent.words()}) is not kept: this is the round that came closest"
-        )
-    files, document = _files(given, made, trials, control, dense, reference_error)
+        run.notes.append(f"the promise ({made.words}) is not kept: this is the round that came closest")
+    files, document = _files(opened, made)
     if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
-        reporter.say(
+        run.reporter.say(
             f"run {given.own.run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
         )
         return Result(target.uri, manifest.read_manifest(target), True)
@@ -186,14 +210,12 @@ def finish(given: Prepared) -> Result:
     return Result(target.uri, manifest.read_manifest(target), False)
 
 
-def _files(
-    given: Prepared, made: rounds.Rounds, trials: Mapping[str, list[Trial]], control: Store | None,
-    dense: Mapping[str, Evaluation | None], reference_error: float,
-) -> tuple[dict[str, bytes], dict[str, Any]]:  # fmt: skip
+def _files(opened: Opened, made: rounds.Rounds) -> tuple[dict[str, bytes], dict[str, Any]]:
     """All files of the run, and the manifest without their list; the test images are looked at here."""
-    run, best = given.run, made.best
+    given, trials, control = opened.prepared, opened.trials, opened.control
+    run, best, reference_error = given.run, made.best, opened.given.search_error
     with run.reporter.stage("verify"):
-        scores = _scores(run, best, given.baseline, dense)
+        scores = _scores(run, best, given.baseline, opened.dense)
     document = results.document(
         name=run.source.name, run_id=given.own.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
         choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
@@ -208,15 +230,21 @@ def _files(
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------------
-def _given(run: Run) -> tuple[dict[str, Tensor] | None, str]:
-    """The state dict that the user gave (None: trained first) and where it is from."""
-    origin = run.source.weights_origin()
+def inputs_of(source: Source) -> Mapping[str, Any]:
+    """What decides the run of a network, apart from an ensemble that it may be in."""
+    prepare_process(source.config.threads_per_worker)
+    return identity.of_run(source, source.data(), _given(source, [])[0])
+
+
+def _given(source: Source, notes: list[str]) -> tuple[dict[str, Tensor] | None, str]:
+    """The state dict that the user gave (None: trained first) and where it is from; `notes` are added to."""
+    origin = source.weights_origin()
     if origin == "train":
         return None, origin
-    model = run.source.network()
+    model = source.network()
     if origin not in ("random", "module"):
-        state = models.read_weights(origin, run.source.architecture())
-        run.notes += models.apply_weights(model, state, origin)
+        state = models.read_weights(origin, source.architecture())
+        notes += models.apply_weights(model, state, origin)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}, origin
 
 

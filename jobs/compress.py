@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     for source in sources:
         source.check()
     with make_engine(shared) as engine:
-        found = compress_all(sources, engine, Reporter())
+        found = compress_all(sources, engine, Reporter(), fleet.ensembles)
     together = []
     if fleet.name is not None:
         together = ensembles.all_scored(fleet.ensembles, sources, found)
