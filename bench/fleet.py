@@ -31,7 +31,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.record import RESULTS, ROOT, Row, write
+from bench.record import RESULTS, ROOT, Row, table, write
 from clipq_ray.data import open_data
 from clipq_ray.storage import Store
 
@@ -211,6 +211,12 @@ def main() -> int:
     """All rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--storage", help="where the runs go; default: an S3 server of its own")
+    parser.add_argument(
+        "--engine",
+        choices=("ray", "local"),
+        default="ray",
+        help="local: all in the driver, without Ray; not stored",
+    )
     parser.add_argument("--networks", type=int, default=100, help="of the fleet (default: %(default)s)")
     given = parser.parse_args()
     with (
@@ -225,14 +231,20 @@ def main() -> int:
             **os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporary, "RAY_TMPDIR": temporary,
         }  # fmt: skip
         before = committed(storage)
-        command = [sys.executable, str(ROOT / "jobs" / "compress.py"), f"--fleet={path}"]
+        command = [
+            sys.executable, str(ROOT / "jobs" / "compress.py"), f"--fleet={path}", f"--engine={given.engine}",
+        ]  # fmt: skip
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
         samples = sampled(process, storage, before)
         code = process.wait()
         leftovers = (left_in(Path(temporary)), left_in_storage(storage))
-    earlier: list[Any] = (
-        json.loads(SAMPLES.read_text(encoding="utf-8")) if given.storage and SAMPLES.exists() else []
-    )
+    if given.engine == "local":
+        print(table(rows(samples, code, leftovers)))
+        print("left:", *leftovers[0][:20], *leftovers[1][:20], sep="\n  ")
+        return code
+    earlier: list[Any] = []
+    if given.storage and SAMPLES.exists():
+        earlier = json.loads(SAMPLES.read_text(encoding="utf-8"))
     submissions = [*earlier, [asdict(one) for one in samples]]
     SAMPLES.write_text(json.dumps(submissions) + "\n", encoding="utf-8")
     longest = [Sample(**one) for one in max(submissions, key=len)]
