@@ -79,6 +79,7 @@ def fleet(folder: Path, networks: int, storage: str) -> Path:
     """A fleet file, with weights that know the digits a little."""
     data = open_data("digits", input_shape=(3, SIZE, SIZE)).train
     images, labels = data.batch(torch.arange(len(data)), None)
+    torch.set_num_threads(1)
     entries = []
     for number in range(networks):
         torch.manual_seed(number)

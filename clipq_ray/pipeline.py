@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
 from clipq_ray.cluster.engine import Engine
-from clipq_ray.errors import FormatError, RunError
+from clipq_ray.errors import FormatError, HeldError, RunError
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
@@ -124,7 +124,7 @@ def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
             return Own(run_id, target, found)
         words = f"run {run_id} is being made by another job ({found.words})"
         if run.config.on_claim == "leave":
-            raise RunError(f"{words}; run again when it has ended, or with --on-claim wait")
+            raise HeldError(f"{words}; run again when it has ended, or with --on-claim wait")
         if words != said:
             run.reporter.say(f"{words}; waiting for it, --on-claim leave would end here")
         said = words

@@ -98,34 +98,6 @@ def probabilities(source: Source, model: nn.Module, images: Split) -> npt.NDArra
     return np.concatenate(found)
 
 
-def line(found: dict[str, Any]) -> str:
-    """One ensemble, as a person would say it."""
-    if "error" in found:
-        return f"ensemble {found['name']}: not scored, {found['error']}"
-    told = (
-        f"ensemble {found['name']} ({', '.join(found['members'])}): {found['bytes_before']:,} to {found['bytes']:,} bytes ({found['ratio']:.1f}x), "
-        f"top-1 {found['top1_before_percent']:.2f} to {found['top1_percent']:.2f} % on {found['images']:,} {found['split']} images, "
-        f"{Drop(found['drop_points'], found['drop_low_points'], found['drop_high_points'], found['images']).words()}"
-    )
-    if promise := found.get("promise"):
-        shares = promise["rounds"][promise["round"] - 1]["shares"]
-        drop = Drop(
-            promise["drop_points"],
-            promise["drop_low_points"],
-            promise["drop_high_points"],
-            promise["validation_images"],
-        )
-        told += (
-            f"\n  promise: {promise['words']}: {'kept' if promise['kept'] else 'NOT KEPT'}; validation top-1 {drop.words()} against the {promise['reference']}, "
-            f"round {promise['round']} of {len(promise['rounds'])}; "
-            + ", ".join(
-                f"{name} {share['bytes']:,} of {share['requested_bytes']:,} bytes"
-                for name, share in shares.items()
-            )
-        )
-    return told
-
-
 def all_scored(
     ensembles: Sequence[Ensemble], sources: Sequence[Source], results: Sequence[Any]
 ) -> list[dict[str, Any]]:
