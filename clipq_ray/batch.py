@@ -158,6 +158,7 @@ class _Job:
 
         def finish_next() -> None:
             unit = urgent.get()[1]
+            self._share_time(unit)
             self._in_turn(lambda: self._finished(unit), unit)
 
         def searched(place: int, error: ClipqError | None) -> None:
@@ -175,7 +176,9 @@ class _Job:
             if pool is not None:
                 ended.append(pool.submit(finish_next))
 
-        searches = [self.found[number].search for number in numbers]
+        if not self._engine.parallel:
+            self._share_time(numbers)
+        searches = [self.found[number].search.within_deadline() for number in numbers]
         if len(units) == 1:  # nothing to do meanwhile: all in this thread
             pool = None
             search_all(searches, self._engine, reporter, searched)
@@ -185,6 +188,12 @@ class _Job:
         with self._threads() as pool:
             search_all(searches, self._engine, reporter, searched)
             _wait(ended)
+
+    def _share_time(self, numbers: Sequence[int]) -> None:
+        """Networks that begin leave others their share of the time before a deadline."""
+        waiting = [number for number, one in enumerate(self.found) if isinstance(one, Prepared)]
+        for number in numbers:
+            self.found[number].run.share_time(len(set(waiting) - set(numbers)), self._at_once)
 
     def _finished(self, unit: tuple[int, ...]) -> dict[int, Result]:
         """Everything behind the search of what is finished together."""

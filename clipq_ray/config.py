@@ -196,7 +196,8 @@ class Config(BaseModel):
     deadline_hours: float | None = Field(
         None,
         gt=0,
-        description="the run commits its best within this time, with fewer evaluations and epochs if it must [h]",
+        description="the run commits its best within this time, with fewer evaluations and epochs if it must; of several networks each takes its share of "
+        "what is left when its turn comes [h]",
     )
     dry_run: bool = Field(False, description="print plan, evaluations, predicted time and disk; do nothing")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ class Search:
     def finished(self) -> bool:
         """Whether all trials are there."""
         return self.store.exists(DONE) and not self.task.open_groups()
+
+    def within_deadline(self) -> Search:
+        """The same, ending by the run's deadline as it is now."""
+        return replace(self, task=replace(self.task, deadline=stages.deadline_of(self.run, "search")))
 
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +42,7 @@ _MAKING: dict[str, threading.Lock] = {}
 @dataclass
 class Run:
     """One run in the making: what the stages know and add; `turn` is held by the run that works in this process, `work` is where
-    unfinished things of the run lie."""
+    unfinished things of the run lie, `until` when others of the job should have their time [s since 1970]."""
 
     source: Source
     engine: Engine
@@ -50,6 +51,7 @@ class Run:
     started: float
     turn: threading.Lock
     work: Store | None = None
+    until: float = math.inf
     notes: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -67,7 +69,14 @@ class Run:
     def deadline(self) -> float | None:
         """The time of `time.time()` by which trainings should have ended."""
         hours = self.config.deadline_hours
-        return None if hours is None else self.started + 3600 * hours - _TAIL_SECONDS
+        return None if hours is None else min(self.until, self.started + 3600 * hours - _TAIL_SECONDS)
+
+    def share_time(self, others: int, at_once: int) -> None:
+        """Of what is left before the deadline this run takes its share beside `others`, of which with it `at_once` are made at a time."""
+        self.until = math.inf
+        if self.deadline is not None:
+            left = max(0.0, self.deadline - time.time())
+            self.until = time.time() + left * min(1.0, at_once / (1 + others))
 
     def stage(
         self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], float | None]

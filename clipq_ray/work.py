@@ -323,10 +323,10 @@ class Searcher:
         """Keep nothing of the network until the next step: another one is searched meanwhile."""
         self._evaluator.release()
 
-    def begin(self, index: int) -> list[Trial]:
-        """The trials of group `index` that an attempt before left behind."""
+    def begin(self, index: int, behind: int = 0) -> list[Trial]:
+        """The trials of group `index` that an attempt before left behind; `behind`: groups of other networks that wait behind those of this one."""
         store, name = Store(self.task.output), partial_name(index)
-        self._until = self._share()
+        self._until = self._share(behind)
         if not store.exists(name):
             return []
         try:
@@ -334,12 +334,12 @@ class Searcher:
         except (ValueError, TypeError):  # of another version; what is measured anew is at most one group
             return []
 
-    def _share(self) -> float | None:
+    def _share(self, behind: int) -> float | None:
         """The time of `time.time()` by which a group that begins now should end: its share of what is left, beside those under way."""
         if self.task.deadline is None:
             return None
         under_way = 1 + len(Store(self.task.output).names("partial-"))
-        groups = max(len(self.task.open_groups()), 1)
+        groups = max(len(self.task.open_groups()) + behind, 1)
         return time.time() + max(0.0, self.task.deadline - time.time()) * min(1.0, under_way / groups)
 
     def step(self, index: int, trials: list[Trial]) -> bool:

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     sources = fleet.sources()
     shared = fleet.configs[0]
     if shared.dry_run:
-        print("\n\n".join(dry_run(source) for source in sources))
+        print(dry_run(sources))
         return 0
     for source in sources:
         source.check()

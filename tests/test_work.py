@@ -181,3 +181,15 @@ def test_one_set_of_images_is_held_at_a_time() -> None:
     assert first.data() is data
     assert second.data() is not data
     assert first.data() is not data
+
+
+def test_a_group_leaves_their_share_of_the_time_to_those_of_networks_behind_it(tmp_path: Path) -> None:
+    task = search_task(tmp_path, time.time() + 3600)
+    searcher = Searcher(task, torch.device("cpu"))
+    searcher.begin(0)
+    alone = searcher._until
+    searcher.begin(0, behind=15)
+    assert alone is not None
+    assert searcher._until is not None
+    assert alone - time.time() == pytest.approx(3600 / 5, rel=0.1)
+    assert searcher._until - time.time() == pytest.approx(3600 / 20, rel=0.1)

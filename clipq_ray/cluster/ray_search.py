@@ -47,6 +47,8 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._number, self._index = self._places[new_config["place"]]
+        last = max(place for place, (number, _) in enumerate(self._places) if number == self._number)
+        self._behind = len(self._places) - 1 - last  # groups of networks that come later
         self._trials: list[Trial] | None = None
         return True
 
@@ -55,7 +57,7 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         try:
             searcher = self._searching(task)
             if self._trials is None:
-                self._trials = searcher.begin(self._index)
+                self._trials = searcher.begin(self._index, self._behind)
             finished = searcher.step(self._index, self._trials)
         except StorageError:
             raise  # may pass: Ray tries again
