@@ -36,6 +36,7 @@ class HandOut:
         self._room, self._tasks, self._amounts, self._over = room, tasks, amounts, over
         self._waiting: list[Trial] = []
         self._ended: list[Trial] = []  # and nobody has their seats yet
+        self._known: set[str] = set()
         self._left = Counter(tasks)
         self._lost: dict[int, list[Exception]] = {number: [] for number in self._left}
         self.scheduler, self.generator = _Scheduler(self), _Generator(self)
@@ -48,9 +49,11 @@ class HandOut:
         return self._amounts[self._tasks[place]]
 
     def add(self, trial: Trial) -> None:
-        """A new one waits."""
-        trial.set_status(Trial.PAUSED)
-        self._waiting.append(trial)
+        """A new one waits; one whose actor was lost has its seat, and Tune starts it again by itself."""
+        if trial.trial_id not in self._known:
+            self._known.add(trial.trial_id)
+            trial.set_status(Trial.PAUSED)
+            self._waiting.append(trial)
 
     def next(self) -> Trial | None:
         """The trial that begins now, if one does."""
@@ -127,6 +130,8 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         self._handout.end(trial, None)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        if trial.status == Trial.ERROR:
+            return  # Tune says it before it starts a lost one again; of one that is given up it says it before it changes the status
         self._handout.end(trial, trial.get_error() or RuntimeError("the trial failed"))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
