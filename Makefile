@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-s3 test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search
+.PHONY: demo test test-s3 test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet
 
 install: .venv/installed
 
@@ -53,6 +53,9 @@ bench-search: install
 	$(BIN)/python bench/search_cost.py --shared $(CLIPQ_SHARED)
 	$(BIN)/python bench/search_engine.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 	$(BIN)/python bench/search_global.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
+
+bench-fleet: install
+	$(BIN)/python bench/fleet.py
 
 bench-codec: install .venv-nncodec/installed
 	$(BIN)/python bench/codec.py --weights $(CLIPQ_SHARED)/weights

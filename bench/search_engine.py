@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,10 +87,11 @@ def searched(
             source.data()  # decoded in this process for all of them
             with engine:
                 started = time.perf_counter()
-                (error,) = engine.search([task], silent)
+                errors: list[Any] = []
+                engine.search([task], silent, lambda number, error: errors.append(error))
                 seconds = time.perf_counter() - started
-            if error is not None:
-                raise error
+            if errors != [None]:
+                raise errors[0]
             rows = {
                 layer: [trial.to_json() for trial in points] for layer, points in read_trials(task).items()
             }
@@ -143,7 +145,7 @@ def main() -> int:
     )
     given = parser.parse_args()
     rounds = [
-        (searched(f"process-{number}", LocalEngine(), given, LADDER, False), searched(f"ray-{number}", RayEngine(), given, LADDER, False))
+        (searched(f"process-{number}", LocalEngine(), given, LADDER, False), searched(f"ray-{number}", RayEngine(make(search_parallel=1)), given, LADDER, False))
         for number in range(given.rounds)
     ]  # fmt: skip
     whole, early = (

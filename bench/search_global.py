@@ -83,9 +83,10 @@ class Bench:
         task = SearchTask(
             self.source, self.initial.uri, groups, settings, config.search_images, self.inventory.bytes_before, Store(output).uri
         )  # fmt: skip
-        (error,) = LocalEngine().search([task], silent)
-        if error is not None:
-            raise error
+        errors: list[Any] = []
+        LocalEngine().search([task], silent, lambda number, error: errors.append(error))
+        if errors != [None]:
+            raise errors[0]
         return search.choose_for_bytes(read_trials(task), self.given.bytes - self.other).thetas(groups)
 
     def bytes_of(self, thetas: dict[str, Theta]) -> int:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from clipq_ray.batch import compress as run_pipeline
 from clipq_ray.cluster.engine import Engine, LocalEngine
-from clipq_ray.config import make
+from clipq_ray.config import Config, make
 from clipq_ray.data import from_loaders
 from clipq_ray.errors import ConfigError
 from clipq_ray.pipeline import Result
@@ -51,13 +51,13 @@ def compress(
             validation_images=config.validation_images,
         )
     source = Source(config, model, own_data)
-    with make_engine(config.engine) as engine:
+    with make_engine(config) as engine:
         return run_pipeline(source, engine, Reporter(quiet=quiet))
 
 
-def make_engine(name: str) -> Engine:
-    """The engine of that name; `ConfigError` where Ray is not installed."""
-    if name == "local":
+def make_engine(config: Config) -> Engine:
+    """The engine that a job wants; `ConfigError` where Ray is not installed."""
+    if config.engine == "local":
         return LocalEngine()
     try:
         from clipq_ray.cluster.on_ray import RayEngine
@@ -65,4 +65,4 @@ def make_engine(name: str) -> Engine:
         raise ConfigError(
             f"--engine ray: expected Ray, got {error}; install clipq_ray[cluster] or use --engine local"
         ) from error
-    return RayEngine()
+    return RayEngine(config)

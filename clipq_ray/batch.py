@@ -1,27 +1,32 @@
-"""Many networks in one job: all are prepared, searched together, and finished; one that fails stops no other.
+"""Many networks in one job: all are prepared and searched together, each is finished as soon as it is searched; one that fails stops no other.
 
 Not covered: the stages of one network (`pipeline`), and what a fleet says about its networks (`fleet`).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import queue
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
+from clipq_ray import identity
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.errors import ClipqError, RunError
-from clipq_ray.pipeline import Prepared, Result, finish, prepare
+from clipq_ray.fleet.file import Ensemble
+from clipq_ray.fleet.shares import finish_ensemble, without
+from clipq_ray.pipeline import Prepared, Result, finish, inputs_of, prepare
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
 from clipq_ray.work import Source
 
 log = logging.getLogger(__name__)
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
@@ -37,78 +42,202 @@ def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
 
 
 def compress_all(
-    sources: Sequence[Source], engine: Engine, reporter: Reporter, *, trainings: int = 1
+    sources: Sequence[Source], engine: Engine, reporter: Reporter, ensembles: Sequence[Ensemble] = ()
 ) -> list[Result | ClipqError]:
-    """Compress several networks, of different names: all are prepared, then searched together, then finished, so many trainings at a time.
+    """Compress several networks, of different names: all are prepared and then searched together, and each is finished as soon as it is searched;
+    members of one of `ensembles` with an intent as soon as all of them are.
 
-    As `compress`; one that fails leaves its error in its place and does not stop the others. Only trainings overlap: what this process does itself, it
-    does for one network at a time, since its seeds and threads are one.
+    As `compress`; one that fails leaves its error in its place and does not stop the others. Only searches and trainings overlap: what this process
+    does itself, it does for one network at a time, since its seeds and threads are one.
     """
-    turn, held = threading.Lock(), list[Claim]()
     own = [reporter.about(source.name) if len(sources) > 1 else reporter for source in sources]
-    runs = list(zip(sources, own, strict=True))
-    at_once = trainings if engine.parallel else 1
+    job = _Job(sources, own, engine, [one for one in ensembles if one.wants])
     try:
-        ready = _each(lambda one: prepare(one[0], engine, one[1], turn, held), runs, turn, at_once)
-        _say_failed(ready, own)
-        ended = _searched_and_finished(ready, engine, reporter, turn, at_once)
-        new = [one if one is not before else None for one, before in zip(ended, ready, strict=True)]
-        _say_failed(new, own)
-        return ended
+        job.identify()
+        job.prepare()
+        job.drop_incomplete()
+        waiting = job.waiting()
+        if engine.parallel:
+            job.search_and_finish(waiting, reporter)
+        else:
+            for numbers in waiting:
+                job.search_and_finish([numbers], own[numbers[0]])
+        return job.found
     finally:
-        for claim in held:
+        for claim in job.held:
             claim.give_back()
 
 
-def _say_failed(found: Sequence[Any], reporters: Sequence[Reporter]) -> None:
-    """At once, since the others may take hours; the job says it again at its end."""
-    for one, reporter in zip(found, reporters, strict=True):
-        if isinstance(one, ClipqError) and len(found) > 1:
-            reporter.say(f"failed: {one}")
+class _Job:
+    """The networks of a job on their way; `found` holds for each what it is by now."""
 
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        reporters: Sequence[Reporter],
+        engine: Engine,
+        ensembles: Sequence[Ensemble],
+    ) -> None:
+        self._sources, self._reporters, self._engine = list(sources), reporters, engine
+        self._turn = threading.Lock()
+        self._alone = len(sources) == 1
+        wanted = sources[0].config.trainings or engine.trainings([source.config for source in sources])
+        self._at_once = min(wanted, len(sources)) if engine.parallel else 1
+        place = {source.name: number for number, source in enumerate(sources)}
+        self._ensembles = {tuple(place[name] for name in one.members): one for one in ensembles}
+        self.held: list[Claim] = []
+        self.found: list[Any] = [None] * len(sources)
 
-def _searched_and_finished(
-    ready: Sequence[Prepared | Result | ClipqError],
-    engine: Engine,
-    reporter: Reporter,
-    turn: threading.Lock,
-    at_once: int,
-) -> list[Result | ClipqError]:
-    waiting = [number for number, one in enumerate(ready) if isinstance(one, Prepared)]
-    errors = search_all([one.search for one in ready if isinstance(one, Prepared)], engine, reporter)
-    ended: list[Any] = list(ready)
-    for number, error in zip(waiting, errors, strict=True):
-        ended[number] = error or ready[number]
-    searched = [number for number, one in enumerate(ended) if isinstance(one, Prepared)]
-    finished = _each(finish, [ended[number] for number in searched], turn, at_once)
-    for number, result in zip(searched, finished, strict=True):
-        ended[number] = result
-    return ended
+    def identify(self) -> None:
+        """Of members of an ensemble with one intent all the others count too."""
+        for numbers, ensemble in self._ensembles.items():
+            assert ensemble.wants is not None
+            inputs = self._inputs(numbers)
+            self.drop_incomplete()
+            if len(inputs) == len(numbers):
+                same = identity.of_ensemble(*ensemble.wants, inputs)
+                for number in numbers:
+                    self._sources[number] = replace(self._sources[number], ensemble=same)
 
+    def _inputs(self, numbers: Sequence[int]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
 
-def _each(
-    step: Callable[[S], T], given: Sequence[S], turn: threading.Lock, at_once: int
-) -> list[T | ClipqError]:
-    """What `step` makes of each, or its error; `at_once` threads, of which one runs at a time unless it waits for a training."""
+        def step(source: Source) -> None:
+            found[source.name] = inputs_of(source)
 
-    def in_turn(one: S) -> T | ClipqError:
-        with turn:
+        for number in numbers:
+            self._in_turn(functools.partial(step, self._sources[number]), [number])
+        return found
+
+    def prepare(self) -> None:
+        """Everything before the search."""
+
+        def step(number: int) -> None:
+            def made() -> dict[int, Any]:
+                reporter = self._reporters[number]
+                return {number: prepare(self._sources[number], self._engine, reporter, self._turn, self.held)}
+
+            self._in_turn(made, [number])
+
+        numbers = [number for number, one in enumerate(self.found) if one is None]
+        if self._at_once == 1:
+            for number in numbers:
+                step(number)
+            return
+        with self._threads() as pool:
+            _wait([pool.submit(step, number) for number in numbers])
+
+    def drop_incomplete(self) -> None:
+        """Give up members of an ensemble with one intent of which another one failed."""
+        for numbers, ensemble in self._ensembles.items():
+            failed = {
+                self._sources[number].name: self.found[number]
+                for number in numbers
+                if isinstance(self.found[number], ClipqError)
+            }
+            for number in numbers if failed else ():
+                if not isinstance(self.found[number], ClipqError | Result):
+                    self._end(number, without(ensemble, failed))
+
+    def waiting(self) -> list[tuple[int, ...]]:
+        """The networks that are to be searched, in what is finished together: each by itself, or all members of an ensemble with one intent."""
+        open_numbers = [number for number, one in enumerate(self.found) if isinstance(one, Prepared)]
+        found: dict[tuple[int, ...], None] = {}
+        for number in open_numbers:
+            whole = next((one for one in self._ensembles if number in one), (number,))
+            found.setdefault(tuple(one for one in whole if one in open_numbers))
+        return list(found)
+
+    def search_and_finish(self, units: Sequence[tuple[int, ...]], reporter: Reporter) -> None:
+        """The search of these, and everything behind it; of those that are searched, the most urgent one is finished next."""
+        numbers = [number for unit in units for number in unit]
+        unit_of = {number: unit for unit in units for number in unit}
+        left = {unit: set(unit) for unit in units}
+        urgent: queue.PriorityQueue[tuple[int, tuple[int, ...]]] = queue.PriorityQueue()
+        ended: list[Future[None]] = []
+
+        def finish_next() -> None:
+            unit = urgent.get()[1]
+            self._share_time(unit)
+            self._in_turn(lambda: self._finished(unit), unit)
+
+        def searched(place: int, error: ClipqError | None) -> None:
+            number = numbers[place]
+            unit = unit_of[number]
+            left[unit].discard(number)
+            if error is not None:
+                self._end(number, error)
+            if left[unit]:
+                return
+            self.drop_incomplete()
+            if any(isinstance(self.found[one], ClipqError) for one in unit):
+                return
+            urgent.put((-max(self._sources[one].priority for one in unit), unit))
+            if pool is not None:
+                ended.append(pool.submit(finish_next))
+
+        if not self._engine.parallel:
+            self._share_time(numbers)
+        searches = [self.found[number].search.within_deadline() for number in numbers]
+        if len(units) == 1:  # nothing to do meanwhile: all in this thread
+            pool = None
+            search_all(searches, self._engine, reporter, searched)
+            while not urgent.empty():
+                finish_next()
+            return
+        with self._threads() as pool:
+            search_all(searches, self._engine, reporter, searched)
+            _wait(ended)
+
+    def _share_time(self, numbers: Sequence[int]) -> None:
+        """Networks that begin leave others their share of the time before a deadline."""
+        waiting = [number for number, one in enumerate(self.found) if isinstance(one, Prepared)]
+        for number in numbers:
+            self.found[number].run.share_time(len(set(waiting) - set(numbers)), self._at_once)
+
+    def _finished(self, unit: tuple[int, ...]) -> dict[int, Result]:
+        """Everything behind the search of what is finished together."""
+        whole = next((one for one in self._ensembles if set(unit) <= set(one)), None)
+        if whole is None:
+            return {number: finish(self.found[number]) for number in unit}
+        members = [self.found[number] for number in whole]
+        made = finish_ensemble(self._ensembles[whole], members, self._engine.parallel)
+        return dict(zip(whole, made, strict=True))
+
+    @contextmanager
+    def _threads(self) -> Iterator[ThreadPoolExecutor]:
+        pool = ThreadPoolExecutor(self._at_once)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt must not wait for trainings
+
+    def _in_turn(self, step: Callable[[], Mapping[int, Any] | None], numbers: Sequence[int]) -> None:
+        """Keep what `step` makes of networks, or its error for these; one thread at a time unless it waits for a training."""
+        with self._turn:
             try:
-                return step(one)
+                ended: Mapping[int, Any] = step() or {}
             except ClipqError as error:
-                return error
+                ended = dict.fromkeys(numbers, error)
             except Exception as error:
-                if len(given) == 1:
+                if self._alone:
                     raise
                 log.exception("unexpected, and no mistake of the input")
-                return RunError(
+                told = RunError(
                     f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report it"
                 )
+                ended = dict.fromkeys(numbers, told)
+        for number, one in ended.items():
+            self._end(number, one)
 
-    if at_once == 1 or len(given) < 2:
-        return [in_turn(one) for one in given]
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        return list(pool.map(in_turn, given))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt must not wait for trainings
+    def _end(self, number: int, ended: Prepared | Result | ClipqError) -> None:
+        """Keep what a network is now, and say at once if it failed: the others may take hours, and the job says it again at its end."""
+        self.found[number] = ended
+        if isinstance(ended, ClipqError) and not self._alone:
+            self._reporters[number].say(f"failed: {ended}")
+
+
+def _wait(ended: Sequence[Future[Any]]) -> None:
+    """Until all have ended; raises what nobody expected."""
+    for one in ended:
+        one.result()

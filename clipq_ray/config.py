@@ -196,7 +196,8 @@ class Config(BaseModel):
     deadline_hours: float | None = Field(
         None,
         gt=0,
-        description="the run commits its best within this time, with fewer evaluations and epochs if it must [h]",
+        description="the run commits its best within this time, with fewer evaluations and epochs if it must; of several networks each takes its share of "
+        "what is left when its turn comes [h]",
     )
     dry_run: bool = Field(False, description="print plan, evaluations, predicted time and disk; do nothing")
 
@@ -213,6 +214,15 @@ class Config(BaseModel):
         ge=1,
         description="trials of the search at a time, so that others keep their share; default: what the cluster has",
     )
+    trainings: int | None = Field(
+        None, ge=1, description="fine-tunings of several networks at a time; default: what the cluster has"
+    )
+    limit_cpus: int | None = Field(
+        None,
+        ge=1,
+        description="CPUs that the job's trials and trainings take at a time, so that others keep their share; default: what the cluster has",
+    )
+    limit_gpus: int | None = Field(None, ge=1, description="the same for GPUs")
     search_gpu_share: float = Field(
         1.0, ge=0.01, le=1, description="of a GPU for each trial of the search: 0.25 runs four on one"
     )
@@ -258,6 +268,11 @@ class Config(BaseModel):
             )
         if self.warmup_epochs >= min(self.epochs, self.baseline_epochs):
             raise ValueError(f"expected --warmup-epochs below --epochs, got {self.warmup_epochs}")
+        if self.limit_cpus is not None and self.workers * self.threads_per_worker > self.limit_cpus:
+            raise ValueError(
+                f"expected --workers x --threads-per-worker at most --limit-cpus ({self.limit_cpus}), got "
+                f"{self.workers * self.threads_per_worker}; lower one of them"
+            )
         if self.std is not None and min(self.std, default=1.0) <= 0:
             raise ValueError(f"expected --std above 0, got {self.std}")
         if self.name is not None and (

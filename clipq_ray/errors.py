@@ -9,6 +9,7 @@
     │   └── FormatError      a table or a manifest is damaged
     │       └── ArtifactError   a .clq file is damaged, or needs a newer version
     └── RunError             the run itself failed, e.g. diverged: exit code 1
+        └── HeldError        another job makes the run, and this one does not wait
 
 A message says what was expected, what came and what to do, in one line. Foreign exceptions are translated once, where they enter
 (`raise ... from error`).
@@ -53,3 +54,7 @@ class ArtifactError(FormatError):
 
 class RunError(ClipqError):
     """The run failed for a reason that is no mistake of the input."""
+
+
+class HeldError(RunError):
+    """Another job makes the run, and this one was told not to wait for it."""

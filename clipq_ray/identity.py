@@ -26,7 +26,7 @@ STAGE_VERSIONS = {"baseline": 1, "search": 4, "finetune": 2, "control": 1}
 """Raised when a change of the code changes what a stage makes of the same inputs."""
 
 _DECIDES_NOTHING = {
-    "storage", "name", "force", "on_claim", "dry_run", "engine", "search_parallel", "max_failures", "data", "data_root", "weights",
+    "storage", "name", "force", "on_claim", "dry_run", "engine", "search_parallel", "trainings", "limit_cpus", "limit_gpus", "max_failures", "data", "data_root", "weights",
     "validation_data", "memory_limit_gib", "expect_top1_percent", "search_cache_gib", "search_gpu_share",
 }  # fmt: skip
 """Options that are not part of a run's identity; weights and data count by their content."""
@@ -73,7 +73,13 @@ def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> di
         "config": {name: value for name, value in options.items() if name not in _DECIDES_NOTHING},
         **_platform(source.config),
         "versions": STAGE_VERSIONS,
+        **({"ensemble": source.ensemble} if source.ensemble else {}),
     }
+
+
+def of_ensemble(intent: str, value: float, members: Mapping[str, Mapping[str, Any]]) -> str:
+    """What decides the members' shares of one intent: it, and all that decides each member."""
+    return _sha256({"intent": intent, "value": value, "members": members})
 
 
 def stage_key(stage: str, config: Config, inputs: Mapping[str, Any]) -> str:

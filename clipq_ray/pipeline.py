@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
 from clipq_ray.cluster.engine import Engine
-from clipq_ray.errors import FormatError, RunError, StorageError
+from clipq_ray.errors import FormatError, HeldError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
@@ -74,7 +74,6 @@ class Prepared:
     inputs: Mapping[str, Any]
     weights: Store
     baseline: Mapping[str, Evaluation | None]
-    model: nn.Module
     inventory: network.Inventory
     groups: tuple[Group, ...]
     search: Search
@@ -101,7 +100,7 @@ def prepare(
     source.check_fit()
     run.notes += data.notes
     reporter.say(f"data: {data.description}")
-    state_given, origin = _given(run)
+    state_given, origin = _given(source, run.notes)
     inputs = identity.of_run(source, data, state_given)
     own = _claimed(run, inputs)
     if isinstance(own, Result):
@@ -128,7 +127,7 @@ def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
             return Own(run_id, target, found)
         words = f"run {run_id} is being made by another job ({found.words})"
         if run.config.on_claim == "leave":
-            raise RunError(f"{words}; run again when it has ended, or with --on-claim wait")
+            raise HeldError(f"{words}; run again when it has ended, or with --on-claim wait")
         if words != said:
             run.reporter.say(f"{words}; waiting for it, --on-claim leave would end here")
         said = words
@@ -152,36 +151,58 @@ def _ready(
     model.load_state_dict(read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
     search = planned(run, model, weights, inventory, groups, images)
-    return Prepared(run, own, inputs, weights, baseline, model, inventory, groups, search)
+    return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One network between the search and its rounds."""
+
+    prepared: Prepared
+    trials: Mapping[str, list[Trial]]
+    control: Store | None
+    dense: Mapping[str, Evaluation | None]
+    given: rounds.Given
+
+    @property
+    def reference(self) -> Store:
+        """The weights that the file is measured against: the dense control's, or the original's where none was made."""
+        return self.control or self.prepared.weights
 
 
 def finish(given: Prepared) -> Result:
     """Everything behind the search."""
     with stages.going_on(given.run):
-        return _finished(given)
+        opened = open_rounds(given)
+        return close_rounds(opened, rounds.run_rounds(given.run, opened.given))
 
 
-def _finished(given: Prepared) -> Result:
-    run, target, weights = given.run, given.own.target, given.weights
+def open_rounds(given: Prepared) -> Opened:
+    """What the rounds start from; a dense control is trained here."""
+    run, weights = given.run, given.weights
     prepare_process(run.config.threads_per_worker)
     trials = given.search.trials()
-    reference_error = original_error(run, given.model)
+    model = run.source.network()
+    model.load_state_dict(read_state(weights))
+    reference_error = original_error(run, model)
     control = _control(run, weights, given.work) if stages.wants_control(run.source) else None
     dense = _dense(run, control)
     reference = dense["validation"] or given.baseline["validation"]
     assert reference is not None
     sha256 = models.weights_sha256(read_state(weights))
-    made = rounds.run_rounds(
-        run,
-        rounds.Given(
-            trials, given.groups, weights, given.inventory, reference_error, reference, sha256, given.work
-        ),
-    )
+    return Opened(
+        given, trials, control, dense,
+        rounds.Given(trials, given.groups, weights, given.inventory, reference_error, reference, sha256, given.work),
+    )  # fmt: skip
+
+
+def close_rounds(opened: Opened, made: rounds.Rounds) -> Result:
+    """Verify and commit what the rounds have made."""
+    given = opened.prepared
+    run, target = given.run, given.own.target
     if not made.kept:
-        run.notes.append(
-            f"the promise ({made.intent.words()}) is not kept: this is the round that came closest"
-        )
-    files, document = _files(given, made, trials, control, dense, reference_error)
+        run.notes.append(f"the promise ({made.words}) is not kept: this is the round that came closest")
+    files, document = _files(opened, made)
     if target.exists(MANIFEST):  # the same job ran twice at the same time, and the other one was faster
         return _of_another(given)
     given.own.claim.check()
@@ -224,14 +245,12 @@ def _uncommitted(given: Prepared, files: Mapping[str, bytes], error: StorageErro
     )
 
 
-def _files(
-    given: Prepared, made: rounds.Rounds, trials: Mapping[str, list[Trial]], control: Store | None,
-    dense: Mapping[str, Evaluation | None], reference_error: float,
-) -> tuple[dict[str, bytes], dict[str, Any]]:  # fmt: skip
+def _files(opened: Opened, made: rounds.Rounds) -> tuple[dict[str, bytes], dict[str, Any]]:
     """All files of the run, and the manifest without their list; the test images are looked at here."""
-    run, best = given.run, made.best
+    given, trials, control = opened.prepared, opened.trials, opened.control
+    run, best, reference_error = given.run, made.best, opened.given.search_error
     with run.reporter.stage("verify"):
-        scores = _scores(run, best, given.baseline, dense)
+        scores = _scores(run, best, given.baseline, opened.dense)
     document = results.document(
         name=run.source.name, run_id=given.own.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
         choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
@@ -246,15 +265,21 @@ def _files(
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------------
-def _given(run: Run) -> tuple[dict[str, Tensor] | None, str]:
-    """The state dict that the user gave (None: trained first) and where it is from."""
-    origin = run.source.weights_origin()
+def inputs_of(source: Source) -> Mapping[str, Any]:
+    """What decides the run of a network, apart from an ensemble that it may be in."""
+    prepare_process(source.config.threads_per_worker)
+    return identity.of_run(source, source.data(), _given(source, [])[0])
+
+
+def _given(source: Source, notes: list[str]) -> tuple[dict[str, Tensor] | None, str]:
+    """The state dict that the user gave (None: trained first) and where it is from; `notes` are added to."""
+    origin = source.weights_origin()
     if origin == "train":
         return None, origin
-    model = run.source.network()
+    model = source.network()
     if origin not in ("random", "module"):
-        state = models.read_weights(origin, run.source.architecture())
-        run.notes += models.apply_weights(model, state, origin)
+        state = models.read_weights(origin, source.architecture())
+        notes += models.apply_weights(model, state, origin)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}, origin
 
 

@@ -8,27 +8,59 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from clipq_ray import network
+from clipq_ray import identity, network
 from clipq_ray.evaluate import logits
 from clipq_ray.groups import grouped
 from clipq_ray.operator import Operator, make_plan
+from clipq_ray.pipeline import inputs_of
 from clipq_ray.plan import Theta
 from clipq_ray.stages import wants_control
+from clipq_ray.storage import Store
 from clipq_ray.work import Source, prepare_process
 
 _RAY_SECONDS = 20.0  # start of a worker group, seen
 
 
-def dry_run(source: Source) -> str:
-    """The plan of a run in words; nothing is written."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do: in words, its time [s] and its disk [bytes]; nothing of both where it is committed already."""
+
+    words: str
+    seconds: float = 0.0
+    disk: float = 0.0
+    committed: bool = False
+
+
+def dry_run(sources: Sequence[Source]) -> str:
+    """The plans of a job's networks in words, and their totals; nothing is written."""
+    plans = [_planned(source) for source in sources]
+    text = "\n\n".join(plan.words for plan in plans)
+    if len(plans) > 1:
+        done = sum(plan.committed for plan in plans)
+        text += (
+            f"\n\nall {len(plans)}      {done} committed already, {len(plans) - done} to make: about {_clock(sum(plan.seconds for plan in plans))} one "
+            f"after the other, less where trainings and searches overlap; at most {sum(plan.disk for plan in plans) / 1e6:,.0f} MB in {sources[0].config.storage}"
+        )
+    return f"{text}\nnothing was done"
+
+
+def _planned(source: Source) -> Plan:
+    """The plan of one network."""
     config = source.config
     prepare_process(config.threads_per_worker)
     data = source.data()
     source.check_fit()
+    run, committed = identity.run_id(
+        Store(config.storage), source.name, inputs_of(source), force=config.force
+    )
+    if committed is not None:
+        return Plan(f"network     {source.name}: run {run} is committed already", committed=True)
     model, device = source.network().to(source.device()), source.device()
     sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0].to(device)
     found = network.inventory(model, sample, config.keep)
@@ -64,9 +96,8 @@ def dry_run(source: Source) -> str:
     lines.append(
         f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)"
     )
-    return "\n".join(
-        [*lines, *(f"note        {note}" for note in (*data.notes, *found.notes)), "nothing was done"]
-    )
+    words = "\n".join([*lines, *(f"note        {note}" for note in (*data.notes, *found.notes))])
+    return Plan(words, total, disk)
 
 
 def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float, float]:

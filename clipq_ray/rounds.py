@@ -28,8 +28,8 @@ from clipq_ray.together import added
 from clipq_ray.work import read_state
 
 Trials = Mapping[str, Sequence[search.Trial]]
-_STEPS = 40  # of a third or a quarter each: further than any network
-_START_ERROR = 0.03
+STEPS = 40  # of a third or a quarter each: further than any network
+START_ERROR = 0.03
 """A first plan may add so much one-shot error, summed over layers: on ResNet-20 that is a 15-fold smaller file, of which ten epochs recover all
 but 0.3 points; more by five times what may be lost. A start only: the rounds decide."""
 
@@ -47,31 +47,54 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What an ensemble with one intent decides for a member: the number of its round to commit, and what is promised of all together."""
+
+    number: int
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Rounds:
-    """All rounds, in order, and the one to commit."""
+    """All rounds, in order, and the one to commit; `shared` where an ensemble decides that."""
 
     intent: Intent
     inventory: Inventory
     all: tuple[Round, ...]
+    shared: Shared | None = None
 
     @property
     def best(self) -> Round:
         """The one to commit."""
+        if self.shared is not None:
+            return self.all[self.shared.number]
         return self.all[best(self.intent, [one.outcome for one in self.all])]
 
     @property
     def kept(self) -> bool:
         """Whether it keeps the promise."""
+        if self.shared is not None:
+            return bool(self.shared.document["kept"])
         return keeps(self.intent, self.best.outcome)
+
+    @property
+    def words(self) -> str:
+        """The promise."""
+        if self.shared is not None:
+            return f"ensemble {self.shared.document['name']}: {self.shared.document['words']}"
+        return self.intent.words()
 
     def document(self, reference: str) -> dict[str, Any]:
         """What the manifest says of the promise; `reference`: what the drop is measured against."""
-        outcome = self.best.outcome
+        outcome, kind, value = self.best.outcome, str(self.intent.kind), self.intent.value
+        if self.shared is not None:
+            kind, value = "ensemble", float(outcome.requested or 0)
         return {
-            "intent": self.intent.kind, "value": self.intent.value, "words": self.intent.words(), "kept": self.kept,
+            "intent": kind, "value": value, "words": self.words, "kept": self.kept,
             "reference": reference, "validation_images": outcome.drop.n, "confidence_percent": 95,
             "bytes": outcome.bytes, "drop_points": outcome.drop.points, "drop_low_points": outcome.drop.low, "drop_high_points": outcome.drop.high,
             "predicted_bytes": self.best.predicted, "round": 1 + self.all.index(self.best), "rounds": [one.outcome.to_json() for one in self.all],
+            **({"ensemble": dict(self.shared.document)} if self.shared else {}),
         }  # fmt: skip
 
 
@@ -89,18 +112,38 @@ class Given:
     work: Store
 
 
+class Making:
+    """The rounds of one network, made one after another, each from the weights of the one before."""
+
+    def __init__(self, run: Run, given: Given) -> None:
+        self.run, self.given = run, given
+        self._model = run.source.network()
+        self._model.load_state_dict(read_state(given.weights))
+        self.other = packing.other_bytes(run.source, self._model, given.inventory, run.data)
+        self.done: list[Round] = []
+
+    def made(self, choice: search.Choice) -> bool:
+        """Whether a round of this choice was made."""
+        return any(_thetas(choice) == _thetas(one.choice) for one in self.done)
+
+    def make(self, choice: search.Choice, requested: int | None) -> Round:
+        """The next round; `requested`: the bytes of the file that were asked for."""
+        initial = self.done[-1].tuned if self.done else self.given.weights
+        predicted = choice.bytes + self.other
+        one = _round(self.run, self.given, self.done, choice, requested, predicted, initial, self._model)
+        self.done.append(one)
+        return one
+
+
 def run_rounds(run: Run, given: Given) -> Rounds:
     """At least one round, and as many as the intent, `--rounds` and the deadline leave."""
-    config, model = run.config, run.source.network()
-    model.load_state_dict(read_state(given.weights))
-    intent = Intent.of(config, given.inventory.bytes_before)
-    other = packing.other_bytes(run.source, model, given.inventory, run.data)
+    making = Making(run, given)
+    intent, other, done = Intent.of(run.config, given.inventory.bytes_before), making.other, making.done
     requested = _first_request(intent, given, other)
-    done: list[Round] = []
-    initial, seconds = given.weights, 0.0
+    seconds = 0.0
     while True:
         choice, requested = _other_choice(intent, given, requested, other, done)
-        if any(_thetas(choice) == _thetas(one.choice) for one in done):
+        if making.made(choice):
             run.notes.append("no further round: the search has no other point in that direction")
             break
         left = run.seconds_left
@@ -108,13 +151,12 @@ def run_rounds(run: Run, given: Given) -> Rounds:
             run.notes.append("no further round before --deadline-hours")
             break
         started = time.monotonic()
-        done.append(_round(run, given, done, choice, requested, choice.bytes + other, initial, model))
+        making.make(choice, requested)
         seconds = time.monotonic() - started
         _say(run, intent, done, given.inventory.bytes_before)
-        requested = next_request(intent, [one.outcome for one in done], config.rounds)
+        requested = next_request(intent, [one.outcome for one in done], run.config.rounds)
         if requested is None:
             break
-        initial = done[-1].tuned
     made = Rounds(intent, given.inventory, tuple(done))
     asked = made.best.outcome.requested
     if asked is not None and made.best.choice.bytes > asked - other:
@@ -135,7 +177,7 @@ def _first_request(intent: Intent, given: Given, other: int) -> int | None:
         return None
     if intent.kind == "bytes":
         return math.floor(intent.value)
-    allowed = _START_ERROR + 5 * intent.value / 100
+    allowed = START_ERROR + 5 * intent.value / 100
     smallest = None
     for tradeoff in np.geomspace(1e-4, 1e6, 200):
         choice = search.choose(given.trials, float(tradeoff))
@@ -160,7 +202,7 @@ def _other_choice(
     if requested is None or intent.kind != "max_drop" or len(sides) != 1:
         return choice, requested
     tried, step = [_thetas(one.choice) for one in done], SMALLER if True in sides else LARGER
-    for _ in range(_STEPS):
+    for _ in range(STEPS):
         if _thetas(choice) not in tried:
             break
         requested = max(1, math.ceil(requested * step))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipq_ray import identity, models, search, stages
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.data import Split
-from clipq_ray.errors import ClipqError, StorageError
+from clipq_ray.errors import ClipqError
 from clipq_ray.groups import Group, work
 from clipq_ray.network import Inventory
 from clipq_ray.progress import Reporter
@@ -45,6 +45,10 @@ class Search:
     def finished(self) -> bool:
         """Whether all trials are there."""
         return self.store.exists(DONE) and not self.task.open_groups()
+
+    def within_deadline(self) -> Search:
+        """The same, ending by the run's deadline as it is now."""
+        return replace(self, task=replace(self.task, deadline=stages.deadline_of(self.run, "search")))
 
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
@@ -83,40 +87,51 @@ def planned(
     return Search(run, key, task)
 
 
-def search_all(searches: Sequence[Search], engine: Engine, reporter: Reporter) -> list[ClipqError | None]:
-    """Make what is not there yet, all in one call of the engine; for each search the error that ended it, if one did."""
-    first: dict[str, Search] = {}
-    for one in searches:  # networks that differ behind the search share it
-        first.setdefault(one.task.output, one)
-    missing = [one for one in first.values() if not one.finished]
-    made: dict[str, ClipqError | None] = {}
+def search_all(
+    searches: Sequence[Search],
+    engine: Engine,
+    reporter: Reporter,
+    done: Callable[[int, ClipqError | None], None],
+) -> None:
+    """Make what is not there yet, all in one call of the engine; `done` is told the number of each search as soon as its trials are there, or with the
+    error that ended it."""
+    numbers: dict[str, list[int]] = {}
+    for number, one in enumerate(searches):  # networks that differ behind the search share it
+        numbers.setdefault(one.task.output, []).append(number)
+    first = [searches[found[0]] for found in numbers.values()]
+    missing = [one for one in first if not one.finished]
     started = time.monotonic()
+
+    def over(one: Search, error: ClipqError | None) -> None:
+        if one in missing and error is None:
+            own = (time.monotonic() - started) if len(missing) == 1 else None
+            error = _recorded(one, own)
+        if error is not None:
+            error = stages.stopped(one.run, error)
+        for number in numbers[one.task.output]:
+            if error is None and not (searches[number] is one and one in missing):
+                searches[number].run.reused("search", one.key, one.store)
+            done(number, error)
+
+    for one in first:
+        if one not in missing:
+            over(one, None)
     if missing:
         with reporter.stage("search") as progress:
-            found = engine.search([one.task for one in missing], progress)
-        made = dict(zip((one.task.output for one in missing), found, strict=True))
-    for one in missing:
-        if made[one.task.output] is None:
-            whole = time.monotonic() - started if len(missing) == 1 else None
-            made[one.task.output] = _closed(one, whole)
-    for one in searches:
-        if one not in missing and made.get(one.task.output) is None:
-            one.run.reused("search", one.key, one.store)
-    failed = [made.get(one.task.output) for one in searches]
-    return [
-        None if error is None else stages.stopped(one.run, error)
-        for one, error in zip(searches, failed, strict=True)
-    ]
+            engine.search(
+                [one.task for one in missing], progress, lambda number, error: over(missing[number], error)
+            )
 
 
-def _closed(one: Search, seconds: float | None) -> ClipqError | None:
-    """Store that a search has ended; `seconds` that it took, of several at once by their trials. The error of a store that fails."""
+def _recorded(one: Search, seconds: float | None) -> ClipqError | None:
+    """Store that a search is finished, and record its time: `seconds`, or that of its evaluations; the error of the storage, if there was one."""
     try:
         one.store.write(DONE, json.dumps({"late": one.store.exists(LATE)}).encode())
-        own = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
-    except StorageError as error:
-        return error
-    one.run.record("search", one.key, own if seconds is None else seconds, reused=False)
+        if seconds is None:
+            seconds = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
+    except ClipqError as failed:
+        return failed
+    one.run.record("search", one.key, seconds, reused=False)
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +43,7 @@ _MAKING: dict[str, threading.Lock] = {}
 @dataclass
 class Run:
     """One run in the making: what the stages know and add; `turn` is held by the run that works in this process, `work` is where
-    unfinished things of the run lie."""
+    unfinished things of the run lie, `until` when others of the job should have their time [s since the run began]."""
 
     source: Source
     engine: Engine
@@ -50,6 +51,7 @@ class Run:
     storage: Store
     turn: threading.Lock
     work: Store | None = None
+    until: float = math.inf
     notes: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     began: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
@@ -74,12 +76,21 @@ class Run:
     def seconds_left(self) -> float | None:
         """Until trainings should have ended; None without a deadline."""
         hours = self.config.deadline_hours
-        return None if hours is None else 3600 * hours - _TAIL_SECONDS - self.seconds
+        if hours is None:
+            return None
+        return min(self.until, 3600 * hours - _TAIL_SECONDS) - self.seconds
+
+    def share_time(self, others: int, at_once: int) -> None:
+        """Of what is left before the deadline this run takes its share beside `others`, of which with it `at_once` are made at a time."""
+        self.until = math.inf
+        left = self.seconds_left
+        if left is not None:
+            self.until = self.seconds + max(0.0, left) * min(1.0, at_once / (1 + others))
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], None]
+        self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], float | None]
     ) -> Store:
-        """The store of a stage's outputs; `make` runs unless `finished` lies there already."""
+        """The store of a stage's outputs; `make` runs unless `finished` lies there already, and gives the seconds of its time that it waited."""
         key, store = self.stage_store(name, inputs)
         with self._alone(store):
             return self._made(name, key, store, finished, make)
@@ -97,15 +108,15 @@ class Run:
             lock.release()
 
     def _made(
-        self, name: str, key: str, store: Store, finished: str, make: Callable[[Store, Any], None]
+        self, name: str, key: str, store: Store, finished: str, make: Callable[[Store, Any], float | None]
     ) -> Store:
         if store.exists(finished):
             self.reused(name, key, store)
             return store
         started = time.monotonic()
         with self.reporter.stage(name) as progress:
-            make(store, progress)
-        self.record(name, key, time.monotonic() - started, reused=False)
+            waited = make(store, progress) or 0.0
+        self.record(name, key, time.monotonic() - started - waited, reused=False)
         return store
 
     @contextlib.contextmanager
@@ -143,7 +154,7 @@ def run_document(run: Run) -> dict[str, Any]:
         "config": redacted_json(run.config.model_dump(mode="json")),
         "stages": run.stages,
         "notes": redacted_json(run.notes),
-        "seconds": round(run.seconds, 1),
+        "seconds": round(sum(one["seconds"] for one in run.stages), 1),
         "data": {
             "description": redacted(run.data.description),
             "train_images": len(run.data.train),
@@ -194,13 +205,13 @@ def trained(
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
     }  # fmt: skip
 
-    def make(store: Store, progress: Any) -> None:
+    def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
             work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage),
         )  # fmt: skip
         with run.away():
-            run.engine.train(task, progress)
+            return run.engine.train(task, progress)
 
     store = run.stage(stage, inputs, CURVE, make)
     run.notes += json.loads(store.read(CURVE))["notes"]

@@ -14,8 +14,9 @@ def bytes_before(file: bytes) -> int:
     return 4 * sum(entry.elements for entry in codec.entries(file))
 
 
-def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
-    """One row per run: network, parameters, bytes before and after, ratio, top-1 before and after; totals of several; then where each lies."""
+def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str], failed: Sequence[str] = ()) -> str:
+    """One row per run: network, parameters, bytes before and after, ratio, top-1 before and after; the names of those that `failed`; totals of several;
+    then where each lies."""
     rows = [
         (
             "network",
@@ -57,6 +58,7 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> str:
             )
         lines.append(f"run: {uri}")
         lines += [f"note: {note}" for note in manifest["notes"]]
+    rows += [(name, "failed", "", "", "", "", "", "") for name in failed]
     if len(manifests) > 1:
         before, after = (
             sum(one["metrics"][name] for one in manifests) for name in ("bytes_before", "bytes_after")
@@ -94,3 +96,31 @@ def promise_line(promise: Mapping[str, Any]) -> str:
         f"promise: {told}; validation top-1 {drop.words()} against the {promise['reference']} "
         f"on {drop.n:,} images, round {promise['round']} of {len(promise['rounds'])}"
     )
+
+
+def ensemble_line(found: Mapping[str, Any]) -> str:
+    """One ensemble, as a person would say it."""
+    if "error" in found:
+        return f"ensemble {found['name']}: not scored, {found['error']}"
+    told = (
+        f"ensemble {found['name']} ({', '.join(found['members'])}): {found['bytes_before']:,} to {found['bytes']:,} bytes ({found['ratio']:.1f}x), "
+        f"top-1 {found['top1_before_percent']:.2f} to {found['top1_percent']:.2f} % on {found['images']:,} {found['split']} images, "
+        f"{Drop(found['drop_points'], found['drop_low_points'], found['drop_high_points'], found['images']).words()}"
+    )
+    if promise := found.get("promise"):
+        shares = promise["rounds"][promise["round"] - 1]["shares"]
+        drop = Drop(
+            promise["drop_points"],
+            promise["drop_low_points"],
+            promise["drop_high_points"],
+            promise["validation_images"],
+        )
+        told += (
+            f"\n  promise: {promise['words']}: {'kept' if promise['kept'] else 'NOT KEPT'}; validation top-1 {drop.words()} against the {promise['reference']}, "
+            f"round {promise['round']} of {len(promise['rounds'])}; "
+            + ", ".join(
+                f"{name} {share['bytes']:,} of {share['requested_bytes']:,} bytes"
+                for name, share in shares.items()
+            )
+        )
+    return told

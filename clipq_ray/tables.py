@@ -155,7 +155,7 @@ MODELS: pa.Schema = pa.schema(
             "drop_points", pa.float64(), "points", "top-1 lost against the reference on validation images, which the promise is about",
             null=True,
         ),
-        _column("seconds", pa.float64(), "s", "from the start of the job to the run's commit", null=True),
+        _column("seconds", pa.float64(), "s", "the network's own stages together, without waiting for its turn", null=True),
     ]
 )  # fmt: skip
 """One row per network of a fleet."""

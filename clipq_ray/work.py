@@ -42,11 +42,14 @@ CURVE = "curve.json"
 
 @dataclass(frozen=True)
 class Source:
-    """Network and data of a run: by name and URI from `config`, or a module and data that a caller of the Python interface holds."""
+    """Network and data of a run: by name and URI from `config`, or a module and data that a caller of the Python interface holds; of several, those of
+    higher `priority` come first. `ensemble`: the identity of the ensemble whose one intent decides for this network."""
 
     config: Config
     module: nn.Module | None = field(default=None, compare=False)
     own_data: Data | None = field(default=None, compare=False)
+    priority: int = field(default=0, compare=False)
+    ensemble: str | None = None
 
     def architecture(self) -> models.Architecture | None:
         """The registered architecture; None for a caller's own module."""
@@ -326,10 +329,10 @@ class Searcher:
         """Keep nothing of the network until the next step: another one is searched meanwhile."""
         self._evaluator.release()
 
-    def begin(self, index: int) -> list[Trial]:
-        """The trials of group `index` that an attempt before left behind."""
+    def begin(self, index: int, behind: int = 0) -> list[Trial]:
+        """The trials of group `index` that an attempt before left behind; `behind`: groups of other networks that wait behind those of this one."""
         store, name = Store(self.task.output), partial_name(index)
-        self._until = self._share()
+        self._until = self._share(behind)
         if not store.exists(name):
             return []
         try:
@@ -337,12 +340,12 @@ class Searcher:
         except (ValueError, TypeError):  # of another version; what is measured anew is at most one group
             return []
 
-    def _share(self) -> float | None:
+    def _share(self, behind: int) -> float | None:
         """The time of `time.monotonic()` by which a group that begins now should end: its share of what is left, beside those under way."""
         if self._deadline is None:
             return None
         under_way = 1 + len(Store(self.task.output).names("partial-"))
-        groups = max(len(self.task.open_groups()), 1)
+        groups = max(len(self.task.open_groups()) + behind, 1)
         left = max(0.0, self._deadline - time.monotonic())
         return time.monotonic() + left * min(1.0, under_way / groups)
 

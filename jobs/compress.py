@@ -15,7 +15,7 @@ if __name__ == "__main__":  # a checkout runs without being installed, as in a R
 from clipq_ray import console, options
 from clipq_ray.api import make_engine
 from clipq_ray.batch import compress_all
-from clipq_ray.errors import ClipqError
+from clipq_ray.errors import ClipqError, HeldError
 from clipq_ray.fleet import ensembles
 from clipq_ray.fleet.results import write
 from clipq_ray.manifest import refuse_newer
@@ -24,37 +24,37 @@ from clipq_ray.planning import dry_run
 from clipq_ray.progress import Reporter
 from clipq_ray.redaction import redacted
 from clipq_ray.storage import Store, fleet_store
-from clipq_ray.summary import table
-from clipq_ray.work import Source
+from clipq_ray.summary import ensemble_line, table
 
 
 def main(arguments: list[str]) -> int:
     """The job, from its arguments to the table at its end."""
     fleet = options.parse_all(arguments, __doc__ or "")
-    sources = [Source(config) for config in fleet.configs]
+    sources = fleet.sources()
     shared = fleet.configs[0]
     if shared.dry_run:
-        print("\n\n".join(dry_run(source) for source in sources))
+        print(dry_run(sources))
         return 0
     for source in sources:
         source.check()
     if fleet.name is not None:
         refuse_newer(fleet_store(Store(shared.storage), fleet.name))
-    with make_engine(shared.engine) as engine:
-        found = compress_all(sources, engine, Reporter(), trainings=fleet.limits.trainings)
-    together = []
-    if fleet.name is not None:
-        together = ensembles.all_scored(fleet.ensembles, sources, found)
+    with make_engine(shared) as engine:
+        found = compress_all(sources, engine, Reporter(), fleet.ensembles)
+    together = ensembles.all_scored(fleet.ensembles, sources, found)
+    if fleet.name is not None and any(isinstance(one, HeldError) for one in found):
+        print("fleet: not written, since another job makes some of its runs", file=sys.stderr)
+    elif fleet.name is not None:
         store = write(Store(shared.storage), fleet.name, sources, found, together)
         print(f"fleet: {store.uri}", file=sys.stderr)
     failed = [one for one in found if isinstance(one, ClipqError)]
     if len(found) == 1 and failed:
         raise failed[0]
     results = [one for one in found if isinstance(one, Result)]
-    if results:
-        print(table([one.manifest for one in results], [one.uri for one in results]))
+    names = [source.name for source, one in zip(sources, found, strict=True) if isinstance(one, ClipqError)]
+    print(table([one.manifest for one in results], [one.uri for one in results], names))
     for ensemble in together:
-        print(ensembles.line(ensemble))
+        print(ensemble_line(ensemble))
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
             print(redacted(f"compress: {source.name}: {' '.join(str(one).split())}"), file=sys.stderr)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import clipq_ray
 from clipq_ray import api, codec
 from clipq_ray.cluster.engine import LocalEngine
+from clipq_ray.config import make
 from clipq_ray.errors import ConfigError, DataError, UserError
 from clipq_ray.pipeline import Result
 
@@ -156,6 +157,6 @@ def test_the_local_engine_needs_no_ray_and_the_ray_engine_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "clipq_ray.cluster.on_ray", None)
-    assert isinstance(api.make_engine("local"), LocalEngine)
+    assert isinstance(api.make_engine(make(engine="local")), LocalEngine)
     with pytest.raises(ConfigError, match=r"clipq_ray\[cluster\]"):
-        api.make_engine("ray")
+        api.make_engine(make())

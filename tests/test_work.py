@@ -43,6 +43,12 @@ def silent(*_: Any) -> None:
     return None
 
 
+def searched(task: SearchTask, progress: Any = silent) -> None:
+    told: list[Any] = []
+    LocalEngine().search([task], progress, lambda number, error: told.append((number, error)))
+    assert told == [(0, None)]
+
+
 def search_task(tmp_path: Path, deadline: float | None) -> SearchTask:
     source = Source(make(model="lenet5", weights="random", engine="local"))
     model, weights = source.network(), Store(tmp_path / "weights")
@@ -57,14 +63,14 @@ def search_task(tmp_path: Path, deadline: float | None) -> SearchTask:
 
 def test_a_search_without_a_deadline_makes_all_its_evaluations(tmp_path: Path) -> None:
     task = search_task(tmp_path, None)
-    LocalEngine().search([task], silent)
+    searched(task)
     assert {len(trials) for trials in read_trials(task).values()} == {4}
     assert task.open_groups() == []
 
 
 def test_a_search_whose_deadline_has_passed_still_measures_every_layer_once(tmp_path: Path) -> None:
     task = search_task(tmp_path, time.time() - 1)
-    LocalEngine().search([task], silent)
+    searched(task)
     assert {len(trials) for trials in read_trials(task).values()} == {1}
     assert len(read_trials(task)) == 5
 
@@ -73,7 +79,7 @@ def test_a_layer_that_ends_early_is_stored_and_counts_as_whole(tmp_path: Path) -
     task = search_task(tmp_path, None)
     task = replace(task, settings=replace(task.settings, stop_gain=1e9))  # nothing is worth that
     told: list[tuple[int, int]] = []
-    LocalEngine().search([task], lambda done, total, words: told.append((done, total)))
+    searched(task, lambda done, total, words: told.append((done, total)))
     assert {len(trials) for trials in read_trials(task).values()} == {3}  # the start points
     assert told == sorted(told)
     assert told[-1] == (5 * 4, 5 * 4)
@@ -144,10 +150,10 @@ def test_a_search_that_was_cut_off_continues_behind_its_last_evaluation(tmp_path
 def test_groups_that_a_deadline_cuts_are_told_from_those_that_end_early(tmp_path: Path) -> None:
     early = search_task(tmp_path, time.time() + 3600)
     early = replace(early, settings=replace(early.settings, stop_gain=1e9))
-    LocalEngine().search([early], silent)
+    searched(early)
     assert not Store(early.output).exists(LATE)
     late = search_task(tmp_path / "late", time.time() - 1)
-    LocalEngine().search([late], silent)
+    searched(late)
     assert Store(late.output).exists(LATE)
 
 
@@ -175,3 +181,15 @@ def test_one_set_of_images_is_held_at_a_time() -> None:
     assert first.data() is data
     assert second.data() is not data
     assert first.data() is not data
+
+
+def test_a_group_leaves_their_share_of_the_time_to_those_of_networks_behind_it(tmp_path: Path) -> None:
+    task = search_task(tmp_path, time.time() + 3600)
+    searcher = Searcher(task, torch.device("cpu"))
+    searcher.begin(0)
+    alone = searcher._until
+    searcher.begin(0, behind=15)
+    assert alone is not None
+    assert searcher._until is not None
+    assert alone - time.time() == pytest.approx(3600 / 5, rel=0.1)
+    assert searcher._until - time.time() == pytest.approx(3600 / 20, rel=0.1)

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
+from clipq_ray.config import Config
 from clipq_ray.errors import ClipqError
 from clipq_ray.finetune import Progress, Rank
 from clipq_ray.storage import Store
@@ -17,18 +18,28 @@ from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
 
 class Engine(Protocol):
-    """Runs tasks to their end; what they make lies in their stores afterwards. `parallel`: whether `train` may be called from several threads."""
+    """Runs tasks to their end; what they make lies in their stores afterwards. `parallel`: whether `train` may be called from several threads, and
+    while a search goes on."""
 
     parallel: bool
 
     def reaches(self, storage: Store) -> None:
         """`StorageError` where work would run that does not see what this process writes to `storage`."""
 
-    def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
-        """Search all groups of layers of all `tasks` that are not there yet; for each task the error that ended it, if one did."""
+    def search(
+        self,
+        tasks: Sequence[SearchTask],
+        progress: Progress,
+        done: Callable[[int, ClipqError | None], None],
+    ) -> None:
+        """Search all groups of layers of all `tasks` that are not there yet; `done` is told the number of each task as soon as it has ended, with the
+        error that ended it, if one did. `done` must be quick where the engine is `parallel`."""
 
-    def train(self, task: TrainTask, progress: Progress) -> None:
-        """Run one training from its last checkpoint to its end."""
+    def train(self, task: TrainTask, progress: Progress) -> float:
+        """Run one training from its last checkpoint to its end; gives the seconds that it waited for its turn."""
+
+    def trainings(self, configs: Sequence[Config]) -> int:
+        """How many trainings fit at a time, of networks with these configurations."""
 
     def __enter__(self) -> Self:
         """Start what the engine needs."""
@@ -49,18 +60,23 @@ class LocalEngine:
     def reaches(self, storage: Store) -> None:
         """Everything runs in this process."""
 
-    def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
+    def search(
+        self,
+        tasks: Sequence[SearchTask],
+        progress: Progress,
+        done: Callable[[int, ClipqError | None], None],
+    ) -> None:
         """Group by group."""
         total = sum(len(task.groups) * task.settings.evaluations for task in tasks)
-        done, errors = 0, list[ClipqError | None]()
-        for task in tasks:
+        before = 0
+        for number, task in enumerate(tasks):
+            error = None
             try:
-                self._search(task, functools.partial(_behind, progress, done, total))
-                errors.append(None)
-            except ClipqError as error:
-                errors.append(error)
-            done += len(task.groups) * task.settings.evaluations
-        return errors
+                self._search(task, functools.partial(_behind, progress, before, total))
+            except ClipqError as failed:
+                error = failed
+            done(number, error)
+            before += len(task.groups) * task.settings.evaluations
 
     def _search(self, task: SearchTask, progress: Callable[[int, str], None]) -> None:
         missing, each = task.open_groups(), task.settings.evaluations
@@ -79,9 +95,14 @@ class LocalEngine:
                 )
             done += each
 
-    def train(self, task: TrainTask, progress: Progress) -> None:
+    def train(self, task: TrainTask, progress: Progress) -> float:
         """One rank of one."""
         train(task, Rank(0, 1, task.source.device()), progress, lambda row: None)
+        return 0.0
+
+    def trainings(self, configs: Sequence[Config]) -> int:
+        """One."""
+        return 1
 
     def __enter__(self) -> Self:
         """Nothing to start."""

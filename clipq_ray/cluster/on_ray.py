@@ -11,10 +11,11 @@ end; nothing that must last lies there, since Tune pickles. Not covered: several
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -31,8 +32,10 @@ import torch
 import torch.distributed as dist
 
 from clipq_ray.cluster import privacy, ray_search, sight
+from clipq_ray.cluster.handout import PLACED_BY
+from clipq_ray.cluster.room import Amount, Group, Room
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told
-from clipq_ray.config import Config
+from clipq_ray.config import Config, make
 from clipq_ray.errors import (
     ClipqError,
     ConfigError,
@@ -78,21 +81,37 @@ def _train_loop(given: dict[str, Any]) -> None:
         dist.barrier()
 
 
-def _search_resources(config: Config) -> dict[str, float]:
-    """What one trial takes."""
-    resources: dict[str, float] = {"CPU": config.threads_per_worker}
-    if _cluster_has_gpu(config.device):
-        resources["GPU"] = config.search_gpu_share
-    _refuse_more_than_there_is(resources, 1)
-    return resources
+class _Cluster:
+    """What Ray says of the cluster, for `Room`."""
+
+    def available(self) -> Amount:
+        return _amount(ray.available_resources())
+
+    def groups(self) -> Mapping[str, Group]:
+        table = ray.util.placement_group_table()
+        return {
+            name: Group(
+                one["state"] not in ("PENDING", "PREPARED"), one["strategy"] != PLACED_BY,
+                tuple(_amount(bundle) for bundle in one["bundles"].values()),
+            )
+            for name, one in table.items()
+            if one["state"] != "REMOVED"
+        }  # fmt: skip
+
+
+def _amount(resources: Mapping[str, float]) -> Amount:
+    return Amount(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
 class RayEngine:
-    """Runs tasks on the Ray cluster that `RAY_ADDRESS` or the job names, else on a Ray of its own on this machine."""
+    """Runs tasks on the Ray cluster that `RAY_ADDRESS` or the job names, else on a Ray of its own on this machine.
+
+    `config`: the job's; what it may take of the cluster stands there."""
 
     parallel = True
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config | None = None) -> None:
+        self._config = config or make()
         self._own, self._before = False, dict[str, str | None]()
         self._reached: set[Store] = set()
         self._passed_on: set[str] = set()
@@ -102,18 +121,20 @@ class RayEngine:
         self._before = {name: os.environ.get(name) for name in _SETTINGS}
         os.environ.update(_SETTINGS)
         self._passed_on = privacy.keep_keys()
-        if ray.is_initialized():
-            return self
-        self._own = True
-        settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**settings)
-        else:
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            ray.init(address="local", include_dashboard=False, **settings)
+        if not ray.is_initialized():
+            self._own = True
+            settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(**settings)
+            else:
+                os.environ.setdefault("RAY_worker_niceness", "0")
+                ray.init(address="local", include_dashboard=False, **settings)
+        grows = bool(os.environ.get("RAY_ADDRESS")) or not self._own
+        self._room = Room(_Cluster(), self._limit, self._config.search_parallel, grows=grows)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._room.close()
         if self._own:
             ray.shutdown()
         self._folder.cleanup()
@@ -130,6 +151,18 @@ class RayEngine:
             sight.check(storage)
             self._reached.add(storage)
 
+    @property
+    def _limit(self) -> Amount:
+        """What the job may use at a time."""
+        cpus, gpus = self._config.limit_cpus, self._config.limit_gpus
+        return Amount(math.inf if cpus is None else cpus, math.inf if gpus is None else gpus)
+
+    def trainings(self, configs: Sequence[Config]) -> int:
+        """How many trainings fit at a time, of those that take least; at least 1."""
+        there = _amount(ray.cluster_resources())
+        limit = Amount(min(there.cpus, self._limit.cpus), min(there.gpus, self._limit.gpus))
+        return max(1, max(limit.count(_worker(one).times(one.workers)) for one in configs))
+
     def _ray_storage(self, near: Store) -> dict[str, Any]:
         """Where Ray keeps what it wants to keep: a temporary folder while there is one node, `near` on a cluster."""
         if len([node for node in ray.nodes() if node["Alive"]]) <= 1:
@@ -139,17 +172,44 @@ class RayEngine:
         filesystem, path = near.arrow()
         return {"storage_path": path, "storage_filesystem": filesystem}
 
-    def search(self, tasks: Sequence[SearchTask], progress: Progress) -> list[ClipqError | None]:
+    def search(
+        self,
+        tasks: Sequence[SearchTask],
+        progress: Progress,
+        done: Callable[[int, ClipqError | None], None],
+    ) -> None:
         """One Tuner (`ray_search`)."""
-        resources = [_search_resources(task.source.config) for task in tasks]
-        return ray_search.search(tasks, resources, self._ray_storage, progress)
+        amounts = [_trial(task.source.config) for task in tasks]
+        for amount in amounts:
+            self._refuse_impossible(amount, 1)
+        ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done)
 
-    def train(self, task: TrainTask, progress: Progress) -> None:
-        """One TorchTrainer."""
+    def train(self, task: TrainTask, progress: Progress) -> float:
+        """One TorchTrainer; gives the seconds that it waited to be let in."""
         config = task.source.config
-        gpu = _cluster_has_gpu(config.device)
-        resources = {"CPU": config.threads_per_worker, "GPU": 1 if gpu else 0}
-        _refuse_more_than_there_is(resources, config.workers)
+        worker = _worker(config)
+        self._refuse_impossible(worker, config.workers)
+        with self._room.training(worker, config.workers, (-task.source.priority,)) as waited:
+            self._trained(task, worker, progress)
+        return waited
+
+    def _refuse_impossible(self, amount: Amount, count: int) -> None:
+        """What could never be let in would wait for ever; with an autoscaler the cluster may still grow, so only our own Ray is checked."""
+        wanted = amount.times(count)
+        if not self._limit.holds(wanted):
+            raise ConfigError(
+                f"expected --workers x --threads-per-worker at most --limit-cpus ({self._limit.cpus:g}) and their GPUs at most --limit-gpus "
+                f"({self._limit.gpus:g}), got {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs; lower one of them"
+            )
+        there = ray.cluster_resources().get("CPU", 0)
+        if not os.environ.get("RAY_ADDRESS") and wanted.cpus > there:
+            raise ConfigError(
+                f"expected --workers x --threads-per-worker at most the machine's {there:.0f} CPUs, got {wanted.cpus:g}; lower one of them"
+            )
+
+    def _trained(self, task: TrainTask, worker: Amount, progress: Progress) -> None:
+        config, gpu = task.source.config, worker.gpus > 0
+        resources = {"CPU": worker.cpus, "GPU": worker.gpus}
         with Watch(progress) as watch:
             trainer = ray.train.torch.TorchTrainer(
                 _train_loop,
@@ -188,13 +248,12 @@ def _cluster_has_gpu(wanted: str) -> bool:
     return wanted != "cpu" and there
 
 
-def _refuse_more_than_there_is(resources: dict[str, Any], workers: int) -> None:
-    """An impossible request would wait forever; with an autoscaler the cluster may still grow, so only our own Ray is checked."""
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    there = ray.cluster_resources().get("CPU", 0)
-    wanted = workers * (resources.get("cpu") or resources.get("CPU") or 0)
-    if wanted > there:
-        raise ConfigError(
-            f"expected --workers x --threads-per-worker at most the machine's {there:.0f} CPUs, got {wanted}; lower one of them"
-        )
+def _worker(config: Config) -> Amount:
+    """What one worker of a training takes."""
+    return Amount(config.threads_per_worker, 1 if _cluster_has_gpu(config.device) else 0)
+
+
+def _trial(config: Config) -> Amount:
+    """What one trial of a search takes."""
+    gpu = config.search_gpu_share if _cluster_has_gpu(config.device) else 0
+    return Amount(config.threads_per_worker, gpu)

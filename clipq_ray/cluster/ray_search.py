@@ -1,7 +1,7 @@
-"""The search as trials of Ray Tune: one Tuner for all networks of a job, one trial per (network, group of layers), the longest first.
+"""The search as trials of Ray Tune: one Tuner for all networks of a job, one trial per (network, group of layers), network by network.
 
 A trial's actor loads network and images once and is reused for further groups; every step is one suggestion and its measurement, and what was measured
-lies in the store as JSON. Not covered: Ray itself and what a trial may take of it (`on_ray`).
+lies in the store as JSON. Not covered: which trial begins when (`handout`), Ray itself and what a trial may take of it (`on_ray`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray
 from ray import tune
 
+from clipq_ray.cluster.handout import HandOut
+from clipq_ray.cluster.room import Amount, Room
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
@@ -21,7 +24,8 @@ from clipq_ray.work import Searcher, SearchTask
 
 log = logging.getLogger(__name__)
 _RAY = "_ray"  # what Tune keeps of a search, for as long as that goes on
-Resources = dict[str, float]
+STARTING = "starting"
+Done = Callable[[int, ClipqError | None], None]
 
 
 class _GroupTrial(tune.Trainable):  # type: ignore[misc]
@@ -36,26 +40,30 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         board: Any,
     ) -> None:
         self._tasks, self._places, self._board = tasks, places, board
-        self._searchers: dict[int, Searcher] = {}
+        self._searcher: Searcher | None = None
+        group = ray.util.get_current_placement_group()
+        self._group = group.id.hex() if group else None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._number, self._index = self._places[new_config["place"]]
+        last = max(place for place, (number, _) in enumerate(self._places) if number == self._number)
+        self._behind = len(self._places) - 1 - last  # groups of networks that come later
         self._trials: list[Trial] | None = None
         return True
 
     def step(self) -> dict[str, Any]:
         task = self._tasks[self._number]
         try:
-            searcher = self._searcher()
+            searcher = self._searching(task)
             if self._trials is None:
-                self._trials = searcher.begin(self._index)
+                self._trials = searcher.begin(self._index, self._behind)
             finished = searcher.step(self._index, self._trials)
         except StorageError:
             raise  # may pass: Ray tries again
         except ClipqError as error:
             tell(Store(task.output), error)
-            return {"done": True}
+            return {"done": True, "group": self._group}
         done = (
             task.settings.evaluations if finished else len(self._trials)
         )  # one that ends early counts as whole
@@ -63,23 +71,14 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         if len(self._tasks) > 1:
             words = f"{task.source.name}: {words}"
         self._board.write.remote(f"{self._number} {self._index}", done, evaluations(self._tasks), words)
-        return {"done": finished}
+        return {"done": finished, "group": self._group}
 
-    def _searcher(self) -> Searcher:
-        task = self._tasks[self._number]
-        for number, searcher in self._searchers.items():
-            if number != self._number:
-                searcher.release()
-        if self._number not in self._searchers:
-            # those on other images go first: two sets of images may not fit into memory
-            same = task.source.data_options
-            self._searchers = {
-                number: searcher
-                for number, searcher in self._searchers.items()
-                if searcher.task.source.data_options == same
-            }
-            self._searchers[self._number] = Searcher(task, visible_device(task.source.config.device))
-        return self._searchers[self._number]
+    def _searching(self, task: SearchTask) -> Searcher:
+        """Of this network; nothing is kept of the one before, since networks follow one another."""
+        if self._searcher is None or self._searcher.task is not task:
+            self._searcher = None
+            self._searcher = Searcher(task, visible_device(task.source.config.device))
+        return self._searcher
 
 
 class _Losses(tune.Callback):  # type: ignore[misc]
@@ -101,24 +100,33 @@ class _Losses(tune.Callback):  # type: ignore[misc]
 
 def search(
     tasks: Sequence[SearchTask],
-    resources: Sequence[Resources],
+    amounts: Sequence[Amount],
+    room: Room,
     storage: Callable[[Store], dict[str, Any]],
     progress: Progress,
-) -> list[ClipqError | None]:
-    """All open groups of all tasks as trials of one Tuner, at most the smallest `search_parallel` of the tasks at a time; for each task the error
-    that ended it, if one did. `resources`: of a trial of each task; `storage`: where Tune keeps what it wants to keep, near a store."""
+    done: Done,
+) -> None:
+    """All open groups of all tasks as trials of one Tuner; `done` is told the number of each task when its last group has ended, with the error that
+    ended it, if one did. `amounts`: what a trial of each task takes of `room`; `storage`: where Tune keeps what it wants to keep, near a store."""
     places = in_order(tasks)
+
+    def over(number: int, lost: Sequence[Exception]) -> None:
+        try:
+            error = ended(tasks[number], lost)
+        except StorageError as failed:  # of this task; the others go on
+            error = failed
+        done(number, error)
+
+    for number in set(range(len(tasks))) - {place[0] for place in places}:
+        over(number, [])
     if not places:
-        return [None for _ in tasks]
+        return
+    handout = HandOut(room, [number for number, _ in places], amounts, over)
     with Watch(progress) as watch:
         _begin(tasks, places, watch.board)
-        results = _tuner(tasks, places, resources, watch.board, storage(Store(tasks[0].output))).fit()
+        _tuner(tasks, places, handout, watch.board, storage(Store(tasks[0].output))).fit()
         Store(tasks[0].output).child(_RAY).remove_tree()
-    lost: dict[int, list[Exception]] = {number: [] for number in range(len(tasks))}
-    for result in results:
-        if result.error is not None:
-            lost[places[result.config["place"]][0]].append(result.error)
-    return [ended(task, lost[number]) for number, task in enumerate(tasks)]
+    handout.tell_rest()
 
 
 def _begin(tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]], board: Any) -> None:
@@ -128,25 +136,23 @@ def _begin(tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]], board
         Store(task.output).remove(ERROR)  # of a job that was killed
         missing = sum(place[0] == number for place in places)
         there = (len(task.groups) - missing) * task.settings.evaluations
-        board.write.remote(f"{number} before", there, total, task.source.name)
+        board.write.remote(f"{number} before", there, total, STARTING)
 
 
 def _tuner(
     tasks: Sequence[SearchTask],
     places: Sequence[tuple[int, int]],
-    resources: Sequence[Resources],
+    handout: HandOut,
     board: Any,
     storage: dict[str, Any],
 ) -> tune.Tuner:
-    caps = [task.source.config.search_parallel for task in tasks]
+    requests = handout.requests()
     trainable = tune.with_parameters(_GroupTrial, tasks=list(tasks), places=places, board=board)
     return tune.Tuner(
-        tune.with_resources(
-            trainable, lambda config: tune.PlacementGroupFactory([resources[places[config["place"]][0]]])
-        ),
+        tune.with_resources(trainable, lambda config: requests[config["place"]]),
         param_space={"place": tune.grid_search(list(range(len(places))))},
         tune_config=tune.TuneConfig(
-            reuse_actors=True, max_concurrent_trials=min((cap for cap in caps if cap), default=None)
+            reuse_actors=True, scheduler=handout.scheduler, search_alg=handout.generator
         ),
         run_config=tune.RunConfig(
             name=_RAY,
@@ -176,22 +182,25 @@ def ended(task: SearchTask, lost: Sequence[Exception]) -> ClipqError | None:
 
 
 def in_order(tasks: Sequence[SearchTask]) -> list[tuple[int, int]]:
-    """Number of the task and of the group of all open groups, in the order in which they start: those on the same images together, since an actor
-    holds one set of images, and the longest first."""
+    """Number of the task and of the group of all open groups, in the order in which they start: by priority, then network by network, so that the first
+    can be fine-tuned while others are searched; those on the same images together, since an actor holds one set of images; the longest networks
+    first, and the longest groups of each."""
     found = [(number, index) for number, task in enumerate(tasks) for index in task.open_groups()]
 
     def work(place: tuple[int, int]) -> int:
         task = tasks[place[0]]
         return task.work[place[1]] * task.images * task.settings.evaluations if task.work else 0
 
-    whole: dict[str, int] = {}
+    whole: dict[Any, int] = {}
     for place in found:
-        images = tasks[place[0]].source.data_options
-        whole[images] = whole.get(images, 0) + work(place)
+        source = tasks[place[0]].source
+        for key in ((source.priority, source.data_options), place[0]):
+            whole[key] = whole.get(key, 0) + work(place)
 
-    def rank(place: tuple[int, int]) -> tuple[int, str, int]:
-        images = tasks[place[0]].source.data_options
-        return -whole[images], images, -work(place)
+    def rank(place: tuple[int, int]) -> tuple[Any, ...]:
+        source = tasks[place[0]].source
+        key = (source.priority, source.data_options)
+        return -source.priority, -whole[key], source.data_options, -whole[place[0]], place[0], -work(place)
 
     return sorted(found, key=rank)
 

@@ -1,12 +1,12 @@
 """Networks that vote together: top-1 of their averaged probabilities, of the originals and of the decoded files, on the same images.
 
 Members may differ in everything but the images that they are judged on: the test set, or the validation images where there is none. Nothing
-is decided here. Not covered: one intent for an ensemble as a whole.
+is decided here. Not covered: one intent for an ensemble as a whole (`shares`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
             )
         labels = found
         for name, network in (("original", _original), ("compressed", _decoded)):
-            votes[name] = votes.get(name, 0.0) + _probabilities(member.source, network, member, images)
+            votes[name] = votes.get(name, 0.0) + probabilities(member.source, network(member), images)
     assert labels is not None
     original, compressed = (votes[name].argmax(axis=1) for name in ("original", "compressed"))
     drop = Drop.between(original, compressed, labels)
@@ -64,6 +64,7 @@ def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
         "top1_before_percent": 100 * float((original == labels).mean()), "top1_percent": 100 * float((compressed == labels).mean()),
         "drop_points": drop.points, "drop_low_points": drop.low, "drop_high_points": drop.high,
         "bytes_before": before, "bytes": after, "ratio": before / after,
+        **({"promise": members[0].result.manifest["promise"]["ensemble"]} if ensemble.wants else {}),
     }  # fmt: skip
 
 
@@ -82,11 +83,9 @@ def _decoded(member: Member) -> nn.Module:
 
 
 @torch.inference_mode()
-def _probabilities(
-    source: Source, network: Callable[[Member], nn.Module], member: Member, images: Split
-) -> npt.NDArray[np.float64]:
+def probabilities(source: Source, model: nn.Module, images: Split) -> npt.NDArray[np.float64]:
     """Softmax of the network's class scores on all images, float64 (n, classes)."""
-    model = network(member).to(source.device())
+    model = model.to(source.device())
     forward, parts = (
         Forward(model, source.device()),
         torch.arange(len(images)).split(source.config.evaluation_batch_size),
@@ -97,17 +96,6 @@ def _probabilities(
             for pixels, _ in batches(images, parts, lambda step: None)
         ]
     return np.concatenate(found)
-
-
-def line(found: dict[str, Any]) -> str:
-    """One ensemble, as a person would say it."""
-    if "error" in found:
-        return f"ensemble {found['name']}: not scored, {found['error']}"
-    return (
-        f"ensemble {found['name']} ({', '.join(found['members'])}): {found['bytes_before']:,} to {found['bytes']:,} bytes ({found['ratio']:.1f}x), "
-        f"top-1 {found['top1_before_percent']:.2f} to {found['top1_percent']:.2f} % on {found['images']:,} {found['split']} images, "
-        f"{Drop(found['drop_points'], found['drop_low_points'], found['drop_high_points'], found['images']).words()}"
-    )
 
 
 def all_scored(

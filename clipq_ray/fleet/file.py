@@ -8,13 +8,14 @@
       - {model: resnet50, name: small50, target_ratio: 25, weights: s3://bucket/w.safetensors}
     ensembles:
       - {name: vote, members: [resnet50, small50]}
+      - {name: pair, members: [alexnet, vgg11], target_bytes: 9000000}    or target_ratio, or max_drop, of all members together
 
 `defaults` and a network's own lines hold the job's options; the network's own count more. Not covered: running it (`pipeline`, `cluster`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,40 +23,56 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
-from clipq_ray.config import INTENTS, Config, checked
+from clipq_ray.config import INTENTS, Config, checked, make
 from clipq_ray.errors import ConfigError, UserError
+from clipq_ray.intent import Intent
 from clipq_ray.work import Source
 
 _SECTIONS = ("name", "defaults", "limits", "models", "ensembles")
-_LIMITS = ("trainings", "searches")
-_OF_THE_JOB = ("dry_run", "engine", "storage", "force", "search_parallel", "on_claim")
+_LIMITS = {
+    "trainings": "trainings",
+    "searches": "search_parallel",
+    "cpus": "limit_cpus",
+    "gpus": "limit_gpus",
+}
+"""What a job may take of a cluster at a time, and the options that say the same."""
+_OF_THE_JOB = ("dry_run", "engine", "storage", "force", "on_claim", *_LIMITS.values())
 """Options that are one for all networks of a job."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a job may take of a cluster: fine-tunings and search trials at a time; None is what there is."""
-
-    trainings: int = 1
-    searches: int | None = None
+_OF_ENSEMBLES = ("max_drop", "target_ratio", "target_bytes")
+_SAME_IMAGES = ("data", "data_root", "validation_data", "validation_images", "limit_images", "seed")
+"""What members of an ensemble with one intent must have in common: their votes on validation images decide."""
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Networks that vote together, by the average of their probabilities."""
+    """Networks that vote together, by the average of their probabilities; `wants`: an intent for all of them, as option and value."""
 
     name: str
     members: tuple[str, ...]
+    wants: tuple[str, float] | None = None
+
+    def intent_of(self, bytes_before: int) -> Intent:
+        """What is wanted of members that take `bytes_before` bytes together."""
+        assert self.wants is not None
+        return Intent.of(make(**dict([self.wants])), bytes_before)
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What a fleet file says, or a command line (then it has no name); `configs` in the order in which they are worked on: highest priority first."""
+    """What a fleet file says, or a command line (then it has no name); `configs` with the highest priority first, and `priorities` of each."""
 
     name: str | None
     configs: tuple[Config, ...]
-    limits: Limits = Limits()
     ensembles: tuple[Ensemble, ...] = ()
+    priorities: tuple[int, ...] = ()
+
+    def sources(self) -> list[Source]:
+        """The networks."""
+        priorities = self.priorities or (0,) * len(self.configs)
+        return [
+            Source(config, priority=priority)
+            for config, priority in zip(self.configs, priorities, strict=True)
+        ]
 
 
 def parsed(option: str, path: str, parse: Callable[[str], Any]) -> Any:
@@ -165,38 +182,51 @@ class _Reading:
         defaults = (
             self.plain(self.part(sections["defaults"], "defaults")) if "defaults" in sections else _Part(1)
         )
-        limits = self.limits(sections.get("limits"))
-        configs = self.models(sections.get("models"), defaults, options)
+        limited = self.limits(sections.get("limits"), defaults)
+        ensembles = self.ensembles(sections.get("ensembles"))
+        configs = self.models(sections.get("models"), defaults, {**limited, **options}, ensembles)
         listed = sections.get("models")
         if listed is None or (isinstance(listed, yaml.SequenceNode) and not listed.value):
             self.say(top.at("models"), "models: expected at least one network, got none")
-        names = {config.result_name: config for _, config in configs}
-        ensembles = tuple(self.ensembles(sections.get("ensembles"), names))
+        self.members(ensembles, {config.result_name: config for _, config in configs})
         order = sorted(configs, key=lambda one: -one[0])
         if self.mistakes:
             return None
-        told = {"search_parallel": limits.searches} if limits.searches else {}
-        networks = tuple(config.model_copy(update=told) for _, config in order)
-        return Fleet(str(name), networks, limits, ensembles)
+        priorities, networks = zip(*order, strict=True)
+        return Fleet(str(name), networks, tuple(one for _, one in ensembles), priorities)
 
-    def limits(self, node: yaml.Node | None) -> Limits:
-        """The section `limits`."""
+    def limits(self, node: yaml.Node | None, defaults: _Part) -> dict[str, int]:
+        """The section `limits`, as options."""
         if node is None:
-            return Limits()
+            return {}
         part = self.part(node, "limits")
-        self.known(part, _LIMITS, "limits")
+        self.known(part, tuple(_LIMITS), "limits")
         part = self.plain(part)
-        for key in _LIMITS:
-            value = part.values.get(key, 1)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        found = {}
+        for key, option in _LIMITS.items():
+            value = part.values.get(key)
+            if key in part.values and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 self.say(part.at(key), f"{key}: expected a whole number of at least 1, got {value!r}")
-                part.values.pop(key)
-        return Limits(**{key: value for key, value in part.values.items() if key in _LIMITS})
+            elif key in part.values and option in defaults.values:
+                self.say(
+                    part.at(key), f"{key}: is there twice, {option} in defaults says it too; leave one out"
+                )
+            elif isinstance(value, int):
+                found[option] = value
+        return found
 
     def models(
-        self, node: yaml.Node | None, defaults: _Part, options: Mapping[str, Any]
+        self,
+        node: yaml.Node | None,
+        defaults: _Part,
+        options: Mapping[str, Any],
+        ensembles: Sequence[tuple[_Part, Ensemble]],
     ) -> list[tuple[int, Config]]:
         """Priority and configuration of every network."""
+        decided = {name: one for part, one in ensembles if one.wants for name in one.members}
+        if self.one_intent(defaults, "defaults"):  # said once, not for every network
+            left = {name: value for name, value in defaults.values.items() if name not in INTENTS}
+            defaults = _Part(defaults.line, left, defaults.lines)
         for key in ("name", "model"):
             if key in defaults.values:
                 self.say(
@@ -216,7 +246,13 @@ class _Reading:
                     self.say(part.at(key), f"{key}: expected one for the whole fleet; move it to defaults")
             if "model" not in own:
                 self.say(part.line, "model: expected the name of a network, got none")
-            config, problems = checked(_merged(defaults.values, options, own))
+            ensemble = decided.get(str(own.get("name") or str(own.get("model")).replace(":", ".")))
+            if self.one_intent(part, "a network", ensemble):
+                own = {name: value for name, value in own.items() if name not in INTENTS}
+            merged = _merged(defaults.values, options, own)
+            if ensemble is not None:
+                merged = {name: value for name, value in merged.items() if name not in INTENTS}
+            config, problems = checked(merged)
             for option, text in problems:
                 if option in own or option not in defaults.values:
                     self.say(part.at(option), text)
@@ -239,16 +275,28 @@ class _Reading:
             found.append((priority, config))
         return found
 
-    def ensembles(self, node: yaml.Node | None, networks: Mapping[str, Config]) -> Iterator[Ensemble]:
-        """The section `ensembles`."""
+    def one_intent(self, part: _Part, what: str, ensemble: Ensemble | None = None) -> bool:
+        """Say where there are several intents, or one beside that of an ensemble; whether there was something to say."""
+        wanted = [name for name in INTENTS if part.values.get(name) is not None]
+        if ensemble is not None and wanted:
+            self.say(
+                part.at(wanted[0]),
+                f"{wanted[0]}: expected the intent of ensemble {ensemble.name!r} to be the only one, got one of a member as well; leave one out",
+            )
+        elif len(wanted) > 1:
+            self.say(
+                part.at(wanted[1]),
+                f"expected one intent in {what}, got {' and '.join(wanted)}; leave one out",
+            )
+        return bool(wanted) if ensemble is not None else len(wanted) > 1
+
+    def ensembles(self, node: yaml.Node | None) -> list[tuple[_Part, Ensemble]]:
+        """The section `ensembles`, each with its place."""
         seen: dict[str, int] = {}
-        parts = list(self.each(node, "ensembles", "an ensemble"))
-        names = {str(part.values.get("name")) for part in parts}
-        for part in parts:
-            self.known(part, ("name", "members"), "an ensemble")
+        found = []
+        for part in self.each(node, "ensembles", "an ensemble"):
+            self.known(part, ("name", "members", *_OF_ENSEMBLES), "an ensemble")
             name, members = part.values.get("name"), part.values.get("members", ())
-            if not isinstance(name, str) or not name or name in networks:
-                self.say(part.at("name"), f"name: expected one that no network has, got {name!r}")
             if str(name) in seen:
                 self.say(part.line, f"expected names that differ, got {name!r} as in line {seen[str(name)]}")
             seen[str(name)] = part.line
@@ -261,19 +309,54 @@ class _Reading:
                     part.at("members"),
                     f"members: expected a list of at least two different networks, got {members!r}",
                 )
-                continue
-            for member in map(str, members):
-                if member in names and member not in networks:
+                members = ()
+            wants = [
+                (option, part.values[option])
+                for option in _OF_ENSEMBLES
+                if part.values.get(option) is not None
+            ]
+            if not self.one_intent(part, "an ensemble"):
+                for option, value in wants:
+                    for _, text in checked({option: value})[1]:
+                        self.say(part.at(option), text)
+            found.append((part, Ensemble(str(name), tuple(map(str, members)), wants[0] if wants else None)))
+        return found
+
+    def members(self, ensembles: Sequence[tuple[_Part, Ensemble]], networks: Mapping[str, Config]) -> None:
+        """Refuse ensembles whose members are none, or belong to two with an intent, or do not have the same images."""
+        names = {one.name for _, one in ensembles}
+        decided: dict[str, str] = {}
+        for part, one in ensembles:
+            if part.values.get("name") is None or not one.name or one.name in networks:
+                self.say(
+                    part.at("name"),
+                    f"name: expected one that no network has, got {part.values.get('name')!r}",
+                )
+            for member in one.members:
+                if member in networks:
+                    if one.wants and member in decided:
+                        self.say(
+                            part.at("members"),
+                            f"members: expected networks that no other intent decides, got {member!r} as in {decided[member]!r}",
+                        )
+                    decided.update({member: one.name} if one.wants else {})
+                elif member in names:
                     self.say(
                         part.at("members"),
                         f"members: expected networks, got the ensemble {member!r}; name its members",
                     )
-                elif member not in networks:
+                else:
                     self.say(
                         part.at("members"),
                         f"members: expected names of networks in this fleet, got {member!r}",
                     )
-            yield Ensemble(str(name), tuple(map(str, members)))
+            known = [networks[member] for member in one.members if member in networks]
+            for option in _SAME_IMAGES if one.wants else ():
+                if len({getattr(config, option) for config in known}) > 1:
+                    self.say(
+                        part.at("members"),
+                        f"members: expected the same {option} for all of an ensemble with one intent, got several; its votes are counted on the same images",
+                    )
 
 
 def _merged(

@@ -1,7 +1,7 @@
-"""What the networks of a job give together: a row each in `models.parquet`, totals, and the fleet's manifest.
+"""What the networks of a job give together: a row each in `models.parquet`, totals, a page, and the fleet's manifest.
 
 `{storage}/fleet={name}/` is written anew whenever the fleet is submitted: it says which run of which network is the fleet's, or why there is
-none. The runs themselves never change. Not covered: what a run says about itself (`results`).
+none; a job that leaves networks to another one leaves this to it too. The runs themselves never change. Not covered: what a run says about itself (`results`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipq_ray import manifest, tables
+from clipq_ray import manifest, report, tables
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.identity import versions
 from clipq_ray.pipeline import Result
 from clipq_ray.redaction import redacted
-from clipq_ray.storage import MODELS, Store, fleet_store
+from clipq_ray.storage import MODELS, REPORT, Store, fleet_store
 from clipq_ray.work import Source
 
 Outcome = Result | ClipqError
@@ -67,8 +67,11 @@ def write(
         "failed": {one["model"]: one["error"] for one in rows if one["error"]},
         "ensembles": [dict(one) for one in ensembles],
     }  # fmt: skip
+    files = {MODELS: tables.to_bytes(rows, tables.MODELS)}
+    if not report.missing():
+        files[REPORT] = report.render_fleet(document, rows).encode()
     try:
-        manifest.replace(store, {MODELS: tables.to_bytes(rows, tables.MODELS)}, document)
+        manifest.replace(store, files, document)
     except StorageError as error:
         raise RunError(
             f"the fleet's table cannot be written: {error}; its runs are kept: the same command again writes it"

@@ -9,22 +9,24 @@ library versions give the same bytes.
     svg.py         a matplotlib figure as inline SVG that follows the reader's light or dark theme
     agreement.py   predictions against labels and against each other
     words.py       numbers with units, as text
-    template.html  the page
+    fleet.py       what the page of a fleet says
+    template.html, fleet.html, parts.html  the pages, and what they share
 
-Not covered: reading a run (`jobs/report.py` does), measuring anything (every number was measured by the pipeline), fleets. jinja2 and
+Not covered: reading a run (`jobs/report.py` does), measuring anything (every number was measured by the pipeline). jinja2 and
 matplotlib come with `clipq_ray[report]` and are imported on the first `render`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from clipq_ray.errors import ConfigError
 
-__all__ = ["missing", "render"]
+__all__ = ["missing", "render", "render_fleet"]
 
 _PACKAGES = ("jinja2", "matplotlib")
 
@@ -43,10 +45,22 @@ def render(
     the schemas of `clipq_ray.tables`; `trials` may be empty (no search), `predictions` empty or None. What is missing is said on
     the page. Raises `ConfigError` if matplotlib or jinja2 is not installed, `FormatError` if the manifest lacks its sizes or the tables a column.
     """
+    _refuse_missing()
+    from clipq_ray.report.page import page
+
+    return page(manifest, layers, trials, predictions)
+
+
+def render_fleet(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A fleet as an HTML page, from its manifest (`files` may be absent) and the rows of its table; errors as in `render`."""
+    _refuse_missing()
+    from clipq_ray.report.fleet import page
+
+    return page(manifest, rows)
+
+
+def _refuse_missing() -> None:
     if absent := missing():
         raise ConfigError(
             f"the report needs {' and '.join(absent)}, not installed here: install clipq_ray[report]"
         )
-    from clipq_ray.report.page import page
-
-    return page(manifest, layers, trials, predictions)

@@ -56,11 +56,17 @@ def page(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Tab
         "notes": [words.printable(note) for note in manifest.get("notes") or ()],
         "files": _files(manifest.get("files") or {}),
     }
+    return filled("template.html", context)
+
+
+def filled(template: str, context: Json) -> str:
+    """A template of this package with these values."""
+    folder = resources.files("clipq_ray.report")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = resources.files("clipq_ray.report").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(context)
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+    )  # fmt: skip
+    return environment.get_template(template).render(context)
 
 
 def _check(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Table | None) -> None:

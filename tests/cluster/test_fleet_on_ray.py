@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from job_process import ROOT, finished, processes, sha256, started
+from ray.cluster_utils import Cluster
 
 from clipq_ray import manifest
 from clipq_ray.storage import Store
@@ -24,9 +29,9 @@ DEFAULTS: dict[str, Any] = {
 MODELS = [{"model": "lenet5"}, {"model": "lenet_300_100"}]
 
 
-def submission(folder: Path, *more: str, trainings: int = 2) -> list[str]:
+def submission(folder: Path, *more: str, **changes: Any) -> list[str]:
     path = folder / "fleet.yaml"
-    content = {"name": "night", "defaults": DEFAULTS, "limits": {"trainings": trainings}, "models": MODELS}
+    content = {"name": "night", "defaults": DEFAULTS, "models": MODELS, **changes}
     path.write_text(yaml.safe_dump(content))
     return [sys.executable, str(ROOT / "jobs" / "compress.py"), f"--fleet={path}", *more]
 
@@ -59,6 +64,62 @@ def test_trainings_overlap_and_change_nothing(alone: dict[str, str], tmp_path: P
     assert hashes(tmp_path / "s") == alone
 
 
+@contextmanager
+def in_use(address: str) -> Iterator[list[float]]:
+    """CPUs that Ray has given away on a cluster, looked at again and again."""
+    found: list[float] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.05):
+            used = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
+            found.append(round(used, 3))
+
+    ray.init(address=address, log_to_driver=False)
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        looking.join()
+        ray.shutdown()
+
+
+def test_a_limit_holds_for_trials_and_trainings_together_and_priority_says_who_comes_first(
+    tmp_path: Path,
+) -> None:
+    """With one CPU for all of it, whatever held something while it waits would stop the job."""
+    changes = {
+        "models": [
+            {"model": "lenet5", "weights": "random"},
+            {"model": "lenet_300_100", "weights": "random", "priority": 1},
+        ],
+        "limits": {"cpus": 1},
+    }
+    alone = finished(
+        submission(tmp_path, "--engine=local", f"--storage={tmp_path / 'alone'}", **changes), tmp_path / "x"
+    )
+    assert alone.code == 0
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    try:
+        arguments = submission(tmp_path, f"--storage={tmp_path / 's'}", **changes)
+        with (
+            in_use(cluster.address) as used,
+            started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job,
+        ):
+            assert job.wait().code == 0, (tmp_path / "errors").read_text()
+    finally:
+        cluster.shutdown()
+    assert set(used) == {0, 1}
+    lines = (tmp_path / "errors").read_text().splitlines()
+    (first,) = (n for n, line in enumerate(lines) if "lenet_300_100: finetune: done" in line)
+    (search,) = (n for n, line in enumerate(lines) if "search: done" in line)
+    (second,) = (n for n, line in enumerate(lines) if "lenet5: finetune: done" in line)
+    assert first < search < second
+    assert hashes(tmp_path / "s") == hashes(tmp_path / "alone")
+
+
 def test_the_second_of_two_jobs_waits_and_takes_the_result_or_leaves(
     alone: dict[str, str], tmp_path: Path
 ) -> None:
@@ -74,6 +135,7 @@ def test_the_second_of_two_jobs_waits_and_takes_the_result_or_leaves(
             left = leaving.wait()
             assert left.code == 1
             assert "is being made by another job" in "".join(left.lines)
+            assert "fleet: not written, since another job makes some of its runs" in left.lines
             assert first.wait().code == 0
             assert second.wait().code == 0
     assert (tmp_path / "second").read_text().count("is committed already") == 2

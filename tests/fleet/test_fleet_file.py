@@ -35,7 +35,7 @@ def read(folder: Path, text: str, **options: Any) -> fleet.Fleet:
 
 def test_a_fleet_holds_every_network_with_its_options_highest_priority_first(tmp_path: Path) -> None:
     found = read(tmp_path, GOOD)
-    shared: dict[str, Any] = {"data": "digits", "epochs": 3, "search_parallel": 4}
+    shared: dict[str, Any] = {"data": "digits", "epochs": 3, "search_parallel": 4, "trainings": 2}
     assert found == fleet.Fleet(
         "night",
         (
@@ -43,8 +43,22 @@ def test_a_fleet_holds_every_network_with_its_options_highest_priority_first(tmp
             make(model="lenet5", target_ratio=15, **shared),
             make(model="lenet5", name="small", max_drop=0.5, keep=("fc3.weight",), **shared),
         ),
-        fleet.Limits(2, 4),
         (fleet.Ensemble("vote", ("lenet5", "small")),),
+        (5, 1, 0),
+    )
+    assert [source.priority for source in found.sources()] == [5, 1, 0]
+
+
+def test_what_the_job_may_take_is_said_once_and_the_command_line_counts_more(tmp_path: Path) -> None:
+    text = GOOD.replace("searches: 4", "cpus: 8, gpus: 2")
+    (first, *_) = read(tmp_path, text).configs
+    assert (first.limit_cpus, first.limit_gpus, first.trainings, first.search_parallel) == (8, 2, 2, None)
+    assert read(tmp_path, text, limit_cpus=3).configs[0].limit_cpus == 3
+    said = mistakes(tmp_path, text.replace("epochs: 3", "limit_cpus: 4"))
+    assert "line 3: cpus: is there twice, limit_cpus in defaults says it too; leave one out" in said
+    said = mistakes(tmp_path, text.replace("epochs: 3", "workers: 9"))
+    assert (
+        "expected --workers x --threads-per-worker at most --limit-cpus (8), got 9; lower one of them" in said
     )
 
 
@@ -71,7 +85,7 @@ name: a/b
 defaults:
   data: digits
   epochs: 0
-limits: {gpus: 3, trainings: 0}
+limits: {cores: 3, trainings: 0}
 modles: []
 models:
   - {model: lenet5, epoch: 3}
@@ -89,7 +103,7 @@ ensembles:
     for line, words in (
         (1, "name: expected a name without spaces"),
         (4, "--epochs: expected greater than or equal to 1, got 0"),
-        (5, "unknown key 'gpus' in limits; expected trainings, searches"),
+        (5, "unknown key 'cores' in limits; expected trainings, searches, cpus, gpus"),
         (5, "trainings: expected a whole number of at least 1, got 0"),
         (6, "unknown key 'modles' in a fleet"),
         (8, "unknown option 'epoch'; did you mean --epochs"),
@@ -114,7 +128,7 @@ ensembles:
         ("models: [{model: lenet5}]\n", "name: expected a name without spaces"),
         ("name: a\nmodels: [{model: lenet5}, {model: lenet5}]\n", "line 2: expected names that differ, got 'lenet5' as in line 2"),
         ("name: a\nmodels: [{model: lenet5, storage: /x}]\n", "storage: expected one for the whole fleet; move it to defaults"),
-        ("name: a\nmodels: [{model: lenet5, max_drop: 1, target_ratio: 2}]\n", "expected one intent, got --max-drop and --target-ratio"),
+        ("name: a\nmodels: [{model: lenet5, max_drop: 1, target_ratio: 2}]\n", "line 2: expected one intent in a network, got max_drop and target_ratio; leave one out"),
         ("name: a\ndefaults: {model: lenet5}\nmodels: [{model: lenet5}]\n", "line 2: model: expected with a network, got it in defaults"),
         ("name: a\nmodels: [{model: lenet99}]\n", "line 2: expected a known network or package.module:function, got 'lenet99'"),
         ("name: a\nmodels: [{model: lenet5, priority: high}]\n", "priority: expected a whole number, got 'high'"),
@@ -122,7 +136,7 @@ ensembles:
         (GOOD + "  - {name: vote, members: [lenet5, small]}\n", "line 13: expected names that differ, got 'vote' as in line 12"),
         (GOOD + "  - {name: small, members: [lenet5, small]}\n", "line 13: name: expected one that no network has, got 'small'"),
         (GOOD + "  - {name: v, members: [small, small]}\n", "line 13: members: expected a list of at least two different networks"),
-        (GOOD + "  - {name: v, members: [lenet5, small], target_bytes: 9}\n", "line 13: unknown key 'target_bytes' in an ensemble; expected name, members"),
+        (GOOD + "  - {name: v, members: [lenet5, small], bytes: 9}\n", "line 13: unknown key 'bytes' in an ensemble; expected name, members, max_drop"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -133,3 +147,57 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--fleet: expected a readable YAML file"):
         fleet.read(str(tmp_path / "nowhere.yaml"), {})
     assert "expected YAML in" in mistakes(tmp_path, "name: [\n")
+
+
+ONE_INTENT = """\
+name: night
+defaults: {data: digits, epochs: 3, target_ratio: 15}
+models:
+  - {model: lenet5}
+  - {model: lenet_300_100}
+  - {model: resnet20}
+ensembles:
+  - {name: vote, members: [lenet5, lenet_300_100], target_bytes: 60000}
+"""
+
+
+def test_an_ensembles_intent_takes_the_place_of_its_members(tmp_path: Path) -> None:
+    found = read(tmp_path, ONE_INTENT, tradeoff=3.0)
+    assert [config.tradeoff for config in found.configs] == [None, None, 3.0]
+    assert [config.target_ratio for config in read(tmp_path, ONE_INTENT).configs] == [None, None, 15]
+    (vote,) = found.ensembles
+    assert vote.wants == ("target_bytes", 60000)
+    assert vote.intent_of(1_000_000).value == 60000
+    ratio = read(tmp_path, ONE_INTENT.replace("target_bytes: 60000", "target_ratio: 20")).ensembles[0]
+    assert ratio.intent_of(1_000_000).value == 50_000
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("{model: lenet5}", "{model: lenet5, max_drop: 1}", "line 4: max_drop: expected the intent of ensemble 'vote' to be the only one"),
+        ("target_bytes: 60000", "target_bytes: 60000, max_drop: 1", "line 8: expected one intent in an ensemble, got max_drop and target_bytes"),
+        ("target_bytes: 60000", "target_bytes: few", "line 8: --target-bytes: expected a valid integer"),
+        ("target_bytes: 60000", "max_drop: -1", "line 8: --max-drop: expected greater than or equal to 0, got -1"),
+        ("target_bytes: 60000", "tradeoff: 8", "line 8: unknown key 'tradeoff' in an ensemble"),
+        ("[lenet5, lenet_300_100]", "[lenet5, lenet9]", "line 8: members: expected names of networks in this fleet, got 'lenet9'"),
+        ("{model: lenet5}", "{model: lenet5, seed: 3}", "line 8: members: expected the same seed for all"),
+        ("name: vote", "name: lenet5", "line 8: name: expected one that no network has, got 'lenet5'"),
+        ("name: vote, ", "", "line 8: name: expected one that no network has, got None"),
+        ("60000}", "60000}\n  - {name: pair, members: [resnet20, lenet5], max_drop: 1}", "line 9: members: expected networks that no other intent decides, got 'lenet5' as in 'vote'"),
+    ],
+)  # fmt: skip
+def test_intents_of_ensembles_that_cannot_be_meant_are_refused(
+    tmp_path: Path, before: str, after: str, words: str
+) -> None:
+    assert words in mistakes(tmp_path, ONE_INTENT.replace(before, after, 1))
+
+
+def test_several_intents_in_defaults_are_named_beside_other_mistakes(tmp_path: Path) -> None:
+    text = ONE_INTENT.replace("target_ratio: 15", "target_ratio: 15, max_drop: 1").replace(
+        "resnet20}", "resnet20, epoch: 1}"
+    )
+    said = mistakes(tmp_path, text)
+    assert "line 2: expected one intent in defaults, got max_drop and target_ratio; leave one out" in said
+    assert "line 6: unknown option 'epoch'" in said
+    assert said.count("expected one intent") == 1

@@ -100,7 +100,11 @@ def test_the_table_has_totals(night: tuple[Path, subprocess.CompletedProcess[str
     found = [row for row in rows(folder).values() if row["status"] == "committed"]
     (line,) = (line for line in ended.stdout.splitlines() if "all 2" in line)
     assert f"{sum(row['bytes'] for row in found):,}" in line
+    assert any(line.split() == ["lenet_300_100", "failed"] for line in ended.stdout.splitlines())
     stated = json.loads((folder / "s" / "fleet=night" / "manifest.json").read_text())
+    page = (folder / "s" / "fleet=night" / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert all(word in page for word in ("lenet_300_100", "cannot read", "2 of 3", "smaller"))
     assert ended.stdout.splitlines()[-1] == "2 of 3 committed"
     assert stated["totals"]["bytes"] == sum(row["bytes"] for row in found)
     assert (stated["totals"]["committed"], stated["totals"]["failed"]) == (2, 1)
@@ -236,3 +240,14 @@ def test_what_nobody_expected_stops_no_other_and_networks_with_equal_weights_are
     assert "unexpected KeyError" in found["broken"]["error"]
     assert "broken: failed: unexpected KeyError" in ended.stderr  # at once, not only at the end
     assert len(list((tmp_path / "s" / "_stages").glob("search-*"))) == 3
+
+
+def test_what_a_fleet_would_do_has_totals_and_says_what_is_committed(
+    night: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = night
+    ended = submitted(fleet(folder, [GOOD[0], {"model": "lenet5", "name": "new", "seed": 1}]), "--dry-run")
+    assert ended.returncode == 0, ended.stderr
+    assert "network     lenet5: run r-" in ended.stdout
+    assert "all 2      1 committed already, 1 to make: about " in ended.stdout
+    assert not (folder / "s" / "model=new").exists()

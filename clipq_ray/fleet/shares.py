@@ -1,0 +1,285 @@
+"""One intent for networks that vote together: their bytes in total, or what their vote may lose, shared out by their measured curves.
+
+Every member is searched by itself. A budget for all is spent where it removes the most error, whichever member that layer belongs to: one lambda over
+all members' layers. Then all members are fine-tuned in rounds, side by side, and after each round their averaged probabilities of the decoded files on
+validation images are held against those of the references (`intent` decides what is tried next). Not covered: what the test images say (`ensembles`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from clipq_ray import loading, search, stages
+from clipq_ray.errors import ClipqError, DataError, RunError
+from clipq_ray.fleet.ensembles import probabilities
+from clipq_ray.fleet.file import Ensemble
+from clipq_ray.intent import LARGER, SMALLER, Drop, Intent, Outcome, best, keeps, next_request
+from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
+from clipq_ray.rounds import START_ERROR, STEPS, Making, Rounds, Shared
+from clipq_ray.work import prepare_process, read_state
+
+T = TypeVar("T")
+Votes = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What the search measured of a member: its trials, its original's error on the same images, its bytes before, and those of the file that are no
+    layers."""
+
+    trials: Mapping[str, Sequence[search.Trial]]
+    error: float
+    bytes_before: int
+    other: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a member gets: a point for each of its groups, and the bytes that its file then takes before training."""
+
+    choice: search.Choice
+    bytes: int
+    added: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `steps` name the trials."""
+        return {
+            "requested_bytes": self.bytes, "added_error_points": 100 * self.added,
+            "steps": {group: trial.step for group, trial in self.choice.trials.items()},
+        }  # fmt: skip
+
+
+def shared_out(members: Sequence[Curves], budget: int) -> list[Share]:
+    """Each member's share of `budget` bytes, by one lambda for a bit whomever it belongs to; the smallest shares where the budget is too small."""
+    left = budget - sum(one.other for one in members)
+    return _split(members, search.choose_for_bytes(_pooled(members), left))
+
+
+def _pooled(members: Sequence[Curves]) -> dict[str, list[search.Trial]]:
+    """All groups of all members; what a point saves is a share of all members' bytes, so that lambda prices a byte the same everywhere."""
+    whole = sum(one.bytes_before for one in members)
+    return {
+        f"{number} {group}": [
+            replace(trial, saved=trial.saved * one.bytes_before / whole) for trial in trials
+        ]
+        for number, one in enumerate(members)
+        for group, trials in one.trials.items()
+    }
+
+
+def _split(members: Sequence[Curves], choice: search.Choice) -> list[Share]:
+    found = []
+    for number, one in enumerate(members):
+        steps = {group: choice.trials[f"{number} {group}"].step for group in one.trials}
+        found.append(_share(one, steps, choice.tradeoff))
+    return found
+
+
+def _share(one: Curves, steps: Mapping[str, int], tradeoff: float) -> Share:
+    mine = search.Choice(tradeoff, {group: one.trials[group][step] for group, step in steps.items()})
+    added = sum(trial.error - one.error for trial in mine.trials.values())
+    return Share(mine, mine.bytes + one.other, added)
+
+
+def first_budget(intent: Intent, members: Sequence[Curves]) -> int:
+    """The bytes to begin with: those that are wanted, or the fewest that add no more error per member than one network would begin with."""
+    if intent.kind == "bytes":
+        return math.floor(intent.value)
+    allowed, pooled = START_ERROR + 5 * intent.value / 100, _pooled(members)
+    smallest = None
+    for tradeoff in np.geomspace(1e-4, 1e6, 200):
+        shares = _split(members, search.choose(pooled, float(tradeoff)))
+        if sum(one.added for one in shares) / len(shares) <= allowed:
+            smallest = shares
+    return sum(one.bytes for one in smallest or _split(members, search.choose(pooled, 1e-4)))
+
+
+def finish_ensemble(ensemble: Ensemble, members: Sequence[Prepared | Result], parallel: bool) -> list[Result]:
+    """Everything behind the search of an ensemble with one intent, for all members; those that are committed already are taken as they are."""
+    waiting = [one for one in members if isinstance(one, Prepared)]
+    if not waiting:
+        return [one for one in members if isinstance(one, Result)]
+    stated = [one.manifest["promise"]["ensemble"] for one in members if isinstance(one, Result)]
+    with stages.going_on(waiting[0].run):
+        vote = _Vote(ensemble, waiting, parallel)
+        document = vote.again(stated[0]) if stated else vote.rounds()
+        made = iter(vote.closed(document))
+    return [one if isinstance(one, Result) else next(made) for one in members]
+
+
+class _Vote:
+    """An ensemble in the making."""
+
+    def __init__(self, ensemble: Ensemble, members: Sequence[Prepared], parallel: bool) -> None:
+        self._ensemble, self._members = ensemble, members
+        self._turn, self._parallel = members[0].run.turn, parallel
+        self._opened: list[Opened] = self._each(open_rounds, members)
+        self._making = [Making(one.prepared.run, one.given) for one in self._opened]
+        self._curves = [
+            Curves(one.trials, one.given.search_error, one.prepared.inventory.bytes_before, making.other)
+            for one, making in zip(self._opened, self._making, strict=True)
+        ]
+        self._intent = ensemble.intent_of(sum(one.bytes_before for one in self._curves))
+
+    def _each(self, step: Callable[[Any], T], given: Sequence[Any]) -> list[T]:
+        """What `step` makes of each member: one after the other in this process, side by side while they train."""
+
+        def in_turn(number: int) -> T:
+            with self._turn:
+                prepare_process(self._members[number].run.config.threads_per_worker)
+                return step(given[number])
+
+        with self._members[0].run.away():
+            if not self._parallel:
+                return [in_turn(number) for number in range(len(given))]
+            pool = ThreadPoolExecutor(len(given))
+            try:
+                return list(pool.map(in_turn, range(len(given))))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def rounds(self) -> dict[str, Any]:
+        """Make rounds until the promise is kept by the smallest files that were found; what is to be said of them."""
+        reference, labels = self._reference()
+        outcomes: list[Outcome] = []
+        shared: list[list[Share]] = []
+        requested: int | None = first_budget(self._intent, self._curves)
+        seconds = 0.0
+        while requested is not None:
+            shares, requested = self._other(requested, shared, outcomes)
+            if shares is None or (outcomes and self._late(seconds)):
+                break
+            started = time.monotonic()
+            self._made(shares)
+            seconds = time.monotonic() - started
+            shared.append(shares)
+            outcomes.append(self._outcome(requested, reference, labels))
+            self._say(outcomes)
+            rounds = min(one.run.config.rounds for one in self._members)
+            requested = next_request(self._intent, outcomes, rounds)
+        return self._document(outcomes, shared)
+
+    def again(self, stated: Mapping[str, Any]) -> dict[str, Any]:
+        """The rounds that the committed members state, for the others: their trainings are there."""
+        names = [one.run.source.name for one in self._members]
+        for one in stated["rounds"]:
+            self._made(
+                [
+                    _share(curves, one["shares"][name]["steps"], one["tradeoff"])
+                    for name, curves in zip(names, self._curves, strict=True)
+                ]
+            )
+        return dict(stated)
+
+    def closed(self, document: Mapping[str, Any]) -> list[Result]:
+        """Commit the round that is stated, of every member."""
+        shared = Shared(document["round"] - 1, document)
+
+        def close(number: int) -> Result:
+            making = self._making[number]
+            made = Rounds(self._intent, making.given.inventory, tuple(making.done), shared)
+            return close_rounds(self._opened[number], made)
+
+        return self._each(close, range(len(self._members)))
+
+    def _made(self, shares: Sequence[Share]) -> None:
+        def make(number: int) -> None:
+            self._making[number].make(shares[number].choice, shares[number].bytes)
+
+        self._each(make, range(len(self._members)))
+
+    def _other(
+        self, requested: int, before: Sequence[Sequence[Share]], outcomes: Sequence[Outcome]
+    ) -> tuple[list[Share] | None, int]:
+        """The shares of `requested` bytes; where they were tried already, the next ones further on, or None."""
+        tried = [_steps(one) for one in before]
+        kept = bool(outcomes) and keeps(self._intent, outcomes[-1])
+        for _ in range(STEPS):
+            shares = shared_out(self._curves, requested)
+            if _steps(shares) not in tried:
+                return shares, requested
+            if self._intent.kind != "max_drop":
+                break
+            requested = max(1, math.ceil(requested * (SMALLER if kept else LARGER)))
+        return None, requested
+
+    def _late(self, seconds: float) -> bool:
+        return any(
+            left is not None and seconds > left for left in (one.run.seconds_left for one in self._members)
+        )
+
+    def _reference(self) -> tuple[Votes, npt.NDArray[np.int64]]:
+        """The references' votes on validation images, and the labels."""
+        votes, labels = [], None
+        for one in self._opened:
+            source = one.prepared.run.source
+            images = source.data().validation
+            found = np.asarray(images.labels)
+            if labels is not None and not np.array_equal(labels, found):
+                raise DataError(
+                    f"ensemble {self._ensemble.name}: expected all members to have the same validation images, got others for {source.name}; "
+                    "give them the same data options"
+                )
+            labels, model = found, source.network()
+            model.load_state_dict(read_state(one.reference))
+            votes.append(probabilities(source, model, images))
+        assert labels is not None
+        return sum(votes[1:], votes[0]), labels
+
+    def _outcome(self, requested: int, reference: Votes, labels: npt.NDArray[np.int64]) -> Outcome:
+        votes = []
+        for one, making in zip(self._opened, self._making, strict=True):
+            source, file = one.prepared.run.source, making.done[-1].packed.file
+            decoded = loading.from_bytes(file, factory=source.network)
+            votes.append(probabilities(source, decoded, source.data().validation))
+        total = sum(votes[1:], votes[0])
+        drop = Drop.between(reference.argmax(axis=1), total.argmax(axis=1), labels)
+        size = sum(len(making.done[-1].packed.file) for making in self._making)
+        return Outcome(requested, size, drop, max(making.done[-1].outcome.epochs for making in self._making))
+
+    def _say(self, outcomes: Sequence[Outcome]) -> None:
+        last = outcomes[-1]
+        verdict = "kept" if keeps(self._intent, last) else "not kept"
+        self._members[0].run.reporter.about(f"ensemble {self._ensemble.name}").say(
+            f"round {len(outcomes)}: {last.bytes:,} bytes, validation top-1 of the vote {last.drop.words()}; {self._intent.words()}, {verdict}"
+        )
+
+    def _document(self, outcomes: Sequence[Outcome], shared: Sequence[Sequence[Share]]) -> dict[str, Any]:
+        names = [one.run.source.name for one in self._members]
+        number = best(self._intent, outcomes)
+        chosen = outcomes[number]
+        rows = [
+            {
+                **outcome.to_json(), "tradeoff": shares[0].choice.tradeoff,
+                "shares": {
+                    name: {**share.to_json(), "bytes": making.done[index].outcome.bytes}
+                    for name, share, making in zip(names, shares, self._making, strict=True)
+                },
+            }
+            for index, (outcome, shares) in enumerate(zip(outcomes, shared, strict=True))
+        ]  # fmt: skip
+        return {
+            "name": self._ensemble.name, "members": names, "intent": self._intent.kind, "value": self._intent.value,
+            "words": self._intent.words() + " together", "kept": keeps(self._intent, chosen), "round": number + 1,
+            "reference": "control" if any(one.control for one in self._opened) else "original",
+            "validation_images": chosen.drop.n, **chosen.to_json(), "rounds": rows,
+        }  # fmt: skip
+
+
+def _steps(shares: Sequence[Share]) -> list[list[int]]:
+    return [[trial.step for trial in one.choice.trials.values()] for one in shares]
+
+
+def without(ensemble: Ensemble, failed: Mapping[str, ClipqError]) -> RunError:
+    """Why the other members of an ensemble with one intent are not made."""
+    return RunError(
+        f"its ensemble {ensemble.name} has one intent for all members, and {', '.join(failed)} failed; run again when that is mended"
+    )

@@ -1,0 +1,174 @@
+"""One intent for an ensemble: its members get unequal shares that lose less than equal ones, and its promise is of all of them together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_fleet_run import DEFAULTS, ROOT, fleet, rows, submitted
+
+import clipq_ray
+from clipq_ray import search
+from clipq_ray.data import open_data
+from clipq_ray.fleet.shares import Curves, first_budget, shared_out
+from clipq_ray.intent import Intent
+
+assert ROOT
+MEMBERS = [{"model": "lenet5"}, {"model": "lenet_300_100"}]
+OWN = {name: value for name, value in DEFAULTS.items() if name != "target_ratio"}
+
+
+def trial(layer: str, step: int, error: float, size: int, elements: int, whole: int) -> search.Trial:
+    return search.Trial(
+        layer, step, "start", 0.5, 3, 100, error, error, size, (4 * elements - size) / whole, 8.0, 0.1, "here"
+    )
+
+
+def curves(errors: list[float], whole: int) -> Curves:
+    """A member of one layer, whose points take 400, 200, 100 bytes with these errors."""
+    points = [trial("w", step, error, 400 >> step, whole // 4, whole) for step, error in enumerate(errors)]
+    return Curves({"w": points}, 0.0, whole, 10)
+
+
+def test_bytes_go_where_they_remove_the_most_error() -> None:
+    robust, tender = curves([0.00, 0.01, 0.02], 4000), curves([0.00, 0.20, 0.40], 2000)
+    shares = shared_out([robust, tender], 520)
+    assert [one.bytes for one in shares] == [110, 410]
+    assert sum(one.added for one in shares) == pytest.approx(0.02)
+    # equal shares would have been 210 each
+    assert sum(search.choose_for_bytes(one.trials, 250).trials["w"].error for one in (robust, tender)) > 0.2
+
+
+def test_a_budget_that_is_too_small_gets_the_smallest_shares() -> None:
+    assert [one.bytes for one in shared_out([curves([0, 0.1, 0.2], 4000)] * 2, 5)] == [110, 110]
+
+
+def test_a_byte_has_one_price_although_members_differ_in_size() -> None:
+    """Equal curves of error over bytes get equal shares, whatever the size of the networks."""
+    shares = shared_out([curves([0.0, 0.1, 0.3], 4000), curves([0.0, 0.1, 0.3], 40_000)], 420)
+    assert [one.bytes for one in shares] == [210, 210]
+
+
+def test_the_first_budget_of_a_drop_is_the_smallest_that_may_be_recovered() -> None:
+    found = first_budget(
+        Intent("max_drop", 0.0), [curves([0.0, 0.03, 0.2], 4000), curves([0.0, 0.02, 0.3], 4000)]
+    )
+    assert found == 2 * 210
+    assert first_budget(Intent("bytes", 1234.5), []) == 1234
+
+
+def told(folder: Path) -> dict[str, Any]:
+    (found,) = json.loads((folder / "s" / "fleet=night" / "manifest.json").read_text())["ensembles"]
+    return dict(found)
+
+
+def voting(folder: Path, wants: dict[str, Any], **more: Any) -> Path:
+    vote = [{"name": "vote", "members": ["lenet5", "lenet_300_100"], **wants}]
+    return fleet(folder, MEMBERS, ensembles=vote, defaults={**OWN, "storage": str(folder / "s"), **more})
+
+
+@pytest.fixture(scope="module")
+def by_bytes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("bytes")
+    return folder, submitted(voting(folder, {"target_bytes": 60_000}, rounds=2))
+
+
+def test_bytes_in_total_are_kept_by_unequal_shares_that_lose_less_than_equal_ones(
+    by_bytes: tuple[Path, Any],
+) -> None:
+    folder, ended = by_bytes
+    assert ended.returncode == 0, ended.stderr
+    promise, found = told(folder)["promise"], rows(folder)
+    assert promise["kept"]
+    assert sum(row["bytes"] for row in found.values()) == promise["bytes"] <= 60_000
+    shares = promise["rounds"][promise["round"] - 1]["shares"]
+    assert {name: row["bytes"] for name, row in found.items()} == {
+        n: one["bytes"] for n, one in shares.items()
+    }
+    assert shares["lenet_300_100"]["requested_bytes"] != shares["lenet5"]["requested_bytes"]
+    added = sum(one["added_error_points"] for one in shares.values())
+    assert added <= equal_split(folder, 60_000) + 1e-9
+    assert "promise: at most 60,000 bytes together: kept" in ended.stdout
+    assert "lenet5: promise: ensemble vote: at most 60,000 bytes together: kept" in ended.stdout
+
+
+def equal_split(folder: Path, budget: int) -> float:
+    """What the measured points of both members add in error [points] with half of the budget for each."""
+    added = 0.0
+    for store in sorted((folder / "s" / "_stages").glob("search-*")):
+        trials = {
+            rows[0]["layer"]: [search.Trial(**row) for row in rows]
+            for rows in (json.loads(path.read_text()) for path in store.glob("group-*.json"))
+        }
+        choice = search.choose_for_bytes(trials, budget // 2)
+        least = {layer: min(t.error for t in points) for layer, points in trials.items()}
+        added += 100 * sum(t.error - least[layer] for layer, t in choice.trials.items())
+    return added
+
+
+def test_a_second_submission_redoes_nothing_and_says_the_same(by_bytes: tuple[Path, Any]) -> None:
+    folder, _ = by_bytes
+    before = told(folder)
+    again = submitted(folder / "fleet.yaml")
+    assert again.returncode == 0
+    assert again.stderr.count("is committed already") == 2
+    assert told(folder) == before
+
+
+def test_a_member_that_was_not_committed_follows_what_the_others_state(by_bytes: tuple[Path, Any]) -> None:
+    folder, _ = by_bytes
+    (stated,) = (folder / "s" / "model=lenet5").glob("run=*/manifest.json")
+    digest = json.loads(stated.read_text())["files"]["model.clq"]["sha256"]
+    before = told(folder)
+    stated.unlink()
+    again = submitted(folder / "fleet.yaml")
+    assert again.returncode == 0, again.stderr
+    assert "finetune: already there, reused" in again.stderr
+    assert json.loads(stated.read_text())["files"]["model.clq"]["sha256"] == digest
+    assert told(folder) == before
+
+
+def test_a_drop_is_that_of_the_vote_of_the_decoded_files_on_validation_images(tmp_path: Path) -> None:
+    ended = submitted(voting(tmp_path, {"max_drop": 1.0}, rounds=3))
+    promise = told(tmp_path)["promise"]
+    assert ended.returncode == (0 if promise["kept"] else 1)
+    assert 1 <= len(promise["rounds"]) <= 3
+    assert promise["kept"] == (promise["drop_points"] <= 1.0)
+    data = open_data("digits", input_shape=(1, 28, 28)).validation
+    images, labels = data.batch(torch.arange(len(data)), None)
+    votes = torch.zeros(len(data), 10, dtype=torch.float64)
+    for name, row in rows(tmp_path).items():
+        network = clipq_ray.load(f"{tmp_path / 's'}/model={name}/run={row['run']}")
+        with torch.inference_mode():
+            votes += torch.softmax(network(images).double(), dim=1)
+    right = 100 * float((votes.argmax(dim=1) == labels).double().mean())
+    assert promise["validation_images"] == len(data)
+    reference = promise["drop_points"] + right
+    assert 0 <= reference <= 100
+    assert reference * len(data) / 100 == pytest.approx(round(reference * len(data) / 100))
+
+
+def test_a_member_that_fails_ends_the_others_of_its_ensemble_and_nobody_else(tmp_path: Path) -> None:
+    models = [
+        {"model": "lenet5"},
+        {"model": "lenet_300_100", "weights": "nowhere.pt"},
+        {"model": "lenet5", "name": "other"},
+    ]
+    vote = [{"name": "vote", "members": ["lenet5", "lenet_300_100"], "target_ratio": 15}]
+    ended = submitted(
+        fleet(tmp_path, models, ensembles=vote, defaults={**DEFAULTS, "storage": str(tmp_path / "s")})
+    )
+    assert ended.returncode == 1
+    found = rows(tmp_path)
+    assert [found[name]["status"] for name in ("lenet5", "lenet_300_100", "other")] == [
+        "failed",
+        "failed",
+        "committed",
+    ]
+    assert (
+        "its ensemble vote has one intent for all members, and lenet_300_100 failed"
+        in found["lenet5"]["error"]
+    )
