@@ -117,6 +117,8 @@ def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
                 raise FormatError(
                     f"the committed run at {target.uri} is damaged: {problems[0]}; use --force for a new one"
                 )
+            if claims.holder(target.child(WORK)) is None:  # of a job that was killed right behind its commit
+                target.child(WORK).remove_tree()
             again = "" if said else "; --force makes a new one"
             run.reporter.say(f"run {run_id} is committed already at {target.uri}{again}")
             return Result(target.uri, committed, True)
