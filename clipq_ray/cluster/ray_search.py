@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import tune
 
+from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
@@ -46,6 +47,9 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         task = self._tasks[self._number]
+        if self._trials is None:
+            words = f"search: {task.source.name}, {task.groups[self._index].name}"
+            self._board.begin.remote(self._item(), words, Worker.here())
         try:
             searcher = self._searcher()
             if self._trials is None:
@@ -62,8 +66,13 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         words = task.groups[self._index].name
         if len(self._tasks) > 1:
             words = f"{task.source.name}: {words}"
-        self._board.write.remote(f"{self._number} {self._index}", done, evaluations(self._tasks), words)
+        self._board.write.remote(self._item(), done, evaluations(self._tasks), words)
+        if finished:
+            self._board.leave.remote([self._item()])
         return {"done": finished}
+
+    def _item(self) -> str:
+        return _item((self._number, self._index))
 
     def _searcher(self) -> Searcher:
         task = self._tasks[self._number]
@@ -80,6 +89,11 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
             }
             self._searchers[self._number] = Searcher(task, visible_device(task.source.config.device))
         return self._searchers[self._number]
+
+
+def _item(place: tuple[int, int]) -> str:
+    """What the board calls a group of a task."""
+    return f"{place[0]} {place[1]}"
 
 
 class _Losses(tune.Callback):  # type: ignore[misc]
@@ -110,14 +124,15 @@ def search(
     places = in_order(tasks)
     if not places:
         return [None for _ in tasks]
-    with Watch(progress) as watch:
+    with Watch(progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
         _begin(tasks, places, watch.board)
         results = _tuner(tasks, places, resources, watch.board, storage(Store(tasks[0].output))).fit()
         Store(tasks[0].output).child(_RAY).remove_tree()
     lost: dict[int, list[Exception]] = {number: [] for number in range(len(tasks))}
     for result in results:
         if result.error is not None:
-            lost[places[result.config["place"]][0]].append(result.error)
+            place = places[result.config["place"]]
+            lost[place[0]].append(watch.hangs.error(_item(place)) or result.error)
     return [ended(task, lost[number]) for number, task in enumerate(tasks)]
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from job_process import Job, Process, children, command, end
+from job_process import LIMIT_SECONDS, Job, Process, children, command, end
 from ray.cluster_utils import Cluster
 
 from clipq_ray import manifest, tables
@@ -56,7 +56,7 @@ _BEGUN = (
     ("commit", r"verify: done"),
 )
 _NICENESS = "RAY_worker_niceness"
-_POLL_SECONDS, _LIMIT_SECONDS = 0.02, 400.0
+_POLL_SECONDS = 0.02
 
 
 def submission(storage: Path, **changes: Any) -> list[str]:
@@ -271,7 +271,7 @@ class _Run:
         return now
 
     def play(self) -> Ended:
-        limit = time.monotonic() + _LIMIT_SECONDS
+        limit = time.monotonic() + 2 * LIMIT_SECONDS
         while self.job.process.poll() is None:
             assert time.monotonic() < limit, f"it took too long: {self.log.read_text()[-2000:]}"
             self.restore()
