@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clipq_ray.claims import place
-from clipq_ray.errors import RunError, StorageError
+from clipq_ray.errors import RunError
 from clipq_ray.storage import Store
 
 SMALLER, LOW = "smaller.json", "low-memory.json"
@@ -76,13 +76,10 @@ class Attempts:
         self._store.write(SMALLER, json.dumps({"images": math.ceil(images / 2)}).encode())
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = json.loads(self._store.read(name))
-            return found
-        except StorageError:
-            if self._store.exists(name):
-                raise
+        if not self._store.exists(name):
             return None
+        found: dict[str, Any] = json.loads(self._store.read(name))
+        return found
 
 
 def _killed(left: dict[str, Any]) -> bool:
