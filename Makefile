@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-s3 test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet
+.PHONY: demo test test-s3 test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos
 
 install: .venv/installed
 
@@ -60,6 +60,10 @@ bench-fleet: install
 bench-codec: install .venv-nncodec/installed
 	$(BIN)/python bench/codec.py --weights $(CLIPQ_SHARED)/weights
 	$(BIN)/python bench/packed_file.py
+
+# Two hours or so for 200 kills; run again it goes on behind the last run.
+bench-chaos: install
+	$(BIN)/python bench/chaos.py
 
 # NNCodec needs numpy 1 and a C++ compiler; none of the packages that its networks' part asks for is needed here.
 .venv-nncodec/installed: bench/codec_peers.txt

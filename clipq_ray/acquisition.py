@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from bayes_opt import BayesianOptimization
-from bayes_opt.acquisition import ExpectedImprovement
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
 from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 
@@ -91,6 +88,9 @@ def _gain(
     points: Sequence[Point], free: Candidates, mean: Vector, deviation: Vector, tradeoff: float
 ) -> Vector:
     """Expected improvement on the best measured objective at every candidate."""
+    # here and below: half a second that a training does not need
+    from bayes_opt.acquisition import ExpectedImprovement
+
     acquisition = ExpectedImprovement(xi=0.0)
     acquisition.y_max = max(tradeoff * point.saved - point.error for point in points)
     gain: Vector = acquisition.base_acq(tradeoff * free.saved - mean, np.maximum(deviation, 1e-12))
@@ -145,6 +145,10 @@ def _process(
     thetas: Sequence[Theta], values: Vector, noise: Vector, wanted: Sequence[Theta], seed: int
 ) -> tuple[Vector, Vector]:
     """Posterior of a Gaussian process (Matern 5/2, p real and b an integer) at `wanted`, noise known."""
+    from bayes_opt import BayesianOptimization
+    from bayes_opt.acquisition import ExpectedImprovement
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"

@@ -64,7 +64,7 @@ def _latest(work: Store) -> _Found:
     try:
         content = json.loads(work.read(name))
         owner, words = str(content["owner"]), str(content["words"])
-        gone = content["place"] == _place() and not _runs(content["process"])
+        gone = content["place"] == place() and not runs(content["process"])
     except (ValueError, KeyError, TypeError):
         owner, words, gone = "", "somebody", False  # of another version; its age counts
     except StorageError:
@@ -74,7 +74,7 @@ def _latest(work: Store) -> _Found:
     return _Found(max(numbers), owner, words, gone)
 
 
-def _place() -> str:
+def place() -> str:
     """This machine since its start, and this set of processes on it; empty where that cannot be told."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -83,7 +83,7 @@ def _place() -> str:
         return ""
 
 
-def _process(number: int) -> list[int]:
+def process(number: int) -> list[int]:
     """A process and when it started [clock ticks since the machine's start]; empty where there is none."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -92,8 +92,9 @@ def _process(number: int) -> list[int]:
     return [] if fields[0] in "ZX" else [number, int(fields[19])]
 
 
-def _runs(process: list[int]) -> bool:
-    return bool(process) and _process(process[0]) == process
+def runs(found: list[int]) -> bool:
+    """Whether this very process still runs on this machine; `found`: what `process` said of it."""
+    return bool(found) and process(found[0]) == found
 
 
 def _name(number: int) -> str:
@@ -145,8 +146,8 @@ class Claim:
 
 def _content(owner: str) -> bytes:
     here = {
-        "place": _place(),
-        "process": _process(os.getpid()),
+        "place": place(),
+        "process": process(os.getpid()),
         "words": f"{platform.node()}, process {os.getpid()}",
     }
     return json.dumps({"owner": owner, **here}).encode()

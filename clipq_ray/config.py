@@ -206,6 +206,12 @@ class Config(BaseModel):
         "ray", description="ray: on the cluster, or on this machine; local: one process, no Ray"
     )
     workers: int = Field(1, ge=1, le=1024, description="data-parallel workers of fine-tuning")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="where the cluster has fewer hosts, a training goes on with as few workers; then the promise holds, and the bytes may be others. "
+        "Default: --workers, so it waits for a lost host",
+    )
     threads_per_worker: int = Field(
         1, ge=1, le=256, description="CPU threads of a worker and of a search trial"
     )
@@ -232,7 +238,22 @@ class Config(BaseModel):
         "float32",
         description="of training's forward and backward passes (autocast); weights, levels and evaluation are float32",
     )
-    max_failures: int = Field(3, ge=0, description="restarts of a training whose worker or node was lost")
+    max_failures: int = Field(
+        3,
+        ge=0,
+        description="restarts of a training, or of one search of a layer, whose worker was lost or hung",
+    )
+    stall_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="a worker that makes no step for so long hangs: it is ended and started again [min]",
+    )
+    attempt_hours: float | None = Field(
+        None,
+        gt=0,
+        description="a training, or one search of a layer, that takes longer is ended and goes on behind its last checkpoint, as often as "
+        "--max-failures; default: no limit [h]",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
 
     @model_validator(mode="before")
@@ -262,6 +283,10 @@ class Config(BaseModel):
             raise ValueError(
                 f"expected --workers 1 with --engine local, got {self.workers}; use --engine ray"
             )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"expected --min-workers of at most --workers ({self.workers}), got {self.min_workers}"
+            )
         if self.workers > self.batch_size:
             raise ValueError(
                 f"expected a --batch-size of at least --workers ({self.workers}), got {self.batch_size}"
@@ -287,6 +312,11 @@ class Config(BaseModel):
     def result_name(self) -> str:
         """The name of the result in the storage."""
         return self.name or self.model.replace(":", ".")
+
+    @property
+    def fewest_workers(self) -> int:
+        """With how few workers a training goes on."""
+        return self.min_workers or self.workers
 
     @property
     def memory_limit_bytes(self) -> int:

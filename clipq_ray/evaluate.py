@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clipq_ray import seeds
 from clipq_ray.data import Split, batches
 from clipq_ray.errors import DataError, ModelError, RunError
+from clipq_ray.memory import ran_out
 
 log = logging.getLogger(__name__)
 _Z95 = 1.959963984540054  # the normal's 97.5 % point
@@ -140,16 +141,18 @@ class Forward:
             most = min(self.most or len(images), len(images))
             try:
                 return torch.cat([self._scores(part) for part in images.split(most)])
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not ran_out(error):
+                    raise
                 self._halve(most, error)
 
     def _scores(self, images: Tensor) -> Tensor:
         if self.layout == torch.channels_last and images.dim() == 4:
             try:
                 return self._scores_in(images, torch.channels_last)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if ran_out(error):
+                    raise
                 # .view() on an activation needs the plain layout; any other error comes again from there
                 self.layout = torch.contiguous_format
         return self._scores_in(images, torch.contiguous_format)

@@ -28,6 +28,7 @@ from clipq_ray import seeds
 from clipq_ray.data import Split, batches
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
+from clipq_ray.memory import Attempts, ran_out
 from clipq_ray.operator import Operator, Recovery
 from clipq_ray.plan import Plan
 from clipq_ray.storage import Store
@@ -51,12 +52,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of a training's curve; `validation_top1_percent` is None without validation images."""
+    """One row of a training's curve; `validation_top1_percent` is None without validation images, `workers` in runs before it was said."""
 
     epoch: int
     loss: float
     validation_top1_percent: float | None
     seconds: float
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Checkpoints:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+
+    def attempts(self, stage: str) -> Attempts:
+        """The attempts at the training that these belong to."""
+        return Attempts(self._store, stage)
 
     def save(self, epoch: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write the state after `epoch` (counted from 1); the same epoch again writes the same name."""
@@ -156,7 +162,9 @@ class Trainer:
                 self.operator.load_state(_under("operator/", found[0]))
         # buffers follow rank 0; parameters were equal from the start and stay so
         self.wrapped = DistributedDataParallel(model) if rank.world > 1 else model
+        self.attempts = checkpoints.attempts(stage)
         self.micro_batch = self._fitting_micro_batch()
+        self.attempts.begin(rank.rank, self.micro_batch)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
     def _load_model(self, tensors: dict[str, Tensor]) -> None:
@@ -197,17 +205,28 @@ class Trainer:
             epoch = len(self.curve)
             loss = self._epoch(epoch, progress)
             self.progressed += (1.0 - self.progressed) / (self.epochs - epoch)
-            top1 = self._validate()
-            row = Epoch(epoch + 1, loss, top1, time.monotonic() - started)
+            top1 = self._validate(progress)
+            row = Epoch(epoch + 1, loss, top1, time.monotonic() - started, self.rank.world)
             self.curve.append(row)
             self._fit_deadline(row.seconds)
             self._compare_ranks()
             self._save()
             report(asdict(row))
+        self.attempts.end(self.rank.rank)
+        self._say_worlds()
         if self.operator:
             self.recovery = self.operator.recovery()
             self.operator.detach()
             self.operator = None
+
+    def _say_worlds(self) -> None:
+        """A note where the number of workers changed on the way."""
+        worlds = [row.workers for row in self.curve]
+        if len(set(worlds)) > 1:
+            self.notes.append(
+                f"{self.stage}: workers by epoch: {', '.join(map(str, worlds))} (--min-workers); what was promised holds, the bytes are not those of a "
+                "run with one number of workers"
+            )
 
     def _compare_ranks(self) -> None:
         """All ranks compute codes by themselves; that they are the same is checked once an epoch."""
@@ -239,9 +258,13 @@ class Trainer:
             lambda step: seeds.generator(self.seed, *place, step, self.rank.rank),
         )
 
+    def _steps(self) -> int:
+        """Steps of an epoch."""
+        return max(1, len(self.train_split) // min(self.schedule.batch_size, len(self.train_split)))
+
     def _epoch(self, epoch: int, progress: Progress) -> float:
         self.wrapped.train()
-        steps = max(1, len(self.train_split) // min(self.schedule.batch_size, len(self.train_split)))
+        steps = self._steps()
         total = torch.zeros((), dtype=torch.float64)
         for step, (images, labels) in enumerate(self._batches(epoch)):
             for group in self.optimizer.param_groups:
@@ -251,6 +274,10 @@ class Trainer:
                 total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
             except _NotFinite as error:
                 raise self._diverged(epoch, "weights NaN or infinite") from error
+            except Exception as error:
+                if ran_out(error):
+                    raise self.attempts.ask_for_less(self.micro_batch) from error
+                raise
             progress(epoch * steps + step + 1, self.epochs * steps, f"epoch {epoch + 1} of {self.epochs}")
         if self.operator:
             try:
@@ -316,7 +343,7 @@ class Trainer:
         images, labels = self.train_split.batch(indices, seeds.generator(self.seed, self.stage, "probe"))
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.model.train()
-        micro = len(indices)
+        micro = min(len(indices), self.attempts.most() or len(indices))
         while True:
             try:
                 part = slice(0, micro)
@@ -324,7 +351,9 @@ class Trainer:
                     self.model, images[part].to(self.rank.device), labels[part].to(self.rank.device)
                 ).backward()
                 break
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not ran_out(error):
+                    raise
                 if micro == 1:
                     raise RunError(
                         "one image does not fit the device's memory; use a larger device"
@@ -340,20 +369,27 @@ class Trainer:
         if micro < len(indices):
             note = (
                 f"{self.stage}: {len(indices)} images per worker do not fit the device's memory; gradients are "
-                f"accumulated over micro-batches of {micro} (batch norm sees {micro} images at a time)"
+                f"accumulated over micro-batches of {micro} (batch norm sees {micro} images at a time, and the bytes may be others than with more memory)"
             )
             log.warning(note)
             if note not in self.notes:  # a checkpoint may have brought it
                 self.notes.append(note)
         return micro
 
-    def _validate(self) -> float | None:
-        """Top-1 of the quantized network on validation images [%], by rank 0."""
+    def _validate(self, progress: Progress) -> float | None:
+        """Top-1 of the quantized network on validation images [%], by rank 0; it says between batches that it goes on."""
         if self.validation is None or self.rank.rank:
             return None
+        epoch, steps = len(self.curve) + 1, self._steps()
+
+        def goes_on(done: int, n: int) -> None:
+            if done < n:
+                progress(epoch * steps, self.epochs * steps, f"epoch {epoch} of {self.epochs}")
+
         result = evaluate(
-            self.model, self.validation, batch_size=self.evaluation_batch_size, device=self.rank.device
-        )
+            self.model, self.validation, batch_size=self.evaluation_batch_size, device=self.rank.device,
+            progress=goes_on,
+        )  # fmt: skip
         return 100.0 * result.top1
 
     def _fit_deadline(self, epoch_seconds: float) -> None:

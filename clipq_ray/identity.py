@@ -26,7 +26,8 @@ STAGE_VERSIONS = {"baseline": 1, "search": 4, "finetune": 2, "control": 1}
 """Raised when a change of the code changes what a stage makes of the same inputs."""
 
 _DECIDES_NOTHING = {
-    "storage", "name", "force", "on_claim", "dry_run", "engine", "search_parallel", "trainings", "limit_cpus", "limit_gpus", "max_failures", "data", "data_root", "weights",
+    "storage", "name", "force", "on_claim", "dry_run", "engine", "search_parallel", "trainings", "limit_cpus", "limit_gpus", "max_failures", "stall_minutes",
+    "attempt_hours", "min_workers", "data", "data_root", "weights",
     "validation_data", "memory_limit_gib", "expect_top1_percent", "search_cache_gib", "search_gpu_share",
 }  # fmt: skip
 """Options that are not part of a run's identity; weights and data count by their content."""
@@ -105,8 +106,10 @@ def run_id(
 
 
 def _platform(config: Config) -> dict[str, Any]:
-    """What besides inputs decides bytes: versions, threads, world size."""
+    """What besides inputs decides bytes: versions, threads, world size, and the fewest workers where that may change."""
+    elastic = config.fewest_workers < config.workers
     return {
+        **({"min_workers": config.fewest_workers} if elastic else {}),
         "torch": torch.__version__,
         "threads": config.threads_per_worker,
         "workers": config.workers,

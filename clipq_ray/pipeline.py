@@ -119,6 +119,8 @@ def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
         if committed is not None:
             if problems := manifest.verify(target):
                 raise FormatError(f"the committed run is damaged, and left as it is: {problems[0]}")
+            if claims.holder(target.child(WORK)) is None:  # of a job that was killed right behind its commit
+                target.child(WORK).remove_tree()
             again = "" if said else "; --force makes a new one"
             run.reporter.say(f"run {run_id} is committed already at {target.uri}{again}")
             return Result(target.uri, committed, True)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from clipq_ray.data import Split, batches
 from clipq_ray.evaluate import Evaluation, Forward, Tally, evaluating, logits
+from clipq_ray.memory import ran_out
 
 AGREEMENT = 1e-5
 """Of the largest logit: the most by which logits of the cut network may differ from those of the whole one."""
@@ -59,9 +60,9 @@ def cut(graph: fx.GraphModule, model: nn.Module, layers: Sequence[str], images: 
             values = result.before(images)
             # twice: what is changed in place shows in the second pass
             found = [result.behind(values) for _ in range(2)]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            if ran_out(error):
+                raise
             return None
     most = AGREEMENT * max(float(expected.abs().max()), 1.0)
     return result if all(torch.allclose(one, expected, rtol=0, atol=most) for one in found) else None
@@ -150,7 +151,9 @@ class LayerScores:
         """
         try:
             return self._evaluate(tuple(layers), most_wrong)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not ran_out(error):
+                raise
             # what is kept leaves too little memory, or a whole batch does not fit: the whole network goes on in parts
             self._cut, self._kept, self._limit = None, [], 0
             return self._evaluate(tuple(layers), most_wrong)

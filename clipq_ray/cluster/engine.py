@@ -7,14 +7,18 @@ Both engines call the same functions of `work`, so both give the same result (by
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 from clipq_ray.config import Config
 from clipq_ray.errors import ClipqError
 from clipq_ray.finetune import Progress, Rank
+from clipq_ray.memory import OutOfMemory
 from clipq_ray.storage import Store
 from clipq_ray.work import Searcher, SearchTask, TrainTask, train
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -97,7 +101,12 @@ class LocalEngine:
 
     def train(self, task: TrainTask, progress: Progress) -> float:
         """One rank of one."""
-        train(task, Rank(0, 1, task.source.device()), progress, lambda row: None)
+        rank = Rank(0, 1, task.source.device())
+        try:
+            train(task, rank, progress, lambda row: None)
+        except OutOfMemory as smaller:
+            log.warning("%s", smaller)
+            train(task, rank, progress, lambda row: None)
         return 0.0
 
     def trainings(self, configs: Sequence[Config]) -> int:

@@ -32,8 +32,10 @@ class HandOut:
         tasks: Sequence[int],
         amounts: Sequence[Amount],
         over: Callable[[int, Sequence[Exception]], None],
+        why: Callable[[int, Exception], Exception] = lambda place, error: error,
     ) -> None:
-        self._room, self._tasks, self._amounts, self._over = room, tasks, amounts, over
+        """`why`: the reason why the trial of a place was given up, where that is known better than from what Ray says."""
+        self._room, self._tasks, self._amounts, self._over, self._why = room, tasks, amounts, over, why
         self._waiting: list[Trial] = []
         self._ended: list[Trial] = []  # and nobody has their seats yet
         self._known: set[str] = set()
@@ -89,7 +91,7 @@ class HandOut:
             self._room.end(trial.trial_id)
         number = self._tasks[trial.config["place"]]
         if error is not None:
-            self._lost[number].append(error)
+            self._lost[number].append(self._why(trial.config["place"], error))
         self._left[number] -= 1
         if self._left[number] == 0:
             self._over(number, self._lost[number])

@@ -5,7 +5,8 @@ lost. The search is `ray_search`.
 
 Without a running cluster, Ray starts on this machine and ends with the job. Ray's own storage is a temporary folder on one machine, and on a
 cluster `_work` of the run for trainings and `_ray` in the stage for a search, removed at its
-end; nothing that must last lies there, since Tune pickles. Not covered: several searches on one cluster.
+end; nothing that must last lies there, since Tune pickles. Not covered: several searches at a time on one cluster; the
+next job's waits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -33,6 +35,8 @@ import torch.distributed as dist
 
 from clipq_ray.cluster import privacy, ray_search, sight
 from clipq_ray.cluster.handout import PLACED_BY
+from clipq_ray.cluster.hangs import Limits, Worker
+from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.cluster.room import Amount, Group, Room
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told
 from clipq_ray.config import Config, make
@@ -43,6 +47,7 @@ from clipq_ray.errors import (
     StorageError,
 )
 from clipq_ray.finetune import Progress, Rank
+from clipq_ray.memory import LOW
 from clipq_ray.storage import Store
 from clipq_ray.work import SearchTask, TrainTask, train
 
@@ -65,6 +70,8 @@ def _train_loop(given: dict[str, Any]) -> None:
     wanted = task.source.config.device
     device = ray.train.torch.get_device() if wanted != "cpu" else torch.device("cpu")
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
+
+    board.begin.remote(task.stage, task.stage, Worker.here(), rank.rank, rank.world)
 
     def progress(done: int, total: int, words: str) -> None:
         if rank.rank == 0:
@@ -101,6 +108,18 @@ class _Cluster:
 
 def _amount(resources: Mapping[str, float]) -> Amount:
     return Amount(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+class _LowMemory(ray.train.UserCallback):  # type: ignore[misc]
+    """Hears that Ray's memory monitor ended a worker, which cannot say so itself."""
+
+    def __init__(self, checkpoints: str) -> None:
+        self._checkpoints = checkpoints
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if any("low on memory" in str(error) for error in worker_exceptions.values()):
+            with suppress(StorageError):  # the next attempt is as large then
+                Store(self._checkpoints).write(LOW, b"{}")
 
 
 class RayEngine:
@@ -188,7 +207,7 @@ class RayEngine:
         """One TorchTrainer; gives the seconds that it waited to be let in."""
         config = task.source.config
         worker = _worker(config)
-        self._refuse_impossible(worker, config.workers)
+        self._refuse_impossible(worker, config.fewest_workers)
         with self._room.training(worker, config.workers, (-task.source.priority,)) as waited:
             self._trained(task, worker, progress)
         return waited
@@ -210,17 +229,19 @@ class RayEngine:
     def _trained(self, task: TrainTask, worker: Amount, progress: Progress) -> None:
         config, gpu = task.source.config, worker.gpus > 0
         resources = {"CPU": worker.cpus, "GPU": worker.gpus}
-        with Watch(progress) as watch:
+        hosts = Hosts(task.stage, config.fewest_workers, resources)
+        with Watch(progress, Limits.of([config]), hosts) as watch:
             trainer = ray.train.torch.TorchTrainer(
                 _train_loop,
                 train_loop_config={"task": task, "board": watch.board},
                 scaling_config=ray.train.ScalingConfig(
-                    num_workers=config.workers, use_gpu=gpu, resources_per_worker=resources
+                    num_workers=_world(config), use_gpu=gpu, resources_per_worker=resources
                 ),
                 torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
                 run_config=ray.train.RunConfig(
                     name=f"{task.stage}-{uuid.uuid4().hex}",
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                    callbacks=[_LowMemory(task.checkpoints)],
                     **self._ray_storage(Store(task.checkpoints)),
                 ),
             )
@@ -235,9 +256,15 @@ class RayEngine:
             if (named := told(output)) is not None:
                 raise named from failure
             if failure is not None:
-                raise RunError(
-                    f"{task.stage} failed: {last_line(failure)}; run again to continue"
-                ) from failure
+                why = watch.hangs.error(task.stage) or f"{last_line(failure)}; run again to continue"
+                raise RunError(f"{task.stage} failed: {why}") from failure
+
+
+def _world(config: Config) -> int | tuple[int, int]:
+    """Ray Train's number of workers: fixed, or the fewest and the most."""
+    if config.fewest_workers == config.workers:
+        return config.workers
+    return config.fewest_workers, config.workers
 
 
 def _cluster_has_gpu(wanted: str) -> bool:

@@ -6,6 +6,7 @@ lies in the store as JSON. Not covered: which trial begins when (`handout`), Ray
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import ray
 from ray import tune
 
 from clipq_ray.cluster.handout import HandOut
+from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.room import Amount, Room
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
@@ -54,6 +56,9 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         task = self._tasks[self._number]
+        if self._trials is None:
+            words = f"search: {task.source.name}, {task.groups[self._index].name}"
+            self._board.begin.remote(self._item(), words, Worker.here())
         try:
             searcher = self._searching(task)
             if self._trials is None:
@@ -70,8 +75,13 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         words = task.groups[self._index].name
         if len(self._tasks) > 1:
             words = f"{task.source.name}: {words}"
-        self._board.write.remote(f"{self._number} {self._index}", done, evaluations(self._tasks), words)
+        self._board.write.remote(self._item(), done, evaluations(self._tasks), words)
+        if finished:
+            self._board.leave.remote([self._item()])
         return {"done": finished, "group": self._group}
+
+    def _item(self) -> str:
+        return _item((self._number, self._index))
 
     def _searching(self, task: SearchTask) -> Searcher:
         """Of this network; nothing is kept of the one before, since networks follow one another."""
@@ -79,6 +89,11 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
             self._searcher = None
             self._searcher = Searcher(task, visible_device(task.source.config.device))
         return self._searcher
+
+
+def _item(place: tuple[int, int]) -> str:
+    """What the board calls a group of a task."""
+    return f"{place[0]} {place[1]}"
 
 
 class _Losses(tune.Callback):  # type: ignore[misc]
@@ -121,12 +136,18 @@ def search(
         over(number, [])
     if not places:
         return
-    handout = HandOut(room, [number for number, _ in places], amounts, over)
-    with Watch(progress) as watch:
+    with Watch(progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
+        why = functools.partial(_why, watch, places)
+        handout = HandOut(room, [number for number, _ in places], amounts, over, why)
         _begin(tasks, places, watch.board)
         _tuner(tasks, places, handout, watch.board, storage(Store(tasks[0].output))).fit()
         Store(tasks[0].output).child(_RAY).remove_tree()
-    handout.tell_rest()
+        handout.tell_rest()
+
+
+def _why(watch: Watch, places: Sequence[tuple[int, int]], place: int, error: Exception) -> Exception:
+    """The reason why a trial was given up: that it hung, or what Ray says."""
+    return watch.hangs.error(_item(places[place])) or error
 
 
 def _begin(tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]], board: Any) -> None:

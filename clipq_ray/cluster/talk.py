@@ -1,4 +1,4 @@
-"""What a driver and its workers on Ray tell each other: how far they are, and named errors.
+"""What a driver and its workers on Ray tell each other: who and how far they are, and named errors.
 
 Not covered: what they do (`on_ray`, `ray_search`).
 """
@@ -6,13 +6,20 @@ Not covered: what they do (`on_ray`, `ray_search`).
 from __future__ import annotations
 
 import json
+import logging
+import os
+import platform
 import threading
-from typing import Self
+import time
+from typing import Any, Self
 
 import ray
 import torch
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from clipq_ray.cluster.hangs import Hangs, Limits, Signs, Worker
+from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.errors import (
     ArtifactError,
     ClipqError,
@@ -25,42 +32,83 @@ from clipq_ray.errors import (
 from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
 
-_POLL_SECONDS = 0.5
+log = logging.getLogger(__name__)
+_POLL_SECONDS, _LEASE_POLL_SECONDS = 0.5, 2.0
+_NAMESPACE = "clipq_ray"
 ERROR = "error.json"
 """The object in which a worker says to the driver why it fails."""
 
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """Where workers write how far they are and the driver reads it."""
+    """Where workers write who and how far they are, and the driver reads it."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
         self._items: dict[str, tuple[int, int, str]] = {}
         self._latest = ""
+        self._workers: dict[str, dict[int, Worker]] = {}
+        self._words: dict[str, str] = {}
+        self._begun: dict[str, float] = {}
+        self._stepped: dict[str, float] = {}
+
+    def owner(self) -> str:
+        return self._owner
+
+    def begin(self, item: str, words: str, worker: Worker, rank: int = 0, world: int = 1) -> None:
+        """An attempt at `item` begins in this worker, which is one of `world`."""
+        others = self._workers.get(item, {})
+        self._workers[item] = {one: other for one, other in others.items() if one < world} | {rank: worker}
+        self._words[item] = words
+        self._begun[item] = self._stepped[item] = time.monotonic()
 
     def write(self, item: str, done: int, total: int, words: str) -> None:
         self._items[item] = (done, total, words)
         self._latest = words
+        self._stepped[item] = time.monotonic()
+
+    def leave(self, items: list[str]) -> None:
+        """These have no workers any more."""
+        for item in items:
+            self._workers.pop(item, None)
 
     def read(self) -> tuple[int, int, str]:
         done = sum(item[0] for item in self._items.values())
         return done, max((item[1] for item in self._items.values()), default=0), self._latest
 
+    def signs(self) -> list[Signs]:
+        now = time.monotonic()
+        return [
+            Signs(
+                item,
+                self._words[item],
+                list(workers.values()),
+                now - self._stepped[item],
+                now - self._begun[item],
+            )
+            for item, workers in self._workers.items()
+        ]
+
 
 class Watch:
-    """Passes the board's content to the driver's progress while Ray blocks the driver."""
+    """Passes the board's content to the driver's progress while Ray blocks the driver, ends workers that hang, and says when hosts are missing."""
 
-    def __init__(self, progress: Progress) -> None:
-        here = ray.get_runtime_context().get_node_id()
-        # on the driver's node, so that it is lost with the driver only
-        near = NodeAffinitySchedulingStrategy(here, soft=False)
-        self.board = _Board.options(scheduling_strategy=near).remote()  # type: ignore[attr-defined]
-        self._progress, self._end = progress, threading.Event()
+    def __init__(
+        self, progress: Progress, limits: Limits, hosts: Hosts | None = None, lease: str | None = None
+    ) -> None:
+        """`lease`: only one watch of this name at a time in the whole cluster; the next one waits for its end, and says so."""
+        self.board = _new_board() if lease is None else _leased_board(lease)
+        self.hangs = Hangs(limits)
+        self._progress, self._hosts, self._end = progress, hosts, threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def _poll(self) -> None:
         while not self._end.wait(_POLL_SECONDS):
             self._show()
+            if self._hosts is not None:
+                self._hosts.look()
+            if gone := self.hangs.look(ray.get(self.board.signs.remote())):
+                self.board.leave.remote(gone)
 
     def _show(self) -> None:
         done, total, words = ray.get(self.board.read.remote())
@@ -77,6 +125,39 @@ class Watch:
         if error[0] is None:
             self._show()
         ray.kill(self.board)
+
+
+def _new_board(**options: Any) -> Any:
+    here = ray.get_runtime_context().get_node_id()
+    # on the driver's node, so that it is lost with the driver only
+    near = NodeAffinitySchedulingStrategy(here, soft=False)
+    owner = f"{platform.node()}, process {os.getpid()}"
+    return _Board.options(scheduling_strategy=near, **options).remote(owner)  # type: ignore[attr-defined]
+
+
+def _leased_board(name: str) -> Any:
+    """A board of this name once nobody else has one; it is lost with its owner, and so is the lease."""
+    said = False
+    while True:
+        try:
+            return _new_board(name=f"{_NAMESPACE}-{name}", namespace=_NAMESPACE)
+        except ValueError:  # the name is taken
+            if not said:
+                log.warning(
+                    "%s: waits for that of another job on this cluster (%s); Ray runs one at a time",
+                    name,
+                    _owner(name),
+                )
+            said = True
+            time.sleep(_LEASE_POLL_SECONDS)
+
+
+def _owner(name: str) -> str:
+    try:
+        holder = ray.get_actor(f"{_NAMESPACE}-{name}", namespace=_NAMESPACE)
+        return str(ray.get(holder.owner.remote(), timeout=_LEASE_POLL_SECONDS))
+    except (ValueError, RayError):  # it has just ended
+        return "about to end"
 
 
 def tell(output: Store, error: ClipqError) -> None:

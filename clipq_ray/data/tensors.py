@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import functional
 
 from clipq_ray.data.augment import crop_and_flip, crop_box, draws
 from clipq_ray.data.preprocessing import Preprocessing
@@ -59,6 +58,9 @@ class TensorSplit(Split):
 
     def _resized(self, images: Images, resize: int, augment: torch.Generator | None) -> Tensor:
         """uint8 (B, c, any, any) -> uint8 (B, c, h, w)."""
+        # two seconds of every worker's start
+        from torchvision.transforms import functional
+
         _, height, width = self.preprocessing.input_shape
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         if augment is None:

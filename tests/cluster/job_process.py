@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,10 @@ from clipq_ray import manifest
 from clipq_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = float(os.environ.get("CLIPQ_TEST_LIMIT_SECONDS", "240"))
 
 
-def command(storage: Path, weights: Path, **changes: Any) -> list[str]:
+def command(storage: Path, weights: Path | str, **changes: Any) -> list[str]:
     given = {
         "storage": storage, "weights": weights, "epochs": 12, "workers": 2, "batch_size": 32, "control": "never",
         "search_evaluations": 4, "search_start": 3, "search_images": 60, "learning_rate": 0.01, "target_ratio": 15, "rounds": 1,
@@ -42,8 +42,23 @@ class Process(NamedTuple):
 
 
 def processes(session: int) -> list[Process]:
-    """The live processes of a session, by /proc."""
-    found = []
+    """The live processes of a session."""
+    return [process for process, _, own in _all_processes() if own == session]
+
+
+def children(parents: Iterable[int]) -> list[Process]:
+    """The live processes below some others, at any depth."""
+    everything = list(_all_processes())
+    found, above = list[Process](), set(parents)
+    while above:
+        below = [process for process, parent, _ in everything if parent in above]
+        found += below
+        above = {process.pid for process in below}
+    return found
+
+
+def _all_processes() -> Iterator[tuple[Process, int, int]]:
+    """The live processes of this machine with their parents and sessions, by /proc."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -52,9 +67,8 @@ def processes(session: int) -> list[Process]:
             title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # it has ended
             continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            found.append(Process(int(entry.name), title))
-    return found
+        if fields[0] not in "ZX":
+            yield Process(int(entry.name), title.strip()), int(fields[1]), int(fields[3])
 
 
 def end(session: int) -> None:

@@ -105,6 +105,28 @@ def test_a_training_whose_worker_is_killed_ends_by_itself_with_the_same_bytes(
     assert curve[: len(before)] == before  # seconds and all: these epochs were not trained a second time
 
 
+def test_a_worker_that_hangs_is_ended_and_the_training_goes_on_with_the_same_bytes(
+    undisturbed: dict[str, Any], weights: Path, searched: Path, tmp_path: Path
+) -> None:
+    given = command(searched, weights, stall_minutes=0.25, max_failures=20)
+    with started(given, tmp_path / "errors") as job:
+        before = job.until(lambda: curve_so_far(searched))
+        first = train_workers(job.session)
+        os.kill(max(first), signal.SIGSTOP)  # the other one waits for it
+        assert unfinished(searched)
+        ended = job.wait()
+    assert ended.code == 0
+    assert ended.lines  # more than one where the machine is so busy that healthy workers stand still, too
+    for line in ended.lines:
+        assert line.startswith(
+            "finetune made no step for 0.25 minutes (--stall-minutes); its workers are ended"
+        )
+    assert not first & {process.pid for process in processes(job.session)}
+    after = committed(searched)
+    assert sha256(after) == sha256(undisturbed)
+    assert after["curves"]["finetune"][: len(before)] == before
+
+
 def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
     undisturbed: dict[str, Any], weights: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,52 @@ def test_a_trial_that_is_killed_goes_on_behind_its_last_evaluation(
         job.until(lambda: searched(storage))
         assert "was lost; it goes on behind its last evaluation" in (tmp_path / "errors").read_text()
     assert_as_undisturbed(undisturbed, storage, before)
+
+
+def test_a_trial_that_hangs_is_ended_and_where_it_may_not_fail_it_is_named(
+    undisturbed: Rows, weights: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "s"
+    again = command(storage, weights, **SEARCHED)
+    with started([*again, "--stall-minutes=0.3", "--max-failures=0"], tmp_path / "errors") as job:
+        job.until(lambda: midway(storage))
+        before = rows_so_far(storage)
+        os.kill(min(searchers(job.session)), signal.SIGSTOP)
+        ended = job.wait()
+    assert ended.code == 1
+    *said, named = ended.lines
+    assert said
+    assert "made no step for 0.3 minutes (--stall-minutes); its workers are ended" in said[0]
+    assert re.match(
+        r"compress: the search of \d layers or groups failed: it made no step for 0.3 minutes", named
+    )
+    assert "1 time; look at its node" in named
+    with started(again, tmp_path / "errors") as job:
+        job.until(lambda: searched(storage))
+    assert_as_undisturbed(undisturbed, storage, before)
+
+
+def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_finish(
+    weights: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    cluster.add_node(num_cpus=2)
+    first, second = (
+        command(tmp_path / name, weights, **{**SEARCHED, "seed": seed}) for name, seed in (("a", 0), ("b", 1))
+    )
+    with started(first, tmp_path / "first", RAY_ADDRESS=cluster.address) as one:
+        one.until(lambda: rows_so_far(tmp_path / "a"))
+        with started(second, tmp_path / "second", RAY_ADDRESS=cluster.address) as other:
+            other.until(lambda: "search: waits" in (tmp_path / "second").read_text())
+            assert not searched(tmp_path / "a")
+            assert one.wait() == (0, [])
+            ended = other.wait()
+    (line,) = ended.lines
+    assert line.startswith("search: waits for that of another job on this cluster (")
+    assert str(one.process.pid) in line
+    assert ended.code == 0
+    for name in ("a", "b"):
+        (run,) = manifest.committed(Store(tmp_path / name))
+        assert manifest.verify(run.store) == []
 
 
 def test_a_search_whose_driver_is_killed_goes_on_behind_its_last_evaluation(

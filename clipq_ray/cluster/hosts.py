@@ -1,0 +1,45 @@
+"""Whether the cluster has the hosts that a training needs; where it has not, Ray waits without a word, so this says it.
+
+Not covered: hosts that are there and in use by others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Mapping
+
+import ray
+
+log = logging.getLogger(__name__)
+_LOOK_SECONDS = 2.0
+
+
+class Hosts:
+    """What a training needs of the cluster: so many workers, each with these resources."""
+
+    def __init__(self, words: str, workers: int, each: Mapping[str, float]) -> None:
+        self._words, self._workers, self._each = words, workers, each
+        self._next, self._waits = 0.0, False
+
+    def look(self) -> None:
+        """Say once that it waits, since when and for what, and once that it does no more."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _LOOK_SECONDS
+        room = sum(
+            min(int(node["Resources"].get(name, 0) / amount) for name, amount in self._each.items() if amount)
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+        if room < self._workers and not self._waits:
+            now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="seconds")
+            without = f"; --min-workers {max(room, 1)} would go on without" if room else ""
+            log.warning(
+                "%s waits for a host since %s: it needs %d workers and the cluster has room for %d; it goes on when a host joins%s",
+                self._words, now, self._workers, room, without,
+            )  # fmt: skip
+        elif room >= self._workers and self._waits:
+            log.warning("%s: the host is there, it goes on", self._words)
+        self._waits = room < self._workers

@@ -1,0 +1,96 @@
+"""Out of memory in a training: what it looks like, and what an attempt leaves so that the next one takes half as many images at a time.
+
+Where an allocation fails, the worker says so itself (`ask_for_less`). Where the kernel ends it, it cannot: so every rank leaves a note of its machine's count
+of such kills, and the next attempt on that machine sees whether it has grown. Ray's memory monitor is heard by the engine (`low`). An attempt is
+retried with less once; the second time it is an error with what to do. Not covered: which of the machine's processes the kernel ended.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipq_ray.claims import place
+from clipq_ray.errors import RunError
+from clipq_ray.storage import Store
+
+SMALLER, LOW = "smaller.json", "low-memory.json"
+_ATTEMPT = "attempt-"
+
+
+class OutOfMemory(Exception):
+    """An attempt ran out of memory; the next one takes less."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that memory could not be had, of a GPU or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class Attempts:
+    """The attempts at one training, in the store of its checkpoints."""
+
+    def __init__(self, store: Store, stage: str) -> None:
+        self._store, self._stage = store, stage
+
+    def most(self) -> int | None:
+        """How many images an attempt may take at a time, once one has run out of memory; `RunError` where that did not help."""
+        for name in self._store.names(_ATTEMPT):
+            left = self._read(name)
+            if left is not None and (self._store.exists(LOW) or _killed(left)):
+                self._less(left["images"], left["limited"])
+        left = self._read(SMALLER)
+        return None if left is None else int(left["images"])
+
+    def begin(self, rank: int, images: int) -> None:
+        """This rank takes `images` at a time from now on."""
+        here = {
+            "images": images, "limited": self._store.exists(SMALLER), "place": place(), "kills": _kills(),
+        }  # fmt: skip
+        self._store.write(f"{_ATTEMPT}{rank}.json", json.dumps(here).encode())
+        self._store.remove(LOW)
+
+    def end(self, rank: int) -> None:
+        """This rank has come to its end."""
+        self._store.remove(f"{_ATTEMPT}{rank}.json")
+
+    def ask_for_less(self, images: int) -> OutOfMemory:
+        """The error of an attempt that could not have memory for `images` at a time."""
+        self._less(images, self._store.exists(SMALLER))
+        return OutOfMemory(
+            f"{self._stage}: out of memory with {images} images at a time; the next attempt takes half"
+        )
+
+    def _less(self, images: int, limited: bool) -> None:
+        if limited or images == 1:
+            raise RunError(
+                f"{self._stage}: out of memory with {images} images at a time on each worker{', halved once' if limited else ''}; lower --batch-size or "
+                "--memory-limit-gib, raise --workers, or use machines with more memory"
+            )
+        self._store.write(SMALLER, json.dumps({"images": math.ceil(images / 2)}).encode())
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        if not self._store.exists(name):
+            return None
+        found: dict[str, Any] = json.loads(self._store.read(name))
+        return found
+
+
+def _killed(left: dict[str, Any]) -> bool:
+    """Whether the kernel has ended a process of this machine for want of memory since the attempt that left this began."""
+    return bool(left["place"]) and left["place"] == place() and _kills() > left["kills"]
+
+
+def _kills() -> int:
+    """How many processes the kernel has ended for want of memory since the machine's start; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

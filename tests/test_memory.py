@@ -1,0 +1,121 @@
+"""A training that runs out of memory is retried once with half as many images at a time, then named. Allocations fail here because they really do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipq_ray import manifest
+from clipq_ray.errors import RunError
+from clipq_ray.memory import LOW, Attempts, ran_out
+from clipq_ray.storage import Store
+
+sys.path.insert(0, str(Path(__file__).parent / "cluster"))
+
+from job_process import Ended, finished
+
+HUNGRY = """
+import resource
+from torch import nn, empty
+
+MIB = 2**20
+
+class Hungry(nn.Sequential):
+    # from the 40th step on, an image takes 64 MiB, and so much is there for three quarters of a batch
+    steps = 0
+
+    def forward(self, images):
+        if self.training:
+            self.steps += 1
+        if self.training and self.steps == 40:
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            most = used + {room} * MIB
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        if self.training and self.steps >= 40:
+            empty(len(images) * 64 * MIB // 4)
+        return super().forward(images)
+
+def net(num_classes=10):
+    return Hungry(nn.Flatten(), nn.Linear(2352, 32), nn.ReLU(), nn.Linear(32, num_classes))
+"""
+
+
+def job(folder: Path, room: int, **changes: Any) -> Ended:
+    """The end of a job whose network finds so many MiB for its steps; 32 images take 2,048."""
+    (folder / "hungry.py").write_text(HUNGRY.replace("{room}", str(room)))
+    root = Path(__file__).resolve().parents[1]
+    given = {
+        "storage": folder / "s", "model": "hungry:net", "weights": "random", "input_size": 28, "epochs": 3, "batch_size": 32, "control": "never",
+        "search_evaluations": 4, "search_start": 3, "search_images": 60, "target_ratio": 5, "rounds": 1, "engine": "local", **changes,
+    }  # fmt: skip
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    program = f"import sys; sys.path[:0] = [{str(root)!r}, {str(folder)!r}]; from jobs.compress import main; from clipq_ray import console; "
+    run = "sys.exit(console.run('compress', main))"
+    return finished([sys.executable, "-c", program + run, *words], folder / "errors")
+
+
+def attempts(folder: Path) -> Attempts:
+    return Attempts(Store(folder), "finetune")
+
+
+def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**60)
+    assert ran_out(failed.value)
+    assert ran_out(MemoryError())
+    assert not ran_out(RuntimeError("sizes do not match"))
+
+
+def test_an_attempt_without_enough_memory_is_retried_with_half_as_many_images(tmp_path: Path) -> None:
+    ended = job(tmp_path, 1536)
+    assert ended.code in (0, 1)  # random weights promise nothing
+    assert ended.lines[0] == "finetune: out of memory with 32 images at a time; the next attempt takes half"
+    (run,) = manifest.committed(Store(tmp_path / "s"))
+    notes = manifest.read_manifest(run.store)["notes"]
+    (note,) = [note for note in notes if "micro-batches of 16" in note]
+    assert "the bytes may be others than with more memory" in note
+
+
+def test_where_half_does_not_help_the_error_says_what_does(tmp_path: Path) -> None:
+    ended = job(tmp_path, 512)
+    assert ended.code == 1
+    assert ended.lines[-1].startswith(
+        "compress: finetune: out of memory with 16 images at a time on each worker, halved once; lower --batch-size"
+    )
+
+
+def test_an_attempt_that_the_kernel_ended_for_want_of_memory_is_followed_by_a_smaller_one(
+    tmp_path: Path,
+) -> None:
+    attempts(tmp_path).begin(0, 32)
+    assert attempts(tmp_path).most() is None  # ended by something else
+    (left,) = tmp_path.glob("attempt-*")
+    content = json.loads(left.read_text())
+    left.write_text(
+        json.dumps({**content, "kills": content["kills"] - 1})
+    )  # the machine has counted one since
+    assert attempts(tmp_path).most() == 16
+    attempts(tmp_path).begin(0, 16)
+    left.write_text(json.dumps({**json.loads(left.read_text()), "kills": content["kills"] - 1}))
+    with pytest.raises(RunError, match="out of memory with 16 images at a time on each worker, halved once"):
+        attempts(tmp_path).most()
+
+
+def test_what_the_engine_hears_of_low_memory_counts_once(tmp_path: Path) -> None:
+    attempts(tmp_path).begin(0, 9)
+    Store(tmp_path).write(LOW, b"{}")
+    assert attempts(tmp_path).most() == 5
+    attempts(tmp_path).begin(0, 5)
+    assert attempts(tmp_path).most() == 5
+
+
+def test_an_attempt_that_came_to_its_end_leaves_no_doubt(tmp_path: Path) -> None:
+    attempts(tmp_path).begin(0, 32)
+    attempts(tmp_path).end(0)
+    Store(tmp_path).write(LOW, b"{}")
+    assert attempts(tmp_path).most() is None
