@@ -172,6 +172,12 @@ class Config(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD (Nesterov)")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay of SGD")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the loss")
+    ramp_share: float = Field(
+        0.0,
+        ge=0,
+        le=0.9,
+        description="part of each round in which pruning rates rise to the plan's, from mild ones or from those of the round before; 0: the plan's at once, as published",
+    )
     batch_norm_images: int = Field(
         4096, ge=2, description="training images that re-estimate batch norm after fine-tuning"
     )

@@ -29,7 +29,7 @@ from clipq_ray.data import Split, batches
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.memory import Attempts, ran_out
-from clipq_ray.operator import Operator, Recovery
+from clipq_ray.operator import Operator, Ramp, Recovery
 from clipq_ray.plan import Plan
 from clipq_ray.storage import Store
 
@@ -131,6 +131,7 @@ class Trainer:
         evaluation_batch_size: int,
         deadline: float | None = None,
         precision: str = "float32",
+        ramp: Ramp | None = None,
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
         self.model = model.to(rank.device).to(memory_format=torch.channels_last)
@@ -147,7 +148,9 @@ class Trainer:
         found = checkpoints.latest()
         if found:
             self._load_model(found[0])
-        self.operator = Operator(model, plan) if plan else None
+        self.plan, self.ramp = plan, ramp
+        self.rates = ramp.rates(plan, found[1]["progressed"] if found else 0.0) if plan and ramp else None
+        self.operator = Operator(model, plan, self.rates) if plan else None
         self.recovery: dict[str, Recovery] = {}
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -205,6 +208,7 @@ class Trainer:
             epoch = len(self.curve)
             loss = self._epoch(epoch, progress)
             self.progressed += (1.0 - self.progressed) / (self.epochs - epoch)
+            self._ramp(self.progressed)  # as a process that starts from the checkpoint has them
             top1 = self._validate(progress)
             row = Epoch(epoch + 1, loss, top1, time.monotonic() - started, self.rank.world)
             self.curve.append(row)
@@ -269,6 +273,7 @@ class Trainer:
         for step, (images, labels) in enumerate(self._batches(epoch)):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(epoch, step / steps)
+            self._ramp(self._done(epoch, step / steps))
             torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
             try:
                 total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
@@ -299,9 +304,21 @@ class Trainer:
             f"(now {self.schedule.learning_rate}) or raise --warmup-epochs"
         )
 
+    def _done(self, epoch: int, within: float) -> float:
+        """The part of the schedule that is over, 0..1."""
+        return self.progressed + (1.0 - self.progressed) / (self.epochs - epoch) * within
+
+    def _ramp(self, done: float) -> None:
+        """The pruning rates for what follows when a part `done` of the schedule is over."""
+        if self.operator is None or self.ramp is None or self.plan is None:
+            return
+        rates = self.ramp.rates(self.plan, done)
+        if rates != self.rates:
+            self.rates = rates
+            self.operator.set_rates(rates)
+
     def _rate(self, epoch: int, within: float) -> float:
-        done = self.progressed + (1.0 - self.progressed) / (self.epochs - epoch) * within
-        rate = self.schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+        rate = self.schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * self._done(epoch, within)))
         warm = self.schedule.warmup_epochs
         return rate * min(1.0, (epoch + within + 0.01) / warm) if warm > 0 else rate
 

@@ -6,6 +6,8 @@ average of the weights) acts on full precision. The gradient with respect to the
 receive, clipped ones included: the straight-through estimator, without a custom autograd function. Tied weights are one parameter and
 are quantized once; convolutions, linear layers and attention projections are the same to it.
 
+With a `Ramp`, pruning rates rise while the network is trained; the paper has them fixed.
+
 Source: Tung and Mori, CVPR 2018, section 3.1, and Courbariaux et al. 2015 for the straight-through gradient.
 Not covered: which parameters (`network`), the schedule (`finetune`).
 """
@@ -13,7 +15,7 @@ Not covered: which parameters (`network`), the schedule (`finetune`).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +27,27 @@ from torch import Tensor, nn
 from clipq_ray.errors import ModelError
 from clipq_ray.plan import LayerPlan, Plan, Theta
 from clipq_ray.quantizer import NonFinite, Quantized, decide_share, quantize, requantizer
+
+_RATE_STEP = 1 / 32
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Pruning rates that rise while a network is trained, by the cubic of Zhu and Gupta 2017, so that no step clips more than training can follow.
+
+    start: the first rates, one per layer of the plan; share: the part of the schedule, in (0, 1], that it takes to reach the plan's.
+    """
+
+    start: tuple[float, ...]
+    share: float
+
+    def rates(self, plan: Plan, done: float) -> list[float]:
+        """The rates when a part `done` (0..1) of the schedule is over."""
+        left = max(0.0, 1.0 - done / self.share) ** 3
+        return [
+            first * left + layer.theta.p * (1 - left)
+            for layer, first in zip(plan.layers, self.start, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -43,7 +66,8 @@ class Operator:
     parameter that the network lacks, or a weight is NaN or infinite (the training diverged).
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, rates: Sequence[float] | None = None) -> None:
+        """`rates`: pruning rates to begin with instead of the plan's."""
         self._layers: list[tuple[LayerPlan, nn.Parameter]] = []
         for layer in plan.layers:
             self._layers.append((layer, _parameter(model, layer.layer)))
@@ -53,6 +77,8 @@ class Operator:
         planned = [(layer.theta, layer.share) for layer, _ in self._layers]
         self._requantizer = requantizer(planned, self._other)
         self._changes_before = torch.zeros(len(planned), dtype=torch.int64)
+        if rates is not None:
+            self._requantizer.set_rates(rates)
         self.requantize()
         self._clipped_first = [np.packbits(zero) for zero in self._clipped()]
 
@@ -66,6 +92,11 @@ class Operator:
         """Clips, levels and assignments anew from the full-precision weights, into the parameters."""
         with self._naming_layers():
             self._requantizer.run(self._other, [parameter.data for _, parameter in self._layers])
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Other pruning rates, one per layer of the plan; the parameters are quantized anew."""
+        self._requantizer.set_rates(rates)
+        self.requantize()
 
     def check(self) -> None:
         """`ModelError` if a weight was NaN or infinite; on a GPU this is found here, at the price of waiting for it."""
@@ -171,6 +202,21 @@ def make_plan(model: nn.Module, thetas: dict[str, Theta]) -> Plan:
             for name, theta in thetas.items()
         )
     )
+
+
+@torch.no_grad()
+def mildest_rates(model: nn.Module, plan: Plan) -> tuple[float, ...]:
+    """For every layer of `plan` the pruning rate up to its own, in steps of `_RATE_STEP`, at which quantizing moves the weights in `model` least."""
+    return tuple(_mildest(layer, _parameter(model, layer.layer)) for layer in plan.layers)
+
+
+def _mildest(layer: LayerPlan, weight: Tensor) -> float:
+    def moved(p: float) -> float:
+        theta = Theta(p, layer.theta.b)
+        return float((weight - quantize(weight, theta, layer.share).values).double().square().sum())
+
+    steps = int(layer.theta.p / _RATE_STEP)
+    return min((step * _RATE_STEP for step in range(steps + 1)), key=moved)
 
 
 @torch.no_grad()

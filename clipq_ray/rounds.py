@@ -16,11 +16,12 @@ import numpy as np
 from torch import nn
 
 from clipq_ray import packing, search, stages
+from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group
 from clipq_ray.intent import LARGER, SMALLER, Drop, Intent, Outcome, best, keeps, next_request
 from clipq_ray.network import Inventory
-from clipq_ray.operator import make_plan
+from clipq_ray.operator import Ramp, make_plan, mildest_rates
 from clipq_ray.plan import Plan
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
@@ -226,7 +227,9 @@ def _round(
         epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2
     schedule = stages.schedule_of(config, epochs, rate)
     schedule = replace(schedule, warmup_epochs=min(schedule.warmup_epochs, epochs / 2))
-    tuned = stages.trained(run, "finetune", schedule, initial, plan, given.work, number)
+    tuned = stages.trained(
+        run, "finetune", schedule, initial, plan, given.work, number, _ramp(config, model, plan, before)
+    )
     with run.reporter.stage(f"pack round {number}"):
         packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256)
     drop = Drop.between(
@@ -235,6 +238,17 @@ def _round(
     trained = epochs + (before[-1].outcome.epochs if before else 0)
     outcome = Outcome(requested, len(packed.file), drop, trained)
     return Round(choice, plan, predicted, tuned, packed, outcome)
+
+
+def _ramp(config: Config, model: nn.Module, plan: Plan, before: Sequence[Round]) -> Ramp | None:
+    """From the rates of the round before, or from the mildest for the given weights, to the plan's."""
+    if not config.ramp_share:
+        return None
+    start = [layer.theta.p for layer in before[-1].plan.layers] if before else mildest_rates(model, plan)
+    # a layer that gets more room than before has it at once
+    return Ramp(
+        tuple(min(p, layer.theta.p) for p, layer in zip(start, plan.layers, strict=True)), config.ramp_share
+    )
 
 
 def _say(run: Run, intent: Intent, done: Sequence[Round], bytes_before: int) -> None:

@@ -25,6 +25,7 @@ from clipq_ray.data import Data, Split
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.finetune import Schedule
+from clipq_ray.operator import Ramp
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.redaction import redacted, redacted_json
@@ -195,20 +196,22 @@ def trained(
     plan: Plan | None,
     work: Store,
     number: int = 1,
+    ramp: Ramp | None = None,
 ) -> Store:
-    """Train with the operator (`plan`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind."""
+    """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind."""
     config, architecture = run.config, run.source.architecture()
     inputs = {
         "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
         "weights": models.weights_sha256(read_state(initial)) if initial else None,
         "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
+        **({"ramp": asdict(ramp)} if ramp else {}),
     }  # fmt: skip
 
     def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage),
+            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage), ramp,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)

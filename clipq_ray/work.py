@@ -30,6 +30,7 @@ from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
 from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
 from clipq_ray.groups import Group
+from clipq_ray.operator import Ramp
 from clipq_ray.plan import Plan
 from clipq_ray.search import LayerEvaluator, Settings, Trial, step_group
 from clipq_ray.storage import Store
@@ -209,6 +210,7 @@ class TrainTask:
     output: str
     checkpoints: str
     deadline: float | None = None
+    ramp: Ramp | None = None
 
 
 def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dict[str, Any]], None]) -> None:
@@ -232,6 +234,7 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
         evaluation_batch_size=config.evaluation_batch_size,
         deadline=here(task.deadline, Store(task.output)),
         precision=config.precision,
+        ramp=task.ramp,
     )
     trainer.run(progress, report)
     if rank.rank == 0:

@@ -17,7 +17,7 @@ from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import RunError
 from clipq_ray.finetune import Checkpoints, Rank, Schedule, Trainer
-from clipq_ray.operator import make_plan
+from clipq_ray.operator import Ramp, make_plan
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.storage import Store
 
@@ -111,18 +111,19 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("planned", [True, False], ids=["with the operator", "plainly"])
+@pytest.mark.parametrize("how", ["with the operator", "with rising rates", "plainly"])
 @pytest.mark.parametrize("epochs_before", [1, 3])
 def test_a_training_that_is_killed_goes_on_to_the_same_bits(
-    planned: bool, epochs_before: int, tmp_path: Path
+    how: str, epochs_before: int, tmp_path: Path
 ) -> None:
-    plan = make_plan(network(), PLAN) if planned else None
-    whole = trainer(tmp_path / "whole", plan=plan)
+    plan = None if how == "plainly" else make_plan(network(), PLAN)
+    ramp = Ramp((0.1, 0.2), 0.8) if how == "with rising rates" else None
+    whole = trainer(tmp_path / "whole", plan=plan, ramp=ramp)
     run(whole)
     with pytest.raises(Killed):
-        run(trainer(tmp_path / "cut", plan=plan), killed_after=epochs_before)
+        run(trainer(tmp_path / "cut", plan=plan, ramp=ramp), killed_after=epochs_before)
     torch.manual_seed(999)  # the new process has another history
-    resumed = trainer(tmp_path / "cut", plan=plan)
+    resumed = trainer(tmp_path / "cut", plan=plan, ramp=ramp)
     rows = run(resumed)
     assert [row["epoch"] for row in rows] == list(range(epochs_before + 1, 5))
     assert same(resumed.model, whole.model)
@@ -358,6 +359,21 @@ def test_ranks_with_other_codes_are_found_after_one_epoch(differing: bool, tmp_p
     for rank in range(2):
         said = (tmp_path / f"rank-{rank}").read_text()
         assert ("layer head.weight after epoch 1" in said) if differing else (said == "ended")
+
+
+def test_rising_rates_end_at_the_plans_and_make_another_network(tmp_path: Path) -> None:
+    plan = make_plan(network(), PLAN)
+    at_once, rising = (
+        trainer(tmp_path / "a", plan=plan),
+        trainer(tmp_path / "b", plan=plan, ramp=Ramp((0.0, 0.1), 0.6)),
+    )
+    assert rising.rates == [0.0, 0.1]
+    for made in (at_once, rising):
+        run(made)
+    assert rising.rates == [layer.theta.p for layer in plan.layers]
+    assert not same(at_once.model, rising.model)
+    assert rising.curve[-1].validation_top1_percent is not None
+    assert rising.curve[-1].validation_top1_percent > 90
 
 
 def test_recovery_of_a_killed_training_is_that_of_an_undisturbed_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipq_ray.errors import ModelError
-from clipq_ray.operator import Operator, bake, make_plan
+from clipq_ray.operator import Operator, Ramp, bake, make_plan, mildest_rates
 from clipq_ray.plan import LayerPlan, Plan, Share, Theta
 from clipq_ray.quantizer import quantize
 
@@ -240,6 +240,41 @@ def stepped(model: nn.Module, operator: Operator, steps: range, rate: float = 0.
         loss_of(model, step).backward()
         with operator.full_precision():
             optimizer.step()
+
+
+def test_rates_rise_from_the_first_to_the_plans_and_stay() -> None:
+    plan = make_plan(network(), THETAS)
+    ramp = Ramp((0.1, 0.3), 0.5)
+    assert ramp.rates(plan, 0.0) == [0.1, 0.3]
+    middle = ramp.rates(plan, 0.25)
+    assert middle == pytest.approx([0.5 - 0.4 / 8, 0.3])
+    assert ramp.rates(plan, 0.5) == ramp.rates(plan, 1.0) == [0.5, 0.3]
+
+
+def test_the_parameters_are_quantized_at_the_rates_that_were_set() -> None:
+    model = network()
+    full = values(model)
+    plan = make_plan(model, THETAS)
+    operator = Operator(model, plan, [0.25, 0.0])
+    for rates in ([0.25, 0.0], [0.75, 0.1]):
+        operator.set_rates(rates)
+        for layer, p in zip(plan.layers, rates, strict=True):
+            wanted = quantize(full[layer.layer], Theta(p, layer.theta.b), layer.share)
+            assert torch.equal(model.get_parameter(layer.layer), wanted.values)
+
+
+def test_the_mildest_rate_moves_the_weights_least_and_is_at_most_the_plans() -> None:
+    model = network()
+    plan = make_plan(model, {"0.weight": Theta(0.9, 2), "2.weight": Theta(0.01, 2)})
+    first, second = mildest_rates(model, plan)
+    assert second == 0.0
+    weight, share = model.get_parameter("0.weight").detach(), plan.layers[0].share
+
+    def moved(p: float) -> float:
+        return float((weight - quantize(weight, Theta(p, 2), share).values).double().norm())
+
+    assert 0 < first < 0.9
+    assert all(moved(first) <= moved(step / 32) for step in range(29))
 
 
 def test_recovery_counts_what_came_back_and_every_change_of_state() -> None:

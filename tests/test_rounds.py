@@ -95,6 +95,19 @@ def test_the_same_promise_in_another_storage_with_the_stages_trains_nothing(
     assert again.manifest["files"]["model.clq"] == result.manifest["files"]["model.clq"]
 
 
+def test_rising_rates_are_recorded_and_keep_the_promise(
+    tmp_path: Path, promised: tuple[Path, Result]
+) -> None:
+    result = run(promised[0], target_bytes=6000, ramp_share=0.5)
+    assert result.kept
+    assert result.manifest["config"]["ramp_share"] == 0.5
+    other = run(promised[0], target_bytes=6000)
+    assert other.manifest["promise"]["predicted_bytes"] == result.manifest["promise"]["predicted_bytes"]
+    assert (
+        manifest.files_of(Store(other.uri))["model.clq"] != manifest.files_of(Store(result.uri))["model.clq"]
+    )
+
+
 def test_a_file_of_so_many_bytes_is_not_larger(promised: tuple[Path, Result]) -> None:
     storage, _ = promised
     result = run(storage, target_bytes=6_000)

@@ -36,6 +36,9 @@ class Requantizer(Protocol):
         `NonFinite` with the layer's number where a weight is NaN or infinite; on a GPU only `check` raises it.
         """
 
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Other pruning rates p, one per layer, from the next pass on; bit widths and shares stay."""
+
     def check(self) -> None:
         """`NonFinite` with the layer's number if any pass met NaN or infinity; waits for the device."""
 
@@ -66,6 +69,12 @@ class PlainRequantizer:
                 self.changes[number] += int(((index == zero) != (self.indices[number] == zero)).sum())
             self.indices[number].copy_(index)
         self._fresh = False
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """As `Requantizer.set_rates`."""
+        self._layers = [
+            (Theta(p, theta.b), share) for p, (theta, share) in zip(rates, self._layers, strict=True)
+        ]
 
     def check(self) -> None:
         """Nothing is left to find: `run` raises at once."""

@@ -185,6 +185,11 @@ class CpuRequantizer:
         if failed:
             raise failed[0]
 
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """As `fast.Requantizer.set_rates`."""
+        for layer, p in zip(self._layers, rates, strict=True):
+            layer.p = p
+
     def check(self) -> None:
         """Nothing is left to find: `run` raises at once."""
 

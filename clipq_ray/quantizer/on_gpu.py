@@ -290,6 +290,10 @@ class GpuRequantizer:
         # on the device: every pass launches the same kernels, so one pass is enough before a CUDA graph is captured
         self._fresh = torch.ones(1, dtype=torch.int32, device=device)
 
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """As `fast.Requantizer.set_rates`."""
+        self._rates.copy_(torch.tensor(list(rates), dtype=torch.float64))
+
     def run(self, weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Quantize `weights` into `values`; nothing waits for the device."""
         if not self._count:

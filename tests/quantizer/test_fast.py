@@ -178,6 +178,21 @@ def test_pass_after_pass_gives_the_references_bits_and_counts_changes(
         assert torch.equal(quantizer.changes, changes), how
 
 
+@pytest.mark.parametrize("kind", [CpuRequantizer, fast.PlainRequantizer])
+def test_rates_that_are_set_count_from_the_next_pass_on(kind: Any) -> None:
+    weights = network(torch.float32)
+    shares = [reference.decide_share(weight, theta) for weight, theta in zip(weights, LAYERS, strict=True)]
+    quantizer = kind(list(zip(LAYERS, shares, strict=True)), weights)
+    values = [torch.empty_like(weight) for weight in weights]
+    quantizer.run(weights, values)
+    for step in range(1, 4):
+        rates = [min(0.999, theta.p + step * (1 - theta.p) / 4) for theta in LAYERS]
+        quantizer.set_rates(rates)
+        quantizer.run(weights, values)
+        for value, weight, theta, p, share in zip(values, weights, LAYERS, rates, shares, strict=True):
+            assert torch.equal(value, reference.quantize(weight, Theta(p, theta.b), share).values)
+
+
 def test_the_plain_one_counts_and_gives_the_same() -> None:
     weights = network(torch.float32)
     shares = [reference.decide_share(weight, theta) for weight, theta in zip(weights, LAYERS, strict=True)]

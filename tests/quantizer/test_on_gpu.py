@@ -48,6 +48,9 @@ def compare(
     zeros: list[Tensor] = []
     values = [torch.full_like(weight, 7.0) for weight in weights]
     for number in range(passes):
+        if number:  # rates may change between passes
+            thetas = [Theta((theta.p + 0.4) % 0.99, theta.b) for theta in thetas]
+            quantizer.set_rates([theta.p for theta in thetas])
         quantizer.run(weights, values)
         quantizer.check()
         now = []
