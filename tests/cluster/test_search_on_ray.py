@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_process import ROOT, command, finished, processes, started
+from job_process import ROOT, children, command, finished, processes, started
 from PIL import Image
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
@@ -130,15 +130,22 @@ def test_a_trial_that_hangs_is_ended_and_where_it_may_not_fail_it_is_named(
 def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_finish(
     weights: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
-    cluster.add_node(num_cpus=2)
+    node = cluster.add_node(num_cpus=2)
     first, second = (
         command(tmp_path / name, weights, **{**SEARCHED, "seed": seed}) for name, seed in (("a", 0), ("b", 1))
     )
     with started(first, tmp_path / "first", RAY_ADDRESS=cluster.address) as one:
         one.until(lambda: rows_so_far(tmp_path / "a"))
+        raylet = node.all_processes["raylet"][0].process.pid
+        held = [child.pid for child in children([raylet]) if "ResourceTrainable" in child.title]
+        assert held
+        for process in held:  # a search of seconds may end before another job has come to its own
+            os.kill(process, signal.SIGSTOP)
         with started(second, tmp_path / "second", RAY_ADDRESS=cluster.address) as other:
             other.until(lambda: "search: waits" in (tmp_path / "second").read_text())
             assert not searched(tmp_path / "a")
+            for process in held:
+                os.kill(process, signal.SIGCONT)
             assert one.wait() == (0, [])
             ended = other.wait()
     (line,) = ended.lines
