@@ -226,10 +226,10 @@ class Trainer:
 
     def _index_batches(self, epoch: int) -> list[Tensor]:
         """This rank's rows of every global batch; the last, smaller one is left out unless it is the only one."""
-        order = self.train_split.order(seeds.generator(self.seed, self.stage, "order", epoch))
-        size = min(self.schedule.batch_size, len(order))
-        whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-        return [batch[self.rank.rank :: self.rank.world] for batch in whole]
+        generator = seeds.generator(self.seed, self.stage, "order", epoch)
+        return self.train_split.index_batches(
+            generator, self.schedule.batch_size, self.rank.rank, self.rank.world
+        )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         place = (self.stage, "augment", epoch)

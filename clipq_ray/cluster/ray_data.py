@@ -1,0 +1,174 @@
+"""Images that do not fit into memory, read and decoded by Ray Data on any node of the cluster, for a training's worker.
+
+`Decoders` gives the batches of `clipq_ray.data.batches`, bit by bit. Which images, in which order and with which crops is the plan's
+(`data.reading`); a Ray Data task reads and decodes one piece of it, and what it makes, uint8, streams back in order. A task whose node is lost runs
+again on another. The worker makes batches of what comes, and decodes itself where nothing comes for long: no training waits for CPUs that others
+hold. Not covered: data in memory, which need no decoding; overlap of reading and decoding inside a task.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import ExecutionResources, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
+from torch import Tensor
+
+from clipq_ray import errors
+from clipq_ray.data import batches
+from clipq_ray.data.decoding import Decoded
+from clipq_ray.data.encoded import EncodedSplit
+from clipq_ray.data.prefetch import Batch, ahead, one_by_one
+from clipq_ray.data.reading import Reading, assembled, reading
+from clipq_ray.data.split import Split
+from clipq_ray.errors import ClipqError, RunError
+
+log = logging.getLogger(__name__)
+PIECE_BYTES = 16 * 2**20
+"""Decoded images that a task makes at least: enough that its start does not count."""
+BLOCK_BYTES = 4 * 2**20
+STALL_SECONDS = 120.0
+
+
+class Decoders:
+    """CPUs of the cluster that decode for one worker of a training; called as `data.batches`."""
+
+    def __init__(self, cpus: int, waiting_bytes: int, object_store_bytes: float | None = None) -> None:
+        """`cpus`: tasks at a time; `waiting_bytes`: decoded images in this process, about; `object_store_bytes`: of those on their way."""
+        self.cpus, self.waiting_bytes, self.object_store_bytes = cpus, waiting_bytes, object_store_bytes
+        self.stall_seconds = STALL_SECONDS
+        self._held: tuple[Any, Any] | None = None
+
+    def __call__(
+        self,
+        split: Split,
+        index_batches: Iterable[Tensor],
+        generators: Callable[[int], torch.Generator | None],
+        prefetch: int = 2,
+    ) -> Iterator[Batch]:
+        """As `data.batches`. The generators must be as they were seeded: tasks seed their own the same."""
+        if not isinstance(split, EncodedSplit):
+            return batches(split, index_batches, generators, prefetch)
+        made = self._made(split, list(index_batches), generators)
+        return ahead(made, prefetch) if prefetch > 0 else made
+
+    def _made(
+        self,
+        split: EncodedSplit,
+        index_batches: list[Tensor],
+        generators: Callable[[int], torch.Generator | None],
+    ) -> Generator[Batch, None, None]:
+        if not index_batches:
+            return
+        seeds = [_seed(generators(number)) for number in range(len(index_batches))]
+        plan = reading(split, index_batches, seeds, waiting_bytes=self.waiting_bytes, piece_bytes=PIECE_BYTES)
+        done = 0
+        images = self._images(split, plan)
+        try:
+            for batch in assembled(split, plan, images, generators):
+                yield batch
+                done += 1
+            return
+        except ExecutionTimeoutError:
+            log.warning(
+                "no images from the cluster's decoders for %.0f s; this worker decodes the rest of the epoch itself",
+                self.stall_seconds,
+            )
+        finally:
+            images.close()
+        yield from one_by_one(split, index_batches[done:], lambda number: generators(done + number))
+
+    def _images(self, split: EncodedSplit, plan: Reading) -> Generator[Decoded, None, None]:
+        """All images of the plan in the order of reading."""
+        dataset = ray.data.range(plan.pieces, override_num_blocks=plan.pieces).map_batches(
+            _decode,
+            batch_size=None,
+            fn_kwargs={"key": _key(split), "split": self._shared(split), "plan": ray.put(plan)},
+            compute=TaskPoolStrategy(size=self.cpus),
+            num_cpus=1,
+        )
+        context = dataset.context
+        context.execution_options.preserve_order = True
+        context.execution_options.verbose_progress = False
+        context.execution_options.resource_limits = ExecutionResources(
+            object_store_memory=self.object_store_bytes
+        )
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = self.stall_seconds
+        context.target_max_block_size = BLOCK_BYTES
+        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+        try:
+            for block in blocks:
+                yield from _unpacked(block)
+        finally:
+            blocks.close()
+
+    def _shared(self, split: EncodedSplit) -> Any:
+        """The split in the object store, once for all epochs."""
+        if self._held is None or self._held[0] != _key(split):
+            self._held = _key(split), ray.put(split.unbuffered())
+        return self._held[1]
+
+
+def _seed(generator: torch.Generator | None) -> int | None:
+    return None if generator is None else generator.initial_seed()
+
+
+def _key(split: EncodedSplit) -> tuple[Any, ...]:
+    """Splits of which any stands for the other: the copies that several workers of one training hold."""
+    return split.fingerprint, split.preprocessing
+
+
+_SPLITS: dict[tuple[Any, ...], EncodedSplit] = {}
+
+
+def _split(key: tuple[Any, ...], held: Any) -> EncodedSplit:
+    """The split behind `held`, unpacked once per process."""
+    if key not in _SPLITS:
+        _SPLITS.clear()
+        _SPLITS[key] = ray.get(held)
+    return _SPLITS[key]
+
+
+@functools.lru_cache(maxsize=2)
+def _plan(held: Any) -> Reading:
+    plan: Reading = ray.get(held)
+    return plan
+
+
+def _decode(pieces: dict[str, Any], key: tuple[Any, ...], split: Any, plan: Any) -> Iterator[dict[str, Any]]:
+    """What a task does. Named errors travel as rows, since Ray would wrap them beyond recognition."""
+    shape: tuple[int, ...] = (1, 1, 1)
+    try:
+        images, order = _split(key, split), _plan(plan)
+        shape = images.preprocessing.input_shape
+        at_once = max(1, BLOCK_BYTES // int(np.prod(shape)))
+        for piece in pieces["id"]:
+            for part in order.decoded(images, int(piece), at_once):
+                yield _packed(part, shape)
+    except ClipqError as error:
+        yield _packed([str(error)], shape, type(error).__name__)
+
+
+def _packed(images: list[Decoded], shape: tuple[int, ...], error: str = "") -> dict[str, Any]:
+    pixels = np.zeros((len(images), *shape), dtype=np.uint8)
+    for position, image in enumerate(images):
+        if not isinstance(image, str):
+            pixels[position] = image
+    reasons = np.array([image if isinstance(image, str) else "" for image in images], dtype=object)
+    return {"pixels": pixels, "reason": reasons, "error": np.array([error] * len(images), dtype=object)}
+
+
+def _unpacked(block: dict[str, Any]) -> Iterator[Decoded]:
+    """The mirror of `_packed`: images, copied out of Ray's memory, or the error that a task met."""
+    for pixels, reason, error in zip(block["pixels"], block["reason"], block["error"], strict=True):
+        if error:
+            raise getattr(errors, error, RunError)(str(reason))
+        yield str(reason) if reason else pixels.copy()
