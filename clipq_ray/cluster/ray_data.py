@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
@@ -22,19 +24,23 @@ from ray.data.exceptions import ExecutionTimeoutError
 from torch import Tensor
 
 from clipq_ray import errors
+from clipq_ray.config import Config
 from clipq_ray.data import batches
 from clipq_ray.data.decoding import Decoded
 from clipq_ray.data.encoded import EncodedSplit
-from clipq_ray.data.prefetch import Batch, ahead, one_by_one
+from clipq_ray.data.prefetch import Batch, Feed, ahead, one_by_one
 from clipq_ray.data.reading import Reading, assembled, reading
 from clipq_ray.data.split import Split
-from clipq_ray.errors import ClipqError, RunError
+from clipq_ray.errors import ClipqError, ConfigError, RunError
 
 log = logging.getLogger(__name__)
 PIECE_BYTES = 16 * 2**20
 """Decoded images that a task makes at least: enough that its start does not count."""
 BLOCK_BYTES = 4 * 2**20
 STALL_SECONDS = 120.0
+_STORE_SHARE = (
+    0.3  # of Ray's object store, for images on their way; Ray's own limit for one data set is half of it
+)
 
 
 class Decoders:
@@ -44,7 +50,7 @@ class Decoders:
         """`cpus`: tasks at a time; `waiting_bytes`: decoded images in this process, about; `object_store_bytes`: of those on their way."""
         self.cpus, self.waiting_bytes, self.object_store_bytes = cpus, waiting_bytes, object_store_bytes
         self.stall_seconds = STALL_SECONDS
-        self._held: tuple[Any, Any] | None = None
+        self._held: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
         self,
@@ -87,12 +93,13 @@ class Decoders:
 
     def _images(self, split: EncodedSplit, plan: Reading) -> Generator[Decoded, None, None]:
         """All images of the plan in the order of reading."""
-        dataset = ray.data.range(plan.pieces, override_num_blocks=plan.pieces).map_batches(
+        # one task per piece: both steps have the same limit, so Ray Data makes them one
+        numbers = ray.data.range(plan.pieces, override_num_blocks=plan.pieces, concurrency=self.cpus)
+        dataset = numbers.map_batches(
             _decode,
             batch_size=None,
             fn_kwargs={"key": _key(split), "split": self._shared(split), "plan": ray.put(plan)},
             compute=TaskPoolStrategy(size=self.cpus),
-            num_cpus=1,
         )
         context = dataset.context
         context.execution_options.preserve_order = True
@@ -112,9 +119,38 @@ class Decoders:
 
     def _shared(self, split: EncodedSplit) -> Any:
         """The split in the object store, once for all epochs."""
-        if self._held is None or self._held[0] != _key(split):
-            self._held = _key(split), ray.put(split.unbuffered())
-        return self._held[1]
+        key = _key(split)
+        if key not in self._held:
+            self._held[key] = ray.put(split.unbuffered())
+        return self._held[key]
+
+
+def refuse_without_cpus(config: Config) -> None:
+    """`ConfigError` where the user wants decoding beside the workers and they leave no CPU; a cluster may still grow, so only our own Ray is checked."""
+    if config.decode != "cluster" or os.environ.get("RAY_ADDRESS"):
+        return
+    if cpus_left(config, config.workers, 1) < 1:
+        raise ConfigError(
+            f"expected a CPU beyond its own for each of {config.workers} workers with --decode cluster, got "
+            f"{ray.cluster_resources().get('CPU', 0):.0f} CPUs; lower --workers or use --decode auto"
+        )
+
+
+def feed(config: Config, world: int, trainings: int) -> Feed:
+    """What makes the batches of one of `world` workers, where so many `trainings` may go on at a time."""
+    cpus = cpus_left(config, world, trainings)
+    if config.decode == "worker" or (config.decode == "auto" and cpus < 1):
+        return batches
+    cpus = max(1, cpus if config.decode_cpus is None else min(cpus, config.decode_cpus))
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    return Decoders(cpus, config.memory_limit_bytes // 2, _STORE_SHARE * store / (world * trainings))
+
+
+def cpus_left(config: Config, world: int, trainings: int) -> int:
+    """CPUs of the cluster for the decoders of one worker, beyond those that the workers of all trainings hold."""
+    workers = world * trainings
+    there = ray.cluster_resources().get("CPU", 0.0)
+    return max(0, math.floor(float(there - workers * config.threads_per_worker) / workers))
 
 
 def _seed(generator: torch.Generator | None) -> int | None:
@@ -127,12 +163,14 @@ def _key(split: EncodedSplit) -> tuple[Any, ...]:
 
 
 _SPLITS: dict[tuple[Any, ...], EncodedSplit] = {}
+_MOST_SPLITS = 2  # training and validation images
 
 
 def _split(key: tuple[Any, ...], held: Any) -> EncodedSplit:
     """The split behind `held`, unpacked once per process."""
     if key not in _SPLITS:
-        _SPLITS.clear()
+        if len(_SPLITS) >= _MOST_SPLITS:
+            _SPLITS.pop(next(iter(_SPLITS)))
         _SPLITS[key] = ray.get(held)
     return _SPLITS[key]
 
