@@ -40,7 +40,9 @@ from bench.record import Row, row, write
 from clipq_ray import seeds
 from clipq_ray.cluster.ray_data import Decoders
 from clipq_ray.data import Split, batches, open_data
+from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.prefetch import Feed
+from clipq_ray.data.reading import assembled, reading
 from clipq_ray.storage import Store
 
 BATCH = 64
@@ -129,6 +131,22 @@ def busy(place: str, split: Split, rates: list[Row], given: argparse.Namespace) 
     return rows
 
 
+def assembling(split: EncodedSplit, given: argparse.Namespace) -> Row:
+    """What one worker can take at most: batches of images that are decoded already, by one thread."""
+    order = split.index_batches(seeds.generator(0, "order", 0), BATCH)
+    plan = reading(split, order, [0] * len(order), waiting_bytes=_LARGE, piece_bytes=1)
+    images = [
+        image for piece in range(plan.pieces) for part in plan.decoded(split, piece, ROWS) for image in part
+    ]
+    rates = []
+    for _ in range(given.rounds):
+        started = time.perf_counter()
+        for _ in assembled(split, plan, images, lambda step: torch.Generator().manual_seed(0)):
+            pass
+        rates.append(len(images) / (time.perf_counter() - started))
+    return row("data/jpeg/assembling", rates, "images/s", better="higher")
+
+
 @contextmanager
 def ray_on(cpus: int) -> Iterator[None]:
     """Ray on this machine with the environment as it is now."""
@@ -141,11 +159,13 @@ def ray_on(cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def opened(uri: str, size: int, memory_bytes: int) -> Split:
-    """The training images."""
-    return open_data(
+def opened(uri: str, size: int, memory_bytes: int) -> EncodedSplit:
+    """The training images, beyond the memory limit."""
+    split = open_data(
         uri, input_shape=(3, size, size), memory_limit_bytes=memory_bytes, validation_images=10
     ).train
+    assert isinstance(split, EncodedSplit), "expected images beyond the memory limit"
+    return split
 
 
 def main() -> int:
@@ -168,14 +188,14 @@ def main() -> int:
         size = jpegs(f"{folder}/jpegs", given.images)
         copied(Path(given.data), f"{bucket}/cifar10")
         copied(folder / "jpegs", f"{bucket}/jpegs")
-        memory = opened(given.data, 32, _LARGE)
-        # windows of 10 and of all row groups
+        memory = open_data(given.data, input_shape=(3, 32, 32), validation_images=10).train
         rows += measured("cifar10/local", opened(given.data, 32, 160 * _SMALL), memory, given)
         rows += measured("cifar10/s3", opened(f"{bucket}/cifar10", 32, 160 * _SMALL), None, given)
         jpeg_rows = measured("jpeg/local", opened(f"{folder}/jpegs", 224, 10**9), None, given)
         rows += jpeg_rows + busy("jpeg/local", opened(f"{folder}/jpegs", 224, 10**9), jpeg_rows, given)
         rows += measured("jpeg/s3", opened(f"{bucket}/jpegs", 224, 10**9), None, given)
         worker = next(one.value for one in jpeg_rows if one.name.endswith("/worker"))
+        rows.append(assembling(opened(f"{folder}/jpegs", 224, 10**9), given))
         rows += [
             Row("data/jpeg/bytes", size, "bytes"),
             Row("data/jpeg/cores_for_a_gpu", GPU_RATE / worker, "cores"),

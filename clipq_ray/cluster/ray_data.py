@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 PIECE_BYTES = 16 * 2**20
 """Decoded images that a task makes at least: enough that its start does not count."""
 BLOCK_BYTES = 4 * 2**20
-STALL_SECONDS = 120.0
+STALL_SECONDS = 300.0
 _STORE_SHARE = (
     0.3  # of Ray's object store, for images on their way; Ray's own limit for one data set is half of it
 )
