@@ -34,7 +34,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from s3_server import environment, make_bucket, serving
+from s3_server import environment, make_bucket, serving  # type: ignore[import-not-found]
 
 from bench.record import Row, row, write
 from clipq_ray import seeds

@@ -229,7 +229,7 @@ class Config(BaseModel):
     decode: Literal["auto", "worker", "cluster"] = Field(
         "auto",
         description="where images beyond --memory-limit-gib are read and decoded: by the training's worker, or by Ray Data on CPUs of any node; "
-        "auto: there, where the cluster has CPUs beyond those of the workers",
+        "auto: there, where the cluster has CPUs beyond those of the workers and --limit-cpus is not given",
     )
     decode_cpus: int | None = Field(
         None,

@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
@@ -38,6 +39,8 @@ PIECE_BYTES = 16 * 2**20
 """Decoded images that a task makes at least: enough that its start does not count."""
 BLOCK_BYTES = 4 * 2**20
 STALL_SECONDS = 300.0
+LOOK_SECONDS = 5.0
+"""Before an epoch a free CPU is looked for so long: what has just ended is not known at once. Trials of a search may hold all of them for hours."""
 _STORE_SHARE = (
     0.3  # of Ray's object store, for images on their way; Ray's own limit for one data set is half of it
 )
@@ -49,7 +52,7 @@ class Decoders:
     def __init__(self, cpus: int, waiting_bytes: int, object_store_bytes: float | None = None) -> None:
         """`cpus`: tasks at a time; `waiting_bytes`: decoded images in this process, about; `object_store_bytes`: of those on their way."""
         self.cpus, self.waiting_bytes, self.object_store_bytes = cpus, waiting_bytes, object_store_bytes
-        self.stall_seconds = STALL_SECONDS
+        self.stall_seconds, self.look_seconds = STALL_SECONDS, LOOK_SECONDS
         self._held: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
@@ -61,6 +64,9 @@ class Decoders:
     ) -> Iterator[Batch]:
         """As `data.batches`. The generators must be as they were seeded: tasks seed their own the same."""
         if not isinstance(split, EncodedSplit):
+            return batches(split, index_batches, generators, prefetch)
+        if not self._cpu_is_free():
+            log.warning("no CPU of the cluster is free to decode; this worker decodes its epoch itself")
             return batches(split, index_batches, generators, prefetch)
         made = self._made(split, list(index_batches), generators)
         return ahead(made, prefetch) if prefetch > 0 else made
@@ -117,6 +123,14 @@ class Decoders:
         finally:
             blocks.close()
 
+    def _cpu_is_free(self) -> bool:
+        limit = time.monotonic() + self.look_seconds
+        while ray.available_resources().get("CPU", 0.0) < 1:
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.1)
+        return True
+
     def _shared(self, split: EncodedSplit) -> Any:
         """The split in the object store, once for all epochs."""
         key = _key(split)
@@ -139,7 +153,9 @@ def refuse_without_cpus(config: Config) -> None:
 def feed(config: Config, world: int, trainings: int) -> Feed:
     """What makes the batches of one of `world` workers, where so many `trainings` may go on at a time."""
     cpus = cpus_left(config, world, trainings)
-    if config.decode == "worker" or (config.decode == "auto" and cpus < 1):
+    # trials and trainings may take a job's limit whole, and decoders would be beyond it
+    asked = config.decode == "cluster" or (config.decode == "auto" and config.limit_cpus is None and cpus > 0)
+    if not asked:
         return batches
     cpus = max(1, cpus if config.decode_cpus is None else min(cpus, config.decode_cpus))
     store = ray.cluster_resources().get("object_store_memory", 0.0)
@@ -149,7 +165,8 @@ def feed(config: Config, world: int, trainings: int) -> Feed:
 def cpus_left(config: Config, world: int, trainings: int) -> int:
     """CPUs of the cluster for the decoders of one worker, beyond those that the workers of all trainings hold."""
     workers = world * trainings
-    there = ray.cluster_resources().get("CPU", 0.0)
+    limit = math.inf if config.limit_cpus is None else config.limit_cpus
+    there = min(limit, ray.cluster_resources().get("CPU", 0.0))
     return max(0, math.floor(float(there - workers * config.threads_per_worker) / workers))
 
 

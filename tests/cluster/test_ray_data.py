@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,10 @@ def test_a_file_that_vanishes_is_the_same_named_error(cluster: Cluster, tmp_path
     assert said[0] == said[1]
 
 
-def test_where_others_hold_all_cpus_the_worker_decodes_itself(
-    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    split = opened(write(tmp_path, {"train.parquet": numbered(0, 90)}))
-    end = tmp_path / "end"
+@contextmanager
+def held_by_others(place: Path) -> Iterator[None]:
+    """All CPUs of the cluster are taken."""
+    end = place / "end"
 
     @ray.remote(num_cpus=2, max_retries=0)
     def hold() -> None:
@@ -154,14 +154,25 @@ def test_where_others_hold_all_cpus_the_worker_decodes_itself(
     held = [hold.remote() for _ in range(2)]
     try:
         until(lambda: free_cpus() == 0)
-        decoders = Decoders(2, 10**6)
-        decoders.stall_seconds = 2.0
-        found = epoch(split, decoders)
+        yield
     finally:
         end.touch()
         ray.get(held)
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["before an epoch", "in the middle of one"])
+def test_where_others_hold_all_cpus_the_worker_decodes_itself(
+    cluster: Cluster, looks: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    split = opened(write(tmp_path, {"train.parquet": numbered(0, 90)}))
+    decoders = Decoders(2, 10**6)
+    decoders.stall_seconds, decoders.look_seconds = 2.0, 0.5
+    if not looks:  # as if they were taken after the look
+        monkeypatch.setattr(decoders, "_cpu_is_free", lambda: True)
+    with held_by_others(tmp_path):
+        found = epoch(split, decoders)
     assert_same(found, epoch(split, batches))
-    assert "this worker decodes the rest of the epoch itself" in caplog.text
+    assert ("its epoch itself" if looks else "the rest of the epoch itself") in caplog.text
 
 
 def test_an_epoch_that_is_left_gives_its_cpus_back(cluster: Cluster, tmp_path: Path) -> None:
@@ -217,6 +228,7 @@ def test_the_cluster_decodes_where_it_has_cpus_beyond_those_of_the_workers(clust
     assert [cpus(1, threads_per_worker=2), cpus(1, threads_per_worker=4)] == [2, None]
     assert [cpus(1, decode="worker"), cpus(4, decode="cluster")] == [None, 1]
     assert [cpus(1, decode_cpus=2), cpus(1, decode_cpus=9)] == [2, 3]
+    assert [cpus(1, limit_cpus=3), cpus(1, limit_cpus=3, decode="cluster")] == [None, 2]
 
 
 def test_workers_that_leave_no_cpu_to_decoders_are_refused_on_one_machine(
