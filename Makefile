@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-s3 test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos
+.PHONY: demo test test-s3 test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data
 
 install: .venv/installed
 
@@ -56,6 +56,9 @@ bench-search: install
 
 bench-fleet: install
 	$(BIN)/python bench/fleet.py
+
+bench-data: install
+	$(BIN)/python bench/data.py --data $(CLIPQ_SHARED)/data/cifar10
 
 bench-codec: install .venv-nncodec/installed
 	$(BIN)/python bench/codec.py --weights $(CLIPQ_SHARED)/weights

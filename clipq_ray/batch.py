@@ -82,7 +82,7 @@ class _Job:
         self._turn = threading.Lock()
         self._alone = len(sources) == 1
         wanted = sources[0].config.trainings or engine.trainings([source.config for source in sources])
-        self._at_once = min(wanted, len(sources)) if engine.parallel else 1
+        self._at_once = engine.at_once = min(wanted, len(sources)) if engine.parallel else 1
         place = {source.name: number for number, source in enumerate(sources)}
         self._ensembles = {tuple(place[name] for name in one.members): one for one in ensembles}
         self.held: list[Claim] = []

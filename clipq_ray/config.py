@@ -238,6 +238,17 @@ class Config(BaseModel):
     search_gpu_share: float = Field(
         1.0, ge=0.01, le=1, description="of a GPU for each trial of the search: 0.25 runs four on one"
     )
+    decode: Literal["auto", "worker", "cluster"] = Field(
+        "auto",
+        description="where images beyond --memory-limit-gib are read and decoded: by the training's worker, or by Ray Data on CPUs of any node; "
+        "auto: there, where the cluster has CPUs beyond those of the workers and --limit-cpus is not given",
+    )
+    decode_cpus: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="CPUs that decode for each worker, at most; default: its share of what the workers leave",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     evaluation_batch_size: int = Field(250, ge=1, description="images per batch without gradients")
     precision: Literal["float32", "bfloat16"] = Field(
@@ -293,6 +304,8 @@ class Config(BaseModel):
             raise ValueError(
                 f"expected --min-workers of at most --workers ({self.workers}), got {self.min_workers}"
             )
+        if self.engine == "local" and self.decode == "cluster":
+            raise ValueError("expected --engine ray with --decode cluster, got local; leave one of them out")
         if self.workers > self.batch_size:
             raise ValueError(
                 f"expected a --batch-size of at least --workers ({self.workers}), got {self.batch_size}"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from clipq_ray import seeds
 from clipq_ray.data import Split, batches
+from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import DataError, ModelError, RunError
 from clipq_ray.memory import ran_out
 
@@ -83,16 +84,17 @@ def evaluate(
     batch_size: int,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    feed: Feed = batches,
 ) -> Evaluation:
     """Score `model`, which lies on `device`, on all images of `split`, in eval mode; modes are restored.
 
-    `progress(done, n)` is called after every batch. Batches that do not fit the device's memory are halved, said once. `DataError`
+    `progress(done, n)` is called after every batch; `feed` makes the batches. Batches that do not fit the device's memory are halved, said once. `DataError`
     without images, or where a label lies outside the network's outputs.
     """
     tally = Tally(len(split))
     forward = Forward(model, torch.device(device))
     with evaluating(model):
-        for images, labels in batches(split, torch.arange(tally.n).split(batch_size), lambda step: None):
+        for images, labels in feed(split, torch.arange(tally.n).split(batch_size), lambda step: None):
             tally.add(forward(images), labels)
             if progress:
                 progress(tally.done, tally.n)

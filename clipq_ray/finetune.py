@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipq_ray import seeds
 from clipq_ray.data import Split, batches
+from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.memory import Attempts, ran_out
@@ -113,7 +114,7 @@ class Trainer:
     """One training of `model`, in place; after `run` the parameters hold full-precision weights.
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
-    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so.
+    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `feed` makes the batches.
     """
 
     def __init__(
@@ -132,11 +133,12 @@ class Trainer:
         deadline: float | None = None,
         precision: str = "float32",
         ramp: Ramp | None = None,
+        feed: Feed = batches,
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
         self.model = model.to(rank.device).to(memory_format=torch.channels_last)
         self.train_split, self.validation = train, validation
-        self.precision = precision
+        self.precision, self.feed = precision, feed
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
         self.checkpoints, self.deadline = checkpoints, deadline
         self.evaluation_batch_size = evaluation_batch_size
@@ -249,14 +251,14 @@ class Trainer:
 
     def _index_batches(self, epoch: int) -> list[Tensor]:
         """This rank's rows of every global batch; the last, smaller one is left out unless it is the only one."""
-        order = self.train_split.order(seeds.generator(self.seed, self.stage, "order", epoch))
-        size = min(self.schedule.batch_size, len(order))
-        whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-        return [batch[self.rank.rank :: self.rank.world] for batch in whole]
+        generator = seeds.generator(self.seed, self.stage, "order", epoch)
+        return self.train_split.index_batches(
+            generator, self.schedule.batch_size, self.rank.rank, self.rank.world
+        )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         place = (self.stage, "augment", epoch)
-        return batches(
+        return self.feed(
             self.train_split,
             self._index_batches(epoch),
             lambda step: seeds.generator(self.seed, *place, step, self.rank.rank),
@@ -357,7 +359,11 @@ class Trainer:
     def _fitting_micro_batch(self) -> int:
         """The largest micro-batch that fits all ranks' memory, found by one step without effect before training."""
         indices = self._index_batches(0)[0]
-        images, labels = self.train_split.batch(indices, seeds.generator(self.seed, self.stage, "probe"))
+        # one image as often as needed: the images of a batch lie in many row groups
+        images, labels = (
+            one.repeat_interleave(len(indices), 0)
+            for one in self.train_split.batch(indices[:1], seeds.generator(self.seed, self.stage, "probe"))
+        )
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.model.train()
         micro = min(len(indices), self.attempts.most() or len(indices))
@@ -405,7 +411,7 @@ class Trainer:
 
         result = evaluate(
             self.model, self.validation, batch_size=self.evaluation_batch_size, device=self.rank.device,
-            progress=goes_on,
+            progress=goes_on, feed=self.feed,
         )  # fmt: skip
         return 100.0 * result.top1
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
-from clipq_ray.data import Data, Split, open_data
+from clipq_ray.data import Data, Split, batches, open_data
 from clipq_ray.data.listing import few
+from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
 from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
@@ -213,8 +214,17 @@ class TrainTask:
     ramp: Ramp | None = None
 
 
-def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dict[str, Any]], None]) -> None:
-    """Run `task` as one rank; rank 0 writes the full-precision weights, then the curve, which says that all is there."""
+def train(
+    task: TrainTask,
+    rank: Rank,
+    progress: Progress,
+    report: Callable[[dict[str, Any]], None],
+    feed: Feed = batches,
+) -> None:
+    """Run `task` as one rank; rank 0 writes the full-precision weights, then the curve, which says that all is there.
+
+    `feed` makes the batches, as `batches` does and of the same bytes.
+    """
     config = task.source.config
     prepare_process(config.threads_per_worker)
     model = task.source.network()
@@ -235,6 +245,7 @@ def train(task: TrainTask, rank: Rank, progress: Progress, report: Callable[[dic
         deadline=here(task.deadline, Store(task.output)),
         precision=config.precision,
         ramp=task.ramp,
+        feed=feed,
     )
     trainer.run(progress, report)
     if rank.rank == 0:

@@ -13,6 +13,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import boto3
 import pytest
@@ -51,8 +52,8 @@ def make_bucket(endpoint: str) -> str:
     return name
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+@contextmanager
+def serving() -> Iterator[str]:
     """The endpoint of a running server, `http://127.0.0.1:PORT`; the environment is left alone."""
     # Port 0: the system gives a free port and the server prints it, so no other process can take it in between.
     process = subprocess.Popen(
@@ -93,6 +94,13 @@ def _endpoint(process: subprocess.Popen[str]) -> str:
     if not ready.wait(START_LIMIT_SECONDS) or not found:
         raise RuntimeError(f"moto_server did not start: {''.join(said)[-500:]}")
     return found[0]
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """`serving`, once for all tests."""
+    with serving() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

@@ -22,10 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Runs tasks to their end; what they make lies in their stores afterwards. `parallel`: whether `train` may be called from several threads, and
-    while a search goes on."""
+    """Runs tasks to their end; what they make lies in their stores afterwards.
+
+    `parallel`: whether `train` may be called from several threads, and while a search goes on; `at_once`: from how many threads it will be, so that
+    what is done beside trainings leaves room for all of them.
+    """
 
     parallel: bool
+    at_once: int
 
     def reaches(self, storage: Store) -> None:
         """`StorageError` where work would run that does not see what this process writes to `storage`."""
@@ -60,6 +64,7 @@ class LocalEngine:
     """Everything in this process, one worker, no Ray: breakpoints, fast tests, laptops."""
 
     parallel = False
+    at_once = 1
 
     def reaches(self, storage: Store) -> None:
         """Everything runs in this process."""

@@ -33,7 +33,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from clipq_ray.cluster import privacy, ray_search, sight
+from clipq_ray.cluster import privacy, ray_data, ray_search, sight
 from clipq_ray.cluster.handout import PLACED_BY
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.hosts import Hosts
@@ -78,7 +78,8 @@ def _train_loop(given: dict[str, Any]) -> None:
             board.write.remote(task.stage, done, total, words)
 
     try:
-        train(task, rank, progress, lambda row: ray.train.report(row))
+        feed = ray_data.feed(task.source.config, rank.world, given["trainings"])
+        train(task, rank, progress, lambda row: ray.train.report(row), feed)
     except StorageError:
         raise  # may pass: Ray tries again
     except ClipqError as error:
@@ -128,6 +129,7 @@ class RayEngine:
     `config`: the job's; what it may take of the cluster stands there."""
 
     parallel = True
+    at_once = 1
 
     def __init__(self, config: Config | None = None) -> None:
         self._config = config or make()
@@ -208,6 +210,7 @@ class RayEngine:
         config = task.source.config
         worker = _worker(config)
         self._refuse_impossible(worker, config.fewest_workers)
+        ray_data.refuse_without_cpus(config)
         with self._room.training(worker, config.workers, (-task.source.priority,)) as waited:
             self._trained(task, worker, progress)
         return waited
@@ -233,7 +236,7 @@ class RayEngine:
         with Watch(progress, Limits.of([config]), hosts) as watch:
             trainer = ray.train.torch.TorchTrainer(
                 _train_loop,
-                train_loop_config={"task": task, "board": watch.board},
+                train_loop_config={"task": task, "board": watch.board, "trainings": self.at_once},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=_world(config), use_gpu=gpu, resources_per_worker=resources
                 ),

@@ -8,6 +8,8 @@ covered: finding bad images of large sets in advance; that would read everything
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -41,8 +43,12 @@ class ImageRows(Protocol):
         """The encoded images at `rows`; None where there are no bytes."""
         ...
 
-    def order(self, rows: Rows, generator: torch.Generator) -> Tensor:
-        """A shuffled order int64 (m,) of `rows` (m,) that is cheap to read."""
+    def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+        """Shuffled positions 0..m-1 in `rows` (m,) for each rank, int64 (counts[rank],), in an order that is cheap to read; sum of `counts`: m."""
+        ...
+
+    def unbuffered(self) -> ImageRows:
+        """The same source for a process that asks for each group once and has no use for a cache."""
         ...
 
 
@@ -60,14 +66,44 @@ class EncodedSplit(Split):
 
     def order(self, generator: torch.Generator) -> Tensor:
         """As `Split.order`; where rows are read in groups, shuffled groups first, then rows inside windows of groups."""
-        return self.source.order(self.rows, generator)
+        return self.source.shares(self.rows, [len(self)], generator)[0]
+
+    def index_batches(
+        self, generator: torch.Generator, batch_size: int, rank: int = 0, world: int = 1
+    ) -> list[Tensor]:
+        """As `Split.index_batches`; where rows are read in groups, each group is read by one rank, but for those at the borders of two."""
+        size = min(batch_size, len(self))
+        steps = len(self) // size
+        mine = [len(range(one, size, world)) for one in range(world)]
+        counts = [steps * count for count in mine]
+        counts[-1] += len(self) - steps * size  # left out of the last rank's, as of the only one's
+        share = self.source.shares(self.rows, counts, generator)[rank]
+        return list(share[: steps * mine[rank]].view(steps, mine[rank]))
 
     def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """As `Split.batch`; random resized crops and flips, or crops with padding where images already have the input's size."""
+        numbers = self.numbers(len(indices), augment)
+        return self.made(indices, self.decode(indices, numbers), numbers, augment)
+
+    def numbers(self, count: int, augment: torch.Generator | None) -> Numbers | None:
+        """What decoding `count` images of a batch needs of its generator: float64 (count, DRAWS), or nothing."""
+        large = self.preprocessing.resize is not None
+        return draws(count, augment) if large and augment is not None else None
+
+    def decode(self, indices: Tensor, numbers: Numbers | None) -> list[Decoded]:
+        """First half of `batch`: pixels uint8 (c, h, w) of each image, or the reason why it has none."""
+        return decode_many(self.source.read(self.rows[indices.numpy()]), self.preprocessing, numbers)
+
+    def made(
+        self,
+        indices: Tensor,
+        images: Sequence[Decoded],
+        numbers: Numbers | None,
+        augment: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Second half of `batch`: what was decoded, perhaps elsewhere, as a batch; `numbers` and `augment` as in the first."""
         chosen = indices.numpy().astype(np.int64, copy=True)
         large = self.preprocessing.resize is not None
-        numbers = draws(len(chosen), augment) if large and augment is not None else None
-        images = decode_many(self.source.read(self.rows[chosen]), self.preprocessing, numbers)
         pixels = np.empty((len(chosen), *self.preprocessing.input_shape), dtype=np.uint8)
         for position, image in enumerate(images):
             if isinstance(image, str):
@@ -92,11 +128,16 @@ class EncodedSplit(Split):
             reason = image
         raise DataError(f"expected at least one readable image, found none among {len(self)}: {reason}")
 
+    def unbuffered(self) -> EncodedSplit:
+        """The same images for a process that decodes each once."""
+        other = copy.copy(self)
+        other.source = self.source.unbuffered()
+        return other
+
     def subset(self, indices: Tensor) -> EncodedSplit:
         """As `Split.subset`; source and cache are shared."""
         chosen = indices.numpy().astype(np.int64, copy=True)
-        part = EncodedSplit.__new__(EncodedSplit)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part.labels = self.labels[chosen]
         part.rows = self.rows[chosen]
         part.fingerprint = subset_hash(self.fingerprint, chosen)

@@ -61,9 +61,13 @@ class ImageFiles:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(self.listing.read, names))
 
-    def order(self, rows: Rows, generator: torch.Generator) -> Tensor:
-        """A plain permutation."""
-        return torch.randperm(len(rows), generator=generator)
+    def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+        """A plain permutation, cut."""
+        return list(torch.randperm(len(rows), generator=generator).split(list(counts)))
+
+    def unbuffered(self) -> ImageFiles:
+        """Itself: no file is kept."""
+        return self
 
 
 def class_of(name: str, folder: str) -> str:

@@ -1,14 +1,16 @@
 """Encoded images in Parquet files: columns `image` struct<bytes, path> and `label`, as Hugging Face's data sets have them.
 
 Opening reads footers and label columns; row groups are read when a batch needs them and kept, least recently used first out, while they
-fit `cache_bytes`. An epoch's order shuffles row groups, then images inside windows of half the cache, so that every row group is read
-about once per epoch: more files than memory holds are no problem, but the order depends on `cache_bytes`. The fingerprint hashes base
+fit `cache_bytes`. An epoch shuffles row groups, deals them to the ranks, and shuffles images inside windows of half the cache, so that
+every row group is read about once per epoch and by one rank: more files than memory holds are no problem, but the order depends on
+`cache_bytes`. The fingerprint hashes base
 names, sizes, footers, all labels and 64 KiB from the middle of every file; a change of pixels that touches none of these is not seen.
 Not covered: images given by `path` alone, nested or encrypted files, one row group larger than memory.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections import OrderedDict
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipq_ray.data.listing import Listing, reading
-from clipq_ray.data.sampling import windowed_order
+from clipq_ray.data.sampling import windowed_shares
 from clipq_ray.data.split import Labels, content_hash
 from clipq_ray.errors import DataError
 
@@ -96,9 +98,15 @@ class ParquetRows:
         first = int(self._group_starts[self._groups.index((position, 0))])
         return f"{self.listing.at(self.files[position].name)}:{row - first}"
 
-    def order(self, rows: Rows, generator: torch.Generator) -> Tensor:
-        """Shuffled row groups, then rows inside windows of them (`sampling.windowed_order`)."""
-        return windowed_order(self._group[rows], self._group_bytes, self.cache_bytes // 2, generator)
+    def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+        """Shuffled row groups, dealt to the ranks, then rows inside windows of them (`sampling.windowed_shares`)."""
+        return windowed_shares(self._group[rows], self._group_bytes, self.cache_bytes // 2, counts, generator)
+
+    def unbuffered(self) -> ParquetRows:
+        """The same rows for a process that asks for each row group once: none but the last is kept."""
+        other = copy.copy(self)  # without the cache, as `__getstate__` says
+        other.cache_bytes = 0
+        return other
 
     def read(self, rows: Rows) -> list[bytes | None]:
         """The encoded images; row groups that are not cached are read, some at once."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from clipq_ray.data.split import Split
 
 Batch = tuple[Tensor, Tensor]
+Feed = Callable[..., Iterator[Batch]]
+"""Whatever makes batches as `batches` does."""
 _POLL_SECONDS = 0.1
 
 
@@ -31,18 +33,20 @@ def batches(
     `prefetch` batches lie ready at most; 0 prepares each when it is asked for, as do splits that must not run in another thread.
     An exception comes out where its batch would have come; closing the iterator (or dropping it) ends the thread.
     """
-    made = _made(split, index_batches, generators)
-    return _ahead(made, prefetch) if prefetch > 0 and split.threaded else made
+    made = one_by_one(split, index_batches, generators)
+    return ahead(made, prefetch) if prefetch > 0 and split.threaded else made
 
 
-def _made(
+def one_by_one(
     split: Split, index_batches: Iterable[Tensor], generators: Callable[[int], torch.Generator | None]
 ) -> Generator[Batch, None, None]:
+    """As `batches`, each made when it is asked for."""
     for number, indices in enumerate(index_batches):
         yield split.batch(indices, generators(number))
 
 
-def _ahead(made: Generator[Batch, None, None], prefetch: int) -> Generator[Batch, None, None]:
+def ahead(made: Generator[Batch, None, None], prefetch: int) -> Generator[Batch, None, None]:
+    """What `made` gives, made by a thread that stays up to `prefetch` batches ahead and closes it at the end."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=prefetch)
     closed = threading.Event()
 
@@ -61,6 +65,8 @@ def _ahead(made: Generator[Batch, None, None], prefetch: int) -> Generator[Batch
             put(None)
         except BaseException as error:  # it is the caller's to handle, whatever it is
             put(error)
+        finally:
+            made.close()
 
     thread = threading.Thread(target=work, name="clipq-batches", daemon=True)
     thread.start()

@@ -1,10 +1,13 @@
 """Which images: fixed stratified samples, and shuffled orders that read a few row groups at a time.
 
 Images of large sets lie in groups (Parquet row groups) that are read whole. A sample therefore takes as few groups as give every class
-its share, and an epoch's order shuffles groups, then images inside windows of groups that fit a budget. Not covered: weighted sampling.
+its share, and an epoch shuffles groups, deals them to the ranks, and shuffles images inside windows of groups that fit a budget. Not
+covered: weighted sampling.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -77,23 +80,43 @@ def _first_groups(labels: Indices, share: Indices, groups: Indices, draw: torch.
     return np.flatnonzero(when <= last)
 
 
-def windowed_order(
-    groups: Indices, group_bytes: Indices, window_bytes: int, generator: torch.Generator
-) -> Tensor:
-    """A shuffled order int64 (n,) of images whose groups are `groups` int64 (n,).
+def windowed_shares(
+    groups: Indices,
+    group_bytes: Indices,
+    window_bytes: int,
+    counts: Sequence[int],
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """The images of each rank in a shuffled order: int64 (counts[rank],), each image 0..n-1 in one of them, n the sum of `counts`.
 
-    Groups are shuffled and cut into windows of at most `window_bytes` (at least one group each); images are shuffled inside a window.
-    One window gives a plain permutation of all images.
+    `groups`: int64 (n,), the group of each image. Groups are shuffled and dealt to the ranks one behind the other, so that a rank reads
+    its own ones only; of a group at the border of two ranks each has a random part. A rank's groups are cut into windows of at most
+    `window_bytes` (at least one group each), and its images shuffled inside a window. One rank and one window give a plain permutation.
     """
     names, group = np.unique(groups, return_inverse=True)
-    turn = torch.randperm(len(names), generator=generator).numpy()
-    window = np.empty(len(names), dtype=np.int64)
+    turns = torch.randperm(len(names), generator=generator).numpy()
+    shuffled = torch.randperm(len(groups), generator=generator).numpy()
+    turn, place = np.empty_like(turns), np.empty_like(shuffled)
+    turn[turns], place[shuffled] = np.arange(len(turns)), np.arange(len(shuffled))
+    dealt = np.lexsort((place, turn[group]))
+    sizes = group_bytes[names[turns]]
+    shares = []
+    for part in np.split(dealt, np.cumsum(counts)[:-1]):
+        its_turn = turn[group[part]]
+        window = np.zeros(len(turns), dtype=np.int64)
+        present = np.unique(its_turn)
+        window[present] = _windows(sizes[present], window_bytes)
+        shares.append(torch.from_numpy(part[np.lexsort((place[part], window[its_turn]))]))
+    return shares
+
+
+def _windows(sizes: Indices, most: int) -> Indices:
+    """The number of the window of each group, in the order given: sums of `sizes` up to `most`, at least one group each."""
+    window = np.empty(len(sizes), dtype=np.int64)
     used, current = 0, 0
-    for one in turn:
-        size = int(group_bytes[names[one]])
-        if used and used + size > window_bytes:
+    for position, size in enumerate(sizes.tolist()):
+        if used and used + size > most:
             used, current = 0, current + 1
         used += size
-        window[one] = current
-    shuffled = torch.randperm(len(groups), generator=generator).numpy()
-    return torch.from_numpy(shuffled[np.argsort(window[group[shuffled]], kind="stable")])
+        window[position] = current
+    return window

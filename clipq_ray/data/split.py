@@ -41,6 +41,19 @@ class Split(ABC):
         """A shuffled order of one epoch: int64 (n,), each index once."""
         return torch.randperm(len(self), generator=generator)
 
+    def index_batches(
+        self, generator: torch.Generator, batch_size: int, rank: int = 0, world: int = 1
+    ) -> list[Tensor]:
+        """What one of `world` ranks trains on in one epoch: its indices int64 (b,) of every step, each image in at most one of them.
+
+        A step has `batch_size` images over all ranks, or all images where there are fewer; what is left at the end is left out. All
+        ranks have as many steps. The same generator on every rank gives parts of one epoch.
+        """
+        order = self.order(generator)
+        size = min(batch_size, len(order))
+        whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        return [batch[rank::world] for batch in whole]
+
     @abstractmethod
     def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Images float32 (B, C, H, W), normalised and contiguous, and labels int64 (B,), for `indices` int64 (B,).

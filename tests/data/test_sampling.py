@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipq_ray.data.sampling import hold_out, quotas, stratified, windowed_order
+from clipq_ray.data.sampling import hold_out, quotas, stratified, windowed_shares
 from clipq_ray.errors import ConfigError
 
 
@@ -58,9 +58,18 @@ def test_holding_out_parts_the_images_and_has_a_default() -> None:
             hold_out(np.arange(200) % 4, count, 0)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def windowed_order(groups: np.ndarray, group_bytes: np.ndarray, window_bytes: int, seed: int) -> torch.Tensor:
+    (order,) = windowed_shares(groups, group_bytes, window_bytes, [len(groups)], seeded(seed))
+    return order
+
+
 def test_an_order_has_each_index_once_and_touches_few_groups_at_a_time() -> None:
     groups = np.repeat(np.arange(20), 10)
-    order = windowed_order(groups, np.full(20, 100), 400, torch.Generator().manual_seed(0))
+    order = windowed_order(groups, np.full(20, 100), 400, 0)
     assert sorted(order.tolist()) == list(range(200))
     windows = [set(groups[part.numpy()]) for part in order.split(40)]
     assert [len(window) for window in windows] == [4] * 5
@@ -70,7 +79,29 @@ def test_an_order_has_each_index_once_and_touches_few_groups_at_a_time() -> None
 
 def test_groups_larger_than_a_window_are_taken_one_by_one_and_a_large_window_takes_all() -> None:
     groups = np.repeat(np.arange(5), 10)
-    single = windowed_order(groups, np.full(5, 100), 1, torch.Generator().manual_seed(0))
+    single = windowed_order(groups, np.full(5, 100), 1, 0)
     assert [len(set(groups[part.numpy()])) for part in single.split(10)] == [1] * 5
-    whole = windowed_order(groups, np.full(5, 100), 10**6, torch.Generator().manual_seed(0))
+    whole = windowed_order(groups, np.full(5, 100), 10**6, 0)
     assert len(set(groups[whole[:10].numpy()])) > 2
+
+
+def test_the_order_of_one_rank_is_pinned() -> None:
+    order = windowed_order(np.repeat(np.arange(4), 3), np.full(4, 100), 200, 5)
+    assert order.tolist() == [9, 4, 5, 10, 3, 11, 0, 2, 6, 7, 8, 1]  # as it was before there were ranks
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 99), st.data())
+def test_ranks_part_the_images_and_share_groups_at_their_borders_only(
+    sizes: list[int], world: int, seed: int, data: st.DataObject
+) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(groups)), min_size=world - 1, max_size=world - 1)))
+    counts = np.diff([0, *cuts, len(groups)]).tolist()
+    shares = windowed_shares(groups, np.array(sizes), 12, counts, seeded(seed))
+    assert [len(share) for share in shares] == counts
+    assert sorted(torch.cat(shares).tolist()) == list(range(len(groups)))
+    readers = sum(len(set(groups[share.numpy()])) for share in shares)
+    assert readers <= len(sizes) + world - 1
+    again = windowed_shares(groups, np.array(sizes), 12, counts, seeded(seed))
+    assert all(torch.equal(*pair) for pair in zip(shares, again, strict=True))
