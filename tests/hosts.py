@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HOSTS = {"client": "10.77.0.9", "head": "10.77.0.10", "worker1": "10.77.0.11", "worker2": "10.77.0.12"}
-LIFETIME_SECONDS = 1800
+LIFETIME_SECONDS = 3600
 _PREFIX = "clipq-"
 _SWITCH = f"{_PREFIX}switch"
 _PROGRAMS = ("/usr/sbin/sshd", "rsync", "ssh", "ssh-keygen", "ip", "unshare", "nsenter", "hostname")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hosts import HOSTS, Bed, missing
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 ENDPOINT = f"http://{HOSTS['client']}:5000"
@@ -35,7 +35,7 @@ OPTIONS = (
     "--model lenet5 --weights random --workers 2 --target-ratio 15 --rounds 1 --epochs 40 --batch-size 32 "
     "--learning-rate 0.01 --control never --search-evaluations 4 --search-start 3 --search-images 60"
 )
-LIMIT_SECONDS = 600.0  # for any one thing; an idle machine of two cores needs a fraction
+LIMIT_SECONDS = 1200.0  # for any one thing; an idle machine of two cores needs a fraction of it for all
 _WAIT = 2.0
 
 
@@ -90,7 +90,14 @@ class Cluster:
         for name in listed.stdout.split("\0"):
             if name and (ROOT / name).is_file():
                 (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, checkout / name)
+                shutil.copy2(ROOT / name, checkout / name)
+        for compiled in (ROOT / "clipq_ray").rglob(
+            "__pycache__/*.nb[ic]"
+        ):  # as on hosts that ran a job before
+            for name in HOSTS:
+                target = self.bed.folder / name / "root" / "clipq_ray" / compiled.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(compiled, target)
         (checkout / "cluster.yaml").write_text(cluster_file())
         self.start("python -m moto.server -H 0.0.0.0 -p 5000", "s3")
         self.until(lambda: self.s3("s3.create_bucket(Bucket='clipq')").returncode == 0, 60)
@@ -158,8 +165,8 @@ class Cluster:
     def alive(self) -> set[str]:
         """The hosts whose Ray the head holds for alive."""
         nodes = (self.get("/nodes?view=summary") or {}).get("data", {}).get("summary", [])
-        raylets = [node["raylet"] for node in nodes]
-        return {one["nodeManagerHostname"] for one in raylets if one.get("state") == "ALIVE"}
+        up = [node for node in nodes if node["raylet"].get("state") == "ALIVE"]
+        return {node.get("hostname") or node["raylet"]["nodeManagerHostname"] for node in up}
 
     def log(self, job: str) -> str:
         """What a job has said so far."""
