@@ -39,3 +39,17 @@ def test_costs_follow_from_the_formula() -> None:
         expected = 51e6 / float(speed.replace(",", "")) / 3600
         assert abs(float(hours) - expected) / expected < 0.03
         assert abs(int(cost) - expected * float(dollars)) <= 1
+
+
+def test_requests_and_trials_are_those_of_the_bench() -> None:
+    rows = json.loads((ROOT / "bench" / "results" / "scale.json").read_text())["rows"]
+    found = {row["name"]: row["value"] for row in rows}
+    writes = [found[f"scale/s3/write/{one}"] for one in ("per_evaluation", "per_epoch", "rest_of_a_run")]
+    assert (
+        f"{writes[0]:.2f} writes per evaluation, {writes[1]:.0f} per epoch and {writes[2]:.0f} for the"
+        in PAGE
+    )
+    total = 972 * writes[0] + 40 * writes[1] + writes[2]
+    assert f"| S3 writes | {round(total, -1):,.0f}, and 240 per hour |" in PAGE
+    assert f"{found['scale/tune/seconds_per_trial']:.2f} s per trial" in PAGE
+    assert f"{found['scale/tune/state_bytes_per_trial'] / 1000:.1f} KB per trial" in PAGE
