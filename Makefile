@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-s3 test-models attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data
+.PHONY: demo test test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data
 
 install: .venv/installed
 
@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/python jobs/compress.py --config recipes/demo.yaml --storage ./runs
 
 test: install
-	$(BIN)/python -m pytest -m "not models and not s3"
+	$(BIN)/python -m pytest -m "not models and not s3 and not cluster"
 
 # Against a real S3 server on loopback, which is installed where it is missing; where that is not possible, it says why in one line.
 test-s3: install
@@ -24,6 +24,10 @@ test-s3: install
 
 test-models: install
 	$(BIN)/python -m pytest -m models
+
+# Hosts in network namespaces, on this machine: needs root, openssh-server, rsync and iproute2, and says so where they are missing. 10 to 15 minutes on 2 cores.
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster -x -rs --durations=0
 
 # Longer than in `make test`: other hostile files for the reader, so many of them.
 CASES ?= 2000000
@@ -36,7 +40,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ci: check test test-s3
+ci: check test test-s3 test-cluster
 
 # Benches write bench/results/NAME.json; `make bench` prints what falls short of its goal.
 bench: install
@@ -44,6 +48,10 @@ bench: install
 
 bench-operator: install
 	$(BIN)/python bench/operator_speed.py
+
+# Requests and trials per network, for docs/scale.md.
+bench-scale: install
+	$(BIN)/python bench/scale.py
 
 bench-joint: install
 	$(BIN)/python bench/joint.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors

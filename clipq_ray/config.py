@@ -7,6 +7,7 @@ Not covered: whether files exist or a network fits its data, which the baseline 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -45,8 +46,8 @@ class Config(BaseModel):
 
     # Data
     data: str = Field(
-        "digits",
-        description="digits, a torchvision set by name, or URI of Parquet files or of an image folder",
+        default_factory=lambda: os.environ.get("CLIPQ_DATA") or "digits",
+        description="digits, a torchvision set by name, or URI of Parquet files or of an image folder; CLIPQ_DATA in the environment takes the place of the default",
     )
     data_root: str | None = Field(None, description="folder that holds the files of a torchvision set")
     validation_data: str | None = Field(
@@ -79,7 +80,10 @@ class Config(BaseModel):
     )
 
     # Where
-    storage: str = Field("./runs", description="URI of the results: a folder, or s3://bucket/prefix")
+    storage: str = Field(
+        default_factory=lambda: os.environ.get("CLIPQ_STORAGE") or "./runs",
+        description="URI of the results: a folder, or s3://bucket/prefix; CLIPQ_STORAGE in the environment takes the place of the default",
+    )
     force: bool = Field(False, description="make a new run although one with the same inputs is committed")
 
     on_claim: Literal["wait", "leave"] = Field(

@@ -1,6 +1,7 @@
 """What all commands share: arguments that are wrong, named errors, an interrupt and a closed pipe each end in one line or none.
 
-Exit codes: 0 all is well; 1 the run failed; 2 something in the input is wrong; 130 interrupted; 141 nobody reads the output.
+Exit codes: 0 all is well; 1 the run failed; 2 something in the input is wrong; 130 interrupted; 141 nobody reads the output; 143 stopped (SIGTERM, as by
+`ray job stop`). A job that was submitted to Ray says its exit code in its last line, since `ray job submit` knows 0 and 1 only.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from clipq_ray.errors import ClipqError, ConfigError
 from clipq_ray.redaction import redacted
@@ -24,14 +28,56 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM: ends a run as an interrupt does, so that claims are given back and what was begun is left whole."""
+
+
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by this Ray's job server tells the process what it is
+
+
 def run(program: str, main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
     """The exit code of `main` on `arguments` (default: the process's); a named error is one line on stderr."""
+    with _stopping():
+        try:
+            code = _code(program, main, arguments)
+        except Exception:
+            if _SUBMITTED not in os.environ:
+                raise
+            traceback.print_exc()
+            code = 1
+    if _SUBMITTED in os.environ and code != 128 + signal.SIGPIPE:
+        print(f"{program}: exit code {code}", file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM raises `Stopped`; afterwards it does what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: what is being given back must not be interrupted
+    raise Stopped
+
+
+def _code(program: str, main: Callable[[list[str]], int | None], arguments: list[str] | None) -> int:
     try:
         code = main(sys.argv[1:] if arguments is None else arguments) or 0
         sys.stdout.flush()
     except ClipqError as error:
         print(redacted(f"{program}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
         return error.exit_code
+    except Stopped:
+        print(f"{program}: stopped; run the same command again to continue", file=sys.stderr, flush=True)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr, flush=True)
         return 130

@@ -93,6 +93,7 @@ def prepare(
     storage = Store(config.storage)
     storage.check_writable()
     engine.reaches(storage)
+    engine.check(config)
     prepare_process(config.threads_per_worker)
     run = Run(source, engine, reporter, storage, turn)
     reporter.say(f"data: opening {config.data}")

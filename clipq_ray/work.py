@@ -127,11 +127,11 @@ class Source:
             )
 
     def device(self) -> torch.device:
-        """The device for work that is not placed by a cluster."""
-        wanted = self.config.device
-        if wanted == "cuda" and not torch.cuda.is_available():
+        """The device for work that is not placed by a cluster; the job itself may run on a head without a GPU, whatever its workers have."""
+        wanted, there = self.config.device, torch.cuda.is_available()
+        if wanted == "cuda" and not there and self.config.engine == "local":
             raise ConfigError("--device: expected a GPU on this machine, got none; use --device cpu")
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+        return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
 _DATA_OPTIONS = (

@@ -17,7 +17,7 @@ from PIL import Image
 from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import ConfigError, FormatError
 from clipq_ray.finetune import Rank, Schedule
 from clipq_ray.groups import grouped
 from clipq_ray.search import Settings, Trial
@@ -193,3 +193,10 @@ def test_a_group_leaves_their_share_of_the_time_to_those_of_networks_behind_it(t
     assert searcher._until is not None
     assert alone - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
     assert searcher._until - time.monotonic() == pytest.approx(3600 / 20, rel=0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_job_on_a_head_without_a_gpu_works_on_its_cpus_whatever_its_workers_have() -> None:
+    assert Source(make(device="cuda", engine="ray")).device() == torch.device("cpu")
+    with pytest.raises(ConfigError, match="--device"):
+        Source(make(device="cuda", engine="local")).device()

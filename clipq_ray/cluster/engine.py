@@ -34,6 +34,12 @@ class Engine(Protocol):
     def reaches(self, storage: Store) -> None:
         """`StorageError` where work would run that does not see what this process writes to `storage`."""
 
+    def check(self, config: Config) -> None:
+        """`ConfigError` where what `config` asks for can never run here; called before anything else."""
+
+    def packed(self, network: str, bytes_before: int, bytes_after: int) -> None:
+        """A file was packed: for whoever watches from outside."""
+
     def search(
         self,
         tasks: Sequence[SearchTask],
@@ -68,6 +74,12 @@ class LocalEngine:
 
     def reaches(self, storage: Store) -> None:
         """Everything runs in this process."""
+
+    def check(self, config: Config) -> None:
+        """One process always runs; a device that is missing is found where it is used."""
+
+    def packed(self, network: str, bytes_before: int, bytes_after: int) -> None:
+        """Nobody watches."""
 
     def search(
         self,

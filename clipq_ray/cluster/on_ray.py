@@ -33,19 +33,16 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from clipq_ray.cluster import privacy, ray_data, ray_search, sight
+from clipq_ray.cluster import capacity, privacy, ray_data, ray_search, sight
+from clipq_ray.cluster.connection import connect
 from clipq_ray.cluster.handout import PLACED_BY
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.hosts import Hosts
+from clipq_ray.cluster.metrics import Meter, TrainingSpeed
 from clipq_ray.cluster.room import Amount, Group, Room
-from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told
+from clipq_ray.cluster.talk import ERROR, Watch, apart, last_line, tell, told
 from clipq_ray.config import Config, make
-from clipq_ray.errors import (
-    ClipqError,
-    ConfigError,
-    RunError,
-    StorageError,
-)
+from clipq_ray.errors import ClipqError, ConfigError, RunError, StorageError
 from clipq_ray.finetune import Progress, Rank
 from clipq_ray.memory import LOW
 from clipq_ray.storage import Store
@@ -66,16 +63,17 @@ def _train_loop(given: dict[str, Any]) -> None:
     output = Store(task.output)
     if output.exists(ERROR):
         return  # a named error ended the attempt before and would end this one; the driver says so
-    context = ray.train.get_context()
-    wanted = task.source.config.device
-    device = ray.train.torch.get_device() if wanted != "cpu" else torch.device("cpu")
+    config, context = task.source.config, ray.train.get_context()
+    device = ray.train.torch.get_device() if config.device != "cpu" else torch.device("cpu")
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
+    speed = TrainingSpeed(Meter(), task.source.name, task.stage, config.batch_size)
 
     board.begin.remote(task.stage, task.stage, Worker.here(), rank.rank, rank.world)
 
     def progress(done: int, total: int, words: str) -> None:
         if rank.rank == 0:
             board.write.remote(task.stage, done, total, words)
+            speed.step(done)
 
     try:
         feed = ray_data.feed(task.source.config, rank.world, given["trainings"])
@@ -136,6 +134,8 @@ class RayEngine:
         self._own, self._before = False, dict[str, str | None]()
         self._reached: set[Store] = set()
         self._passed_on: set[str] = set()
+        self._gpus: dict[str, bool] = {}
+        self._meter: Meter | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="clipq-ray-")
 
     def __enter__(self) -> Self:
@@ -145,11 +145,7 @@ class RayEngine:
         if not ray.is_initialized():
             self._own = True
             settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-            if os.environ.get("RAY_ADDRESS"):
-                ray.init(**settings)
-            else:
-                os.environ.setdefault("RAY_worker_niceness", "0")
-                ray.init(address="local", include_dashboard=False, **settings)
+            connect(settings)
         grows = bool(os.environ.get("RAY_ADDRESS")) or not self._own
         self._room = Room(_Cluster(), self._limit, self._config.search_parallel, grows=grows)
         return self
@@ -172,6 +168,30 @@ class RayEngine:
             sight.check(storage)
             self._reached.add(storage)
 
+    def check(self, config: Config) -> None:
+        """`ConfigError` where the cluster has no GPU that is asked for, or no room for the workers, now or when it has grown."""
+        worker = self._worker(config)
+        capacity.refuse_too_large(config, {"CPU": worker.cpus, "GPU": worker.gpus})
+
+    def packed(self, network: str, bytes_before: int, bytes_after: int) -> None:
+        """To the metrics."""
+        self._meter = self._meter or Meter()
+        self._meter.packed(network, bytes_before, bytes_after)
+
+    def _worker(self, config: Config) -> Amount:
+        """What one worker of a training takes."""
+        return Amount(config.threads_per_worker, 1 if self._on_gpus(config) else 0)
+
+    def _trial(self, config: Config) -> Amount:
+        """What one trial of a search takes."""
+        return Amount(config.threads_per_worker, config.search_gpu_share if self._on_gpus(config) else 0)
+
+    def _on_gpus(self, config: Config) -> bool:
+        """A device once found is kept, so that a node that is lost does not move the job to CPUs."""
+        if config.device not in self._gpus:
+            self._gpus[config.device] = capacity.on_gpus(config.device)
+        return self._gpus[config.device]
+
     @property
     def _limit(self) -> Amount:
         """What the job may use at a time."""
@@ -179,14 +199,18 @@ class RayEngine:
         return Amount(math.inf if cpus is None else cpus, math.inf if gpus is None else gpus)
 
     def trainings(self, configs: Sequence[Config]) -> int:
-        """How many trainings fit at a time, of those that take least; at least 1."""
-        there = _amount(ray.cluster_resources())
-        limit = Amount(min(there.cpus, self._limit.cpus), min(there.gpus, self._limit.gpus))
-        return max(1, max(limit.count(_worker(one).times(one.workers)) for one in configs))
+        """How many trainings fit at a time, of those that take least, when the cluster has grown; at least 1."""
+        there, fitting = capacity.look(), []
+        for config in configs:
+            worker = self._worker(config)
+            room = there.room({"CPU": worker.cpus, "GPU": worker.gpus}) // config.workers
+            fitting.append(min(room, self._limit.count(worker.times(config.workers))))
+        return max(1, *fitting)
 
     def _ray_storage(self, near: Store) -> dict[str, Any]:
         """Where Ray keeps what it wants to keep: a temporary folder while there is one node, `near` on a cluster."""
-        if len([node for node in ray.nodes() if node["Alive"]]) <= 1:
+        alone = len([node for node in ray.nodes() if node["Alive"]]) <= 1
+        if alone and not os.environ.get("RAY_ADDRESS"):  # a cluster may begin with its head alone
             return {"storage_path": self._folder.name}
         if near.local is not None:
             return {"storage_path": str(near.local)}
@@ -200,15 +224,22 @@ class RayEngine:
         done: Callable[[int, ClipqError | None], None],
     ) -> None:
         """One Tuner (`ray_search`)."""
-        amounts = [_trial(task.source.config) for task in tasks]
+        amounts = [self._trial(task.source.config) for task in tasks]
         for amount in amounts:
             self._refuse_impossible(amount, 1)
-        ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done)
+
+        def run() -> None:
+            ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done)
+
+        if self._own:  # what goes on when this process leaves ends with its Ray
+            apart(run)
+        else:
+            run()
 
     def train(self, task: TrainTask, progress: Progress) -> float:
         """One TorchTrainer; gives the seconds that it waited to be let in."""
         config = task.source.config
-        worker = _worker(config)
+        worker = self._worker(config)
         self._refuse_impossible(worker, config.fewest_workers)
         ray_data.refuse_without_cpus(config)
         with self._room.training(worker, config.workers, (-task.source.priority,)) as waited:
@@ -268,22 +299,3 @@ def _world(config: Config) -> int | tuple[int, int]:
     if config.fewest_workers == config.workers:
         return config.workers
     return config.fewest_workers, config.workers
-
-
-def _cluster_has_gpu(wanted: str) -> bool:
-    """Whether work goes to GPUs: what the option says, or what the cluster has."""
-    there = ray.cluster_resources().get("GPU", 0) >= 1
-    if wanted == "cuda" and not there:
-        raise ConfigError("--device: expected a GPU in the cluster, got none; use --device cpu")
-    return wanted != "cpu" and there
-
-
-def _worker(config: Config) -> Amount:
-    """What one worker of a training takes."""
-    return Amount(config.threads_per_worker, 1 if _cluster_has_gpu(config.device) else 0)
-
-
-def _trial(config: Config) -> Amount:
-    """What one trial of a search takes."""
-    gpu = config.search_gpu_share if _cluster_has_gpu(config.device) else 0
-    return Amount(config.threads_per_worker, gpu)

@@ -16,6 +16,7 @@ from ray import tune
 
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
+from clipq_ray.cluster.metrics import Meter
 from clipq_ray.cluster.room import Amount, Room
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
@@ -45,6 +46,7 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         self._searcher: Searcher | None = None
         group = ray.util.get_current_placement_group()
         self._group = group.id.hex() if group else None
+        self._meter = Meter()
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -63,12 +65,15 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
             searcher = self._searching(task)
             if self._trials is None:
                 self._trials = searcher.begin(self._index, self._behind)
+            before = len(self._trials)
             finished = searcher.step(self._index, self._trials)
         except StorageError:
             raise  # may pass: Ray tries again
         except ClipqError as error:
             tell(Store(task.output), error)
             return {"done": True, "group": self._group}
+        for trial in self._trials[before:]:
+            self._meter.evaluated(task.source.name, task.images, trial.seconds)
         done = (
             task.settings.evaluations if finished else len(self._trials)
         )  # one that ends early counts as whole

@@ -11,6 +11,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 import ray
@@ -186,3 +187,22 @@ def last_line(error: BaseException) -> str:
     """What Ray says of a failure, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def apart(work: Callable[[], None]) -> None:
+    """`work` in a thread of its own, to its end or to this thread's interrupt: Tune takes many seconds to end its actors, longer than `ray job stop` waits
+    before it kills."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again where it is waited for
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="search")
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+    if raised:
+        raise raised[0]

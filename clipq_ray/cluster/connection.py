@@ -1,0 +1,68 @@
+"""Joining a Ray cluster, with Ray's ways to fail as one line each.
+
+Not covered: a cluster that is lost later, which is a failure of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from clipq_ray.errors import ClipqError, ConfigError
+
+
+def connect(settings: dict[str, Any]) -> None:
+    """Join the cluster that `RAY_ADDRESS` names, else start a Ray of our own on this machine; `ConfigError` says what is wrong with the address, the
+    token or the version."""
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**settings)
+        else:
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            ray.init(address="local", include_dashboard=False, **settings)
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        named = explained(error, os.environ.get("RAY_ADDRESS", ""))
+        if named is None:
+            raise
+        raise named from error
+    finally:  # Ray puts in one of its own, which ends the process with exit code 15
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
+
+
+def explained(error: BaseException, address: str) -> ClipqError | None:
+    """What a failure to join the cluster at `address` means for the user; None where that is not known."""
+    said = " ".join(_chain(error))
+    if "AuthenticationError" in said or "authentication token" in said:
+        return ConfigError(
+            f"the cluster at {address} does not take this token; expected RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN_PATH "
+            '(or ~/.ray/auth_token), see: eval "$(python deploy/connect.py cluster.yaml)"'
+        )
+    if "ersion mismatch" in said:
+        versions = re.findall(r"(?:Ray|Python): ([\d.]+\w*)", said)
+        there = f"Ray {versions[0]} and Python {versions[1]}" if len(versions) >= 4 else "another version"
+        here = f"Ray {versions[2]} and Python {versions[3]}" if len(versions) >= 4 else ray.__version__
+        return ConfigError(
+            f"expected the versions of the cluster at {address}, {there}, got {here}; install those, or submit the job to the cluster: ray job submit"
+        )
+    if isinstance(error, ConnectionError) and address:
+        return ConfigError(
+            f"expected a Ray cluster at RAY_ADDRESS={address}, got no answer; start it, mend the address, or unset RAY_ADDRESS to use this machine"
+        )
+    return None
+
+
+def _chain(error: BaseException | None) -> list[str]:
+    """An error and what it came from, as text."""
+    found = []
+    while error is not None:
+        found.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or error.__context__
+    return found

@@ -1,0 +1,95 @@
+"""The token of a cluster, for this shell: `eval "$(python deploy/connect.py cluster.yaml)"`, while `ray dashboard cluster.yaml` runs in another one.
+
+Fetches the token from the head through SSH into a file that only its owner reads, checks that the job server answers to it and runs the Ray that is installed
+here, and prints the three variables that `ray job` reads. What is wrong is one line with exit code 2, and then nothing is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+
+
+class Refused(Exception):
+    """What is wrong, in one line."""
+
+
+def fetched(cluster: str) -> Path:
+    """The file with the token of the head of `cluster`, a cluster file."""
+    if not Path(cluster).is_file():
+        raise Refused(f"expected a cluster file, got {cluster!r}, which is none")
+    name = hashlib.sha256(Path(cluster).resolve().as_posix().encode()).hexdigest()[:12]
+    folder = Path.home() / ".ray" / "tokens"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    target = folder / name
+    target.unlink(missing_ok=True)
+    command = ["ray", "rsync-down", cluster, "~/.ray/auth_token", str(target)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode or not target.is_file():
+        said = [line.strip() for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
+        raise Refused(
+            f"the head gave no token ({said[-1] if said else 'it said nothing'}); is the cluster up? ray up {cluster}"
+        )
+    target.chmod(0o600)
+    return target
+
+
+def check(address: str, token: str, cluster: str) -> None:
+    """The job server at `address` answers to `token`, and its Ray is the one that is installed here."""
+    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=15) as answer:
+            theirs = json.load(answer)["ray_version"]
+    except urllib.error.HTTPError as error:
+        raise Refused(
+            f"what answers at {address} does not take the token of {cluster} ({error.code} {error.reason}); another cluster is forwarded to "
+            f"that port: end its `ray dashboard`, or use --port"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(
+            f"no job server answers at {address} ({error}); run `ray dashboard {cluster}` in another terminal and leave it"
+        ) from error
+    if theirs != version("ray"):
+        raise Refused(
+            f"expected the cluster's Ray {theirs} on this machine, got {version('ray')}; pip install 'ray[default]=={theirs}', "
+            f"or bring this one to the cluster: ray up {cluster}"
+        )
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cluster", help="the cluster file that `ray up` was called with")
+    parser.add_argument(
+        "--port", type=int, default=8265, help="of `ray dashboard` on this machine (default: 8265)"
+    )
+    given = parser.parse_args()
+    address = f"http://localhost:{given.port}"
+    try:
+        path = fetched(given.cluster)
+        check(address, path.read_text(encoding="utf-8").strip(), given.cluster)
+    except Refused as refused:
+        print(f"connect: {refused}", file=sys.stderr)
+        return 2
+    variables = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": os.fspath(path),
+        "RAY_API_SERVER_ADDRESS": address,
+    }
+    print("export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What can never run is refused at once, with what is needed and what is there; what may come is waited for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("ray")
+
+from clipq_ray.cluster import capacity
+from clipq_ray.cluster.capacity import Capacity
+from clipq_ray.config import make
+from clipq_ray.errors import ConfigError
+
+HEAD = {"CPU": 0.0, "memory": 8e9}
+CPUS = {"CPU": 4.0}
+GPUS = {"CPU": 8.0, "GPU": 1.0}
+FROM_ZERO = Capacity((HEAD,), ((GPUS, 3), (GPUS, 3)), 3)
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Capacity]]:
+    """Sets what the cluster is, look by look; the last stays. Time passes only by waiting."""
+
+    def are(*states: Capacity) -> list[Capacity]:
+        looks: list[Capacity] = []
+        clock = [0.0]
+
+        def look() -> Capacity:
+            looks.append(states[min(len(looks), len(states) - 1)])
+            return looks[-1]
+
+        def sleep(seconds: float) -> None:
+            clock[0] += seconds
+
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        monkeypatch.setattr(capacity, "look", look)
+        monkeypatch.setattr(capacity.time, "sleep", sleep)
+        monkeypatch.setattr(capacity.time, "monotonic", lambda: clock[0])
+        return looks
+
+    return are
+
+
+def test_room_is_counted_per_node_and_not_over_the_sum() -> None:
+    two = Capacity((HEAD, {"CPU": 3.0}, {"CPU": 3.0}))
+    assert two.room({"CPU": 2.0}) == 2
+    assert two.room({"CPU": 1.0}) == 6
+    assert two.room({"CPU": 4.0}) == 0
+    assert FROM_ZERO.room({"CPU": 4.0, "GPU": 1.0}) == 3
+
+
+def test_a_share_of_a_gpu_is_not_lost_to_rounding() -> None:
+    assert Capacity((GPUS,)).room({"CPU": 1.0, "GPU": 0.1}) == 8
+    assert Capacity(({"CPU": 16.0, "GPU": 1.0},)).room({"CPU": 1.0, "GPU": 0.1}) == 10
+
+
+def test_the_variable_of_the_cluster_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As deploy/environment.py writes it from cluster.yaml, without a worker there."""
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("_environment", root / "deploy" / "environment.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = yaml.safe_load((root / "cluster.yaml").read_text().replace(" @", " "))
+    monkeypatch.setenv(capacity.GROWTH, json.dumps(module.may_grow(config)))
+    monkeypatch.setattr(
+        capacity.ray,
+        "nodes",
+        lambda: [{"Alive": True, "Resources": HEAD}, {"Alive": False, "Resources": GPUS}],
+    )
+    found = capacity.look()
+    assert found.nodes == (HEAD,)
+    assert found.room({"CPU": 1.0, "GPU": 1.0}) == 8
+    assert found.room({"CPU": 1.0, "GPU": 0.25}) == 32
+
+
+def test_a_gpu_that_the_autoscaler_may_start_counts(there: Callable[..., list[Capacity]]) -> None:
+    there(FROM_ZERO)
+    assert capacity.on_gpus("cuda")
+    assert capacity.on_gpus("auto")
+    assert not capacity.on_gpus("cpu")
+
+
+def test_no_gpu_where_one_was_asked_for_is_refused_at_the_first_look(
+    there: Callable[..., list[Capacity]],
+) -> None:
+    looks = there(Capacity((HEAD, CPUS, CPUS)))
+    with pytest.raises(ConfigError, match=r"--device: expected a GPU .*\(3 nodes with 8 CPUs and 0 GPUs"):
+        capacity.on_gpus("cuda")
+    assert len(looks) == 1
+    assert not capacity.on_gpus("auto")
+
+
+def test_a_cluster_that_is_too_small_says_what_is_needed_and_what_is_there(
+    there: Callable[..., list[Capacity]],
+) -> None:
+    looks = there(Capacity((HEAD, CPUS, CPUS)))
+    capacity.refuse_too_large(make(workers=4, threads_per_worker=2), {"CPU": 2.0, "GPU": 0})
+    with pytest.raises(ConfigError) as refused:
+        capacity.refuse_too_large(make(workers=5, threads_per_worker=2), {"CPU": 2.0, "GPU": 0})
+    for words in ("--workers: expected at most 4", "got 5 of 2 CPUs", "3 nodes with 8 CPUs"):
+        assert words in str(refused.value)
+    assert len(looks) == 2
+
+
+def test_what_a_cluster_may_grow_to_is_the_limit_and_is_said(there: Callable[..., list[Capacity]]) -> None:
+    there(FROM_ZERO)
+    capacity.refuse_too_large(make(workers=3), {"CPU": 1.0, "GPU": 1.0})
+    with pytest.raises(ConfigError, match=r"at most 3.*may grow to 3 workers \(3 of 8 CPUs and 1 GPUs"):
+        capacity.refuse_too_large(make(workers=4), {"CPU": 1.0, "GPU": 1.0})
+
+
+def test_hosts_of_the_cluster_file_that_have_not_joined_are_waited_for(
+    there: Callable[..., list[Capacity]],
+) -> None:
+    looks = there(Capacity((HEAD,), coming=2), Capacity((HEAD, CPUS), coming=1), Capacity((HEAD, CPUS, CPUS)))
+    capacity.refuse_too_large(make(workers=8), {"CPU": 1.0, "GPU": 0})
+    assert len(looks) == 3
+
+
+def test_a_host_that_never_joins_is_waited_for_no_longer_than_the_limit(
+    there: Callable[..., list[Capacity]],
+) -> None:
+    looks = there(Capacity((HEAD, CPUS), coming=1))
+    with pytest.raises(ConfigError, match="expected at most 4"):
+        capacity.refuse_too_large(make(workers=8), {"CPU": 1.0, "GPU": 0})
+    assert len(looks) == pytest.approx(capacity.JOIN_SECONDS, abs=3)

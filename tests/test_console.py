@@ -1,0 +1,82 @@
+"""How a command ends: what SIGTERM does, and the exit code that `ray job submit` would not tell."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipq_ray import console
+from clipq_ray.errors import ConfigError, RunError
+
+ROOT = Path(__file__).parents[1]
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+WAITING = """
+import sys, time
+from clipq_ray import console
+
+def main(arguments):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("given back", flush=True)
+
+sys.exit(console.run("work", main, []))
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (RunError("it broke"), 1), (ConfigError("wrong"), 2)])
+def test_a_submitted_job_says_its_exit_code_last(
+    error: Exception | None, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: list[str]) -> int:
+        if error is not None:
+            raise error
+        return 0
+
+    monkeypatch.setenv(SUBMITTED, "{}")
+    assert console.run("work", main, []) == code
+    assert capsys.readouterr().err.splitlines()[-1] == f"work: exit code {code}"
+    monkeypatch.delenv(SUBMITTED)
+    assert console.run("work", main, []) == code
+    assert "exit code" not in capsys.readouterr().err
+
+
+def test_an_unexpected_failure_of_a_submitted_job_has_its_exit_code_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: list[str]) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setenv(SUBMITTED, "{}")
+    assert console.run("work", main, []) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == ["ZeroDivisionError", "work: exit code 1"]
+
+
+def test_sigterm_lets_a_job_give_back_what_it_holds_and_says_so() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), SUBMITTED: "{}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out == "given back\n"
+    assert errors.splitlines() == [
+        "work: stopped; run the same command again to continue",
+        "work: exit code 143",
+    ]
+
+
+def test_afterwards_sigterm_does_what_it_did_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert console.run("work", lambda arguments: 0, []) == 0
+    assert signal.getsignal(signal.SIGTERM) == before
