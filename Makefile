@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data
+.PHONY: demo test test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data bench-scale
 
 install: .venv/installed
 

@@ -7,7 +7,6 @@ import pytest
 
 from bench import search as bench
 from bench.search_engine import Found, early_rows, tune_rows
-from bench.search_global import at_size
 from clipq_ray.acquisition import Candidates
 from clipq_ray.plan import Theta
 from clipq_ray.search import LADDER, Trial
@@ -65,8 +64,3 @@ def test_early_ends_are_scored_by_images_and_by_the_objective_that_is_reached() 
     assert rows["images_over_whole"] == 6500 / 8000
     assert rows["bounds"] == 1
     assert rows["objective_lost"] == pytest.approx(2000 * 0.02)
-
-
-def test_one_setting_for_all_is_read_off_at_the_size_of_the_searched_file() -> None:
-    points = [{"bytes": size, "test_top1_percent": 90 + np.log2(size / 1000)} for size in (1000, 2000, 4000)]
-    assert at_size(points, 2828.4271) == pytest.approx(91.5)
