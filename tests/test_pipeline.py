@@ -75,7 +75,9 @@ def test_a_committed_run_that_is_damaged_is_refused_not_shown(
         (place / "model.clq").unlink()
     else:
         (place / "layers.parquet").write_bytes((place / "trials.parquet").read_bytes())
-    with pytest.raises(FormatError, match=r"is damaged, and left as it is: .*(model\.clq|layers\.parquet).*--force"):
+    with pytest.raises(
+        FormatError, match=r"is damaged, and left as it is: .*(model\.clq|layers\.parquet).*--force"
+    ):
         run(tmp_path)
 
 

@@ -103,9 +103,7 @@ def test_rising_rates_are_recorded_and_keep_the_promise(
     assert result.manifest["config"]["ramp_share"] == 0.5
     other = run(promised[0], target_bytes=6000)
     assert other.manifest["promise"]["predicted_bytes"] == result.manifest["promise"]["predicted_bytes"]
-    assert (
-        manifest.files_of(Store(other.uri))["model.clq"] != manifest.files_of(Store(result.uri))["model.clq"]
-    )
+    assert Store(other.uri).read("model.clq") != Store(result.uri).read("model.clq")
 
 
 def test_a_file_of_so_many_bytes_is_not_larger(promised: tuple[Path, Result]) -> None:
