@@ -136,9 +136,13 @@ def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_
     )
     with started(first, tmp_path / "first", RAY_ADDRESS=cluster.address) as one:
         one.until(lambda: rows_so_far(tmp_path / "a"))
-        raylet = node.all_processes["raylet"][0].process.pid
-        held = [child.pid for child in children([raylet]) if "ResourceTrainable" in child.title]
-        assert held
+        raylet, held = node.all_processes["raylet"][0].process.pid, list[int]()
+
+        def found() -> bool:  # between two steps an actor's process may have no title
+            held.extend(child.pid for child in children([raylet]) if "ResourceTrainable" in child.title)
+            return bool(held)
+
+        one.until(found)
         for process in held:  # a search of seconds may end before another job has come to its own
             os.kill(process, signal.SIGSTOP)
         with started(second, tmp_path / "second", RAY_ADDRESS=cluster.address) as other:
