@@ -110,20 +110,10 @@ def bucket(given: str | None) -> Iterator[tuple[str, dict[str, str]]]:
         yield given, {}
         return
     sys.path.insert(0, str(ROOT / "tests"))
-    from s3_server import environment, make_bucket  # type: ignore[import-not-found]
+    from s3_server import environment, make_bucket, serving  # type: ignore[import-not-found]
 
-    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert server.stdout is not None
-        address = next(
-            found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
-        )
-        subprocess.Popen(["cat"], stdin=server.stdout, stdout=subprocess.DEVNULL)  # ends with the server
+    with serving() as address:
         yield f"s3://{make_bucket(address)}/fleet", environment(address)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def committed(storage: Store) -> int:

@@ -27,6 +27,10 @@ _CLAIM = re.compile(r"claim-(\d{6})\.json")
 log = logging.getLogger(__name__)
 
 
+_ENDED: set[str] = set()
+"""Owners of claims that this process has done with and could not give back."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """Who holds a claim: `number` of the claim, and the words that name the job."""
@@ -64,7 +68,7 @@ def _latest(work: Store) -> _Found:
     try:
         content = json.loads(work.read(name))
         owner, words = str(content["owner"]), str(content["words"])
-        gone = content["place"] == place() and not runs(content["process"])
+        gone = owner in _ENDED or (content["place"] == place() and not runs(content["process"]))
     except (ValueError, KeyError, TypeError):
         owner, words, gone = "", "somebody", False  # of another version; its age counts
     except StorageError:
@@ -117,7 +121,8 @@ class Claim:
         try:
             if not self._lost:
                 self._work.remove(_name(self._number))
-        except StorageError as failed:  # it expires by itself
+        except StorageError as failed:  # it expires by itself, and for this process at once
+            _ENDED.add(self._owner)
             log.warning("the claim on %s could not be given back: %s", self._work.uri, redacted(str(failed)))
 
     def _beat(self) -> None:

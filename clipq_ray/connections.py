@@ -2,7 +2,7 @@
 
 Everything is named as AWS's own clients name it: the environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, ...), a profile
 (AWS_PROFILE), or the role of the machine; where an endpoint is named, buckets stand in the path. pyarrow gets the same connection (`Objects.arrow`).
-A request to S3 is tried again by its client, four times with backoff and jitter; and by `Connection.call` for `PATIENCE_SECONDS`, where the
+A request to S3 is tried again by its client, four times (AWS_MAX_ATTEMPTS, 5) with backoff and jitter; and by `Connection.call` for `PATIENCE_SECONDS`, where the
 store has answered before: one that never did is a mistake in the URI, and said at once. Not covered: what is asked of a store (`backends`).
 """
 
@@ -97,7 +97,7 @@ def _options(protocol: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": float(os.environ.get("CLIPQ_S3_TIMEOUT_SECONDS", 60)),
-        "retries": {"max_attempts": 4, "mode": "standard"},
+        "retries": {"total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", 5)), "mode": "standard"},
     }
     return {"config_kwargs": {**config, **_checksums()}}
 

@@ -8,7 +8,6 @@ it had not been. Not covered: optimizers other than SGD, and float16 with loss s
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -19,20 +18,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipq_ray import seeds
+from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
-from clipq_ray.memory import Attempts, ran_out
+from clipq_ray.memory import ran_out
 from clipq_ray.operator import Operator, Ramp, Recovery
 from clipq_ray.plan import Plan
-from clipq_ray.storage import Store
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
@@ -71,39 +68,8 @@ class Rank:
     device: torch.device
 
 
-class Checkpoints:
-    """Checkpoints of one training in a store: one whole object per epoch, the last two kept."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def attempts(self, stage: str) -> Attempts:
-        """The attempts at the training that these belong to."""
-        return Attempts(self._store, stage)
-
-    def save(self, epoch: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write the state after `epoch` (counted from 1); the same epoch again writes the same name."""
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        self._store.write(_checkpoint_name(epoch), save_tensors(plain, metadata={"state": json.dumps(state)}))
-        for name in self._store.names("epoch-")[:-2]:
-            self._store.remove(name)
-
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last epoch's tensors and state, or None."""
-        names = self._store.names("epoch-")
-        if not names:
-            return None
-        data = self._store.read(names[-1])
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return load_tensors(data), json.loads(header["__metadata__"]["state"])
-
-
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _checkpoint_name(epoch: int) -> str:
-    return f"epoch-{epoch:05d}.safetensors"
 
 
 class _NotFinite(Exception):
@@ -210,7 +176,10 @@ class Trainer:
             epoch = len(self.curve)
             loss = self._epoch(epoch, progress)
             self.progressed += (1.0 - self.progressed) / (self.epochs - epoch)
-            self._ramp(self.progressed)  # as a process that starts from the checkpoint has them
+            if (
+                self._ramp(self.progressed) and self.operator
+            ):  # as a process that starts from the checkpoint has them
+                self.operator.requantize()
             top1 = self._validate(progress)
             row = Epoch(epoch + 1, loss, top1, time.monotonic() - started, self.rank.world)
             self.curve.append(row)
@@ -275,7 +244,7 @@ class Trainer:
         for step, (images, labels) in enumerate(self._batches(epoch)):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(epoch, step / steps)
-            self._ramp(self._done(epoch, step / steps))
+            self._ramp(self._done(epoch, (step + 1) / steps))
             torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
             try:
                 total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
@@ -310,14 +279,15 @@ class Trainer:
         """The part of the schedule that is over, 0..1."""
         return self.progressed + (1.0 - self.progressed) / (self.epochs - epoch) * within
 
-    def _ramp(self, done: float) -> None:
-        """The pruning rates for what follows when a part `done` of the schedule is over."""
+    def _ramp(self, done: float) -> bool:
+        """The pruning rates for when a part `done` of the schedule is over, from the next quantization on; whether they are others than before."""
         if self.operator is None or self.ramp is None or self.plan is None:
-            return
-        rates = self.ramp.rates(self.plan, done)
-        if rates != self.rates:
+            return False
+        rates, before = self.ramp.rates(self.plan, done), self.rates
+        if rates != before:
             self.rates = rates
             self.operator.set_rates(rates)
+        return rates != before
 
     def _rate(self, epoch: int, within: float) -> float:
         rate = self.schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * self._done(epoch, within)))

@@ -94,9 +94,8 @@ class Operator:
             self._requantizer.run(self._other, [parameter.data for _, parameter in self._layers])
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """Other pruning rates, one per layer of the plan; the parameters are quantized anew."""
+        """Other pruning rates, one per layer of the plan, from the next `requantize` on."""
         self._requantizer.set_rates(rates)
-        self.requantize()
 
     def check(self) -> None:
         """`ModelError` if a weight was NaN or infinite; on a GPU this is found here, at the price of waiting for it."""

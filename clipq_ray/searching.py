@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from clipq_ray import identity, models, search, stages
-from clipq_ray.cluster.engine import Engine
+from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.data import Split
 from clipq_ray.errors import ClipqError
 from clipq_ray.groups import Group, work
@@ -91,7 +91,7 @@ def search_all(
     searches: Sequence[Search],
     engine: Engine,
     reporter: Reporter,
-    done: Callable[[int, ClipqError | None], None],
+    done: Done,
 ) -> None:
     """Make what is not there yet, all in one call of the engine; `done` is told the number of each search as soon as its trials are there, or with the
     error that ended it."""

@@ -23,13 +23,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from clipq_ray import codec, models, seeds
+from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, batches, open_data
 from clipq_ray.data.listing import few
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
-from clipq_ray.finetune import Checkpoints, Progress, Rank, Schedule, Trainer
+from clipq_ray.finetune import Progress, Rank, Schedule, Trainer
 from clipq_ray.groups import Group
 from clipq_ray.operator import Ramp
 from clipq_ray.plan import Plan

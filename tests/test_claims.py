@@ -15,7 +15,7 @@ import pytest
 
 from clipq_ray import claims
 from clipq_ray.claims import Claim, Holder, claim
-from clipq_ray.errors import RunError
+from clipq_ray.errors import RunError, StorageError
 from clipq_ray.storage import Store
 
 pytest_plugins = ["s3_server"]
@@ -172,3 +172,18 @@ def test_a_claim_that_is_given_back_while_it_is_looked_at_is_none(
     second = claim(work)
     assert isinstance(second, Claim)
     second.give_back()
+
+
+def test_a_claim_that_could_not_be_given_back_holds_up_its_own_process_no_longer(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = taken(work)
+
+    def refused(store: Store, name: str) -> None:
+        raise StorageError("the store is gone")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(Store, "remove", refused)
+        first.give_back()
+    assert work.names() == ["claim-000001.json"]
+    taken(work).give_back()

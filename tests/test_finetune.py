@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from clipq_ray import finetune
+from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import RunError
-from clipq_ray.finetune import Checkpoints, Rank, Schedule, Trainer
+from clipq_ray.finetune import Rank, Schedule, Trainer
 from clipq_ray.operator import Ramp, make_plan
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.storage import Store

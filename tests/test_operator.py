@@ -258,6 +258,7 @@ def test_the_parameters_are_quantized_at_the_rates_that_were_set() -> None:
     operator = Operator(model, plan, [0.25, 0.0])
     for rates in ([0.25, 0.0], [0.75, 0.1]):
         operator.set_rates(rates)
+        operator.requantize()
         for layer, p in zip(plan.layers, rates, strict=True):
             wanted = quantize(full[layer.layer], Theta(p, layer.theta.b), layer.share)
             assert torch.equal(model.get_parameter(layer.layer), wanted.values)

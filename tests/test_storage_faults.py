@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from s3_faults import KINDS, FaultyProxy, faulty
+from store_promises import exercise
 
 from clipq_ray import manifest
 from clipq_ray.batch import compress
@@ -34,23 +34,7 @@ def place(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
 
 def test_everything_that_a_store_does_comes_to_its_right_end(place: tuple[str, FaultyProxy]) -> None:
     uri, proxy = place
-    store = Store(f"{uri}/some/place")
-    content = {f"part-{number % 3}/object-{number}": os.urandom(2_000 + 37 * number) for number in range(100)}
-    for name, data in content.items():
-        store.write(name, data)
-        assert store.read(name) == data
-        assert store.size(name) == len(data)
-        assert store.read_range(name, 10, 500) == data[10:500]
-    assert store.names() == sorted(content)
-    for name in list(content)[:30]:
-        store.remove(name)
-        assert not store.exists(name)
-    assert store.names() == sorted(list(content)[30:])
-    for number in range(60):
-        # an answer that is lost may leave False where this put it; what lies there is whole and this one's
-        store.create(f"once-{number}", b"first")
-        assert not store.create(f"once-{number}", b"second")
-        assert store.read(f"once-{number}") == b"first"
+    exercise(Store(f"{uri}/some/place"), 100)
     assert set(proxy.faults) == set(KINDS), proxy.faults
     assert sum(proxy.faults.values()) > 0.02 * proxy.requests
 

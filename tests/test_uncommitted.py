@@ -35,6 +35,7 @@ def place(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
         for name, value in environment(endpoint).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("CLIPQ_S3_PATIENCE_SECONDS", "0.5")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         yield f"s3://{make_bucket(s3_server)}/runs", proxy
 
 

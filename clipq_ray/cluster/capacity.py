@@ -65,9 +65,14 @@ def _fit(node: Resources, each: Resources) -> int:
     return min(int(node.get(name, 0) / amount + 1e-6) for name, amount in each.items() if amount)
 
 
+def there() -> Capacity:
+    """What the cluster has now, whatever it may grow to."""
+    return Capacity(tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"]))
+
+
 def look() -> Capacity:
     """The capacity of the cluster that this process is connected to."""
-    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    nodes = there().nodes
     if said := os.environ.get(GROWTH):
         growth = json.loads(said)
         kinds = tuple((kind["resources"], int(kind["count"])) for kind in growth["kinds"])

@@ -21,6 +21,10 @@ from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 log = logging.getLogger(__name__)
 
 
+Done = Callable[[int, ClipqError | None], None]
+"""Told the number of a task as soon as it has ended, with the error that ended it, if one did."""
+
+
 class Engine(Protocol):
     """Runs tasks to their end; what they make lies in their stores afterwards.
 
@@ -44,7 +48,7 @@ class Engine(Protocol):
         self,
         tasks: Sequence[SearchTask],
         progress: Progress,
-        done: Callable[[int, ClipqError | None], None],
+        done: Done,
     ) -> None:
         """Search all groups of layers of all `tasks` that are not there yet; `done` is told the number of each task as soon as it has ended, with the
         error that ended it, if one did. `done` must be quick where the engine is `parallel`."""
@@ -85,7 +89,7 @@ class LocalEngine:
         self,
         tasks: Sequence[SearchTask],
         progress: Progress,
-        done: Callable[[int, ClipqError | None], None],
+        done: Done,
     ) -> None:
         """Group by group."""
         total = sum(len(task.groups) * task.settings.evaluations for task in tasks)

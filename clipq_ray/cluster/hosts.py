@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 
-import ray
+from clipq_ray.cluster.capacity import there
 
 log = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0
@@ -28,11 +28,7 @@ class Hosts:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _LOOK_SECONDS
-        room = sum(
-            min(int(node["Resources"].get(name, 0) / amount) for name, amount in self._each.items() if amount)
-            for node in ray.nodes()
-            if node["Alive"]
-        )
+        room = there().room(self._each)
         if room < self._workers and not self._waits:
             now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="seconds")
             without = f"; --min-workers {max(room, 1)} would go on without" if room else ""

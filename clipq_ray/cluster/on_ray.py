@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ import torch.distributed as dist
 
 from clipq_ray.cluster import capacity, privacy, ray_data, ray_search, sight
 from clipq_ray.cluster.connection import connect
+from clipq_ray.cluster.engine import Done
 from clipq_ray.cluster.handout import PLACED_BY
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.hosts import Hosts
@@ -221,7 +222,7 @@ class RayEngine:
         self,
         tasks: Sequence[SearchTask],
         progress: Progress,
-        done: Callable[[int, ClipqError | None], None],
+        done: Done,
     ) -> None:
         """One Tuner (`ray_search`)."""
         amounts = [self._trial(task.source.config) for task in tasks]

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from clipq_ray.cluster.engine import Done
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.metrics import Meter
@@ -28,7 +29,6 @@ from clipq_ray.work import Searcher, SearchTask
 log = logging.getLogger(__name__)
 _RAY = "_ray"  # what Tune keeps of a search, for as long as that goes on
 STARTING = "starting"
-Done = Callable[[int, ClipqError | None], None]
 
 
 class _GroupTrial(tune.Trainable):  # type: ignore[misc]

@@ -24,8 +24,8 @@ from job_process import LIMIT_SECONDS, Job, Process, children, command, end
 from ray.cluster_utils import Cluster
 
 from clipq_ray import manifest, tables
+from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.errors import StorageError
-from clipq_ray.finetune import Checkpoints
 from clipq_ray.storage import LAYERS, MODEL, TRIALS, Store
 
 TRAININGS = ("baseline", "control", "finetune")

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipq_ray import manifest
+from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.errors import StorageError
-from clipq_ray.finetune import Checkpoints
 from clipq_ray.storage import Store
 
 pytestmark = pytest.mark.slow
