@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/python jobs/compress.py --config recipes/demo.yaml --storage ./runs
 
 test: install
-	$(BIN)/python -m pytest -m "not models and not s3 and not cluster"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 40 -m "not models and not s3 and not cluster"
 
 # Against a real S3 server on loopback, which is installed where it is missing; where that is not possible, it says why in one line.
 test-s3: install

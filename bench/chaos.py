@@ -28,7 +28,7 @@ from kills import PAIRS, artifact, disturbed, left_over, orders, three_nodes
 from bench.record import RESULTS, Row, row, write
 
 UNITS = RESULTS / "chaos-units"
-PER_RUN, PAIR_GOAL = 8, 5
+PER_RUN, PAIR_GOAL = 16, 5
 
 
 def undisturbed() -> dict[str, Any]:

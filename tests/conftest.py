@@ -13,6 +13,15 @@ os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `make test`, which runs two processes: all that starts Ray goes first and one after the other, other files as wholes beside it."""
+    cluster = Path(__file__).parent / "cluster"
+    items.sort(key=lambda item: item.path.parent != cluster)
+    for item in items:
+        group = cluster if item.path.parent == cluster else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and weights: `CLIPQ_SHARED`, else `../shared` beside the checkout."""
