@@ -13,6 +13,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(2)
 
 
+@pytest.hookimpl(tryfirst=True)  # before what reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `make test`, which runs two processes: all that starts Ray goes first and one after the other, other files as wholes beside it."""
     cluster = Path(__file__).parent / "cluster"

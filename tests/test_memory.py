@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from clipq_ray.storage import Store
 
 sys.path.insert(0, str(Path(__file__).parent / "cluster"))
 
-from job_process import Ended, finished
+from job_process import Ended, started
 
 HUNGRY = """
 import resource
@@ -54,9 +55,10 @@ def job(folder: Path, room: int, **changes: Any) -> Ended:
         "search_evaluations": 4, "search_start": 3, "search_images": 60, "target_ratio": 5, "rounds": 1, "engine": "local", **changes,
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    program = f"import sys; sys.path[:0] = [{str(root)!r}, {str(folder)!r}]; from jobs.compress import main; from clipq_ray import console; "
-    run = "sys.exit(console.run('compress', main))"
-    return finished([sys.executable, "-c", program + run, *words], folder / "errors")
+    program = "import sys; from jobs.compress import main; from clipq_ray import console; sys.exit(console.run('compress', main))"
+    arguments = [sys.executable, "-c", program, *words]
+    with started(arguments, folder / "errors", PYTHONPATH=os.pathsep.join((str(root), str(folder)))) as job:
+        return job.wait()
 
 
 def attempts(folder: Path) -> Attempts:
@@ -71,13 +73,21 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
     assert not ran_out(RuntimeError("sizes do not match"))
 
 
-def test_an_attempt_without_enough_memory_is_retried_with_half_as_many_images(tmp_path: Path) -> None:
-    ended = job(tmp_path, 1536)
+@pytest.mark.parametrize(
+    "workers", [pytest.param(None, id="in one process"), pytest.param(2, id="on Ray", marks=pytest.mark.slow)]
+)
+def test_an_attempt_without_enough_memory_is_retried_with_half_as_many_images(
+    tmp_path: Path, workers: int | None
+) -> None:
+    on_ray = {"engine": "ray", "workers": workers} if workers else {}
+    share = 32 // (workers or 1)
+    ended = job(tmp_path, 48 * share, **on_ray)
     assert ended.code in (0, 1)  # random weights promise nothing
-    assert ended.lines[0] == "finetune: out of memory with 32 images at a time; the next attempt takes half"
+    said = f"finetune: out of memory with {share} images at a time; the next attempt takes half"
+    assert workers or ended.lines[0] == said  # Ray's log has a worker's
     (run,) = manifest.committed(Store(tmp_path / "s"))
     notes = manifest.read_manifest(run.store)["notes"]
-    (note,) = [note for note in notes if "micro-batches of 16" in note]
+    (note,) = [note for note in notes if f"micro-batches of {share // 2}" in note]
     assert "the bytes may be others than with more memory" in note
 
 

@@ -57,6 +57,7 @@ _BEGUN = (
 )
 _NICENESS = "RAY_worker_niceness"
 _POLL_SECONDS = 0.02
+_SECONDS_PER_KILL = LIMIT_SECONDS / 4  # for the job to go on, on a machine that does other things too
 
 
 def submission(storage: Path, **changes: Any) -> list[str]:
@@ -271,7 +272,7 @@ class _Run:
         return now
 
     def play(self) -> Ended:
-        limit = time.monotonic() + 2 * LIMIT_SECONDS
+        limit = time.monotonic() + 2 * LIMIT_SECONDS + _SECONDS_PER_KILL * len(self.pending)
         while self.job.process.poll() is None:
             assert time.monotonic() < limit, f"it took too long: {self.log.read_text()[-2000:]}"
             self.restore()
