@@ -10,7 +10,8 @@ import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
-torch.set_num_threads(2)
+# two processes with two threads each on two cores wait for one another at every operation
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.hookimpl(tryfirst=True)  # before what reads the groups
