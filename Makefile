@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data bench-scale
+.PHONY: demo test test-on-ray test-without-ray test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data bench-scale
 
 install: .venv/installed
 
@@ -15,8 +15,16 @@ install: .venv/installed
 demo: install
 	$(BIN)/python jobs/compress.py --config recipes/demo.yaml --storage ./runs
 
+# What starts Ray runs in a process of its own beside the rest: it waits more than it computes.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 40 -m "not models and not s3 and not cluster"
+	$(MAKE) --no-print-directory --jobs 2 test-on-ray test-without-ray
+
+QUICK := -m "not models and not s3 and not cluster" --durations 25
+test-on-ray: install
+	$(BIN)/python -m pytest $(QUICK) tests/cluster
+
+test-without-ray: install
+	$(BIN)/python -m pytest $(QUICK) --ignore tests/cluster
 
 # Against a real S3 server on loopback, which is installed where it is missing; where that is not possible, it says why in one line.
 test-s3: install

@@ -10,18 +10,9 @@ import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
-# two processes with two threads each on two cores wait for one another at every operation
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-
-
-@pytest.hookimpl(tryfirst=True)  # before what reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`, which runs two processes: all that starts Ray goes first and one after the other, other files as wholes beside it."""
-    cluster = Path(__file__).parent / "cluster"
-    items.sort(key=lambda item: item.path.parent != cluster)
-    for item in items:
-        group = cluster if item.path.parent == cluster else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+torch.set_num_threads(
+    1
+)  # `make test` runs two processes; with two threads each on two cores they wait for one another at every operation
 
 
 @pytest.fixture(scope="session")
