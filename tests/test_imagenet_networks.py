@@ -51,10 +51,12 @@ class Case:
     inputs: int
     data: str = "folder"
     model_args: dict[str, Any] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
 
 RESNET18, GOOGLENET = (11_689_512, 512), (6_624_904, 1024)
-HEADS = Case("googlenet", *GOOGLENET, "parquet", {"aux_logits": True})
+# one theta per inception module, so that it is searched in a fifth of the time
+HEADS = Case("googlenet", *GOOGLENET, "parquet", {"aux_logits": True}, ("blocks",))
 VIT = Case("vit_b_16", 86_567_656, 768)
 CASES = [
     pytest.param(Case("resnet18", *RESNET18), marks=pytest.mark.slow, id="resnet18"),
@@ -145,7 +147,8 @@ def made(
     case: Case = request.param
     storage, uri = tmp_path_factory.mktemp(case.name), str(data[case.data])
     threads = torch.get_num_threads()
-    config = make(**QUICK, model=case.name, model_args=case.model_args, data=uri, storage=str(storage))
+    given = {**QUICK, "model": case.name, "model_args": case.model_args, "groups": case.groups}
+    config = make(**given, data=uri, storage=str(storage))
     result = compress(Source(config), LocalEngine(), Reporter(quiet=True))
     test = open_data(uri, input_shape=(3, 224, 224), validation_images=4).test
     assert test is not None
