@@ -6,7 +6,6 @@ Not covered: the stages of one network (`pipeline`), and what a fleet says about
 from __future__ import annotations
 
 import functools
-import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from clipq_ray import identity
+from clipq_ray import identity, logs
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.errors import ClipqError, RunError
@@ -26,7 +25,7 @@ from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
 from clipq_ray.work import Source
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 
 
 def compress(source: Source, engine: Engine, reporter: Reporter) -> Result:
@@ -214,7 +213,7 @@ class _Job:
 
     def _in_turn(self, step: Callable[[], Mapping[int, Any] | None], numbers: Sequence[int]) -> None:
         """Keep what `step` makes of networks, or its error for these; one thread at a time unless it waits for a training."""
-        with self._turn:
+        with self._turn, logs.about(self._whose(numbers)):
             try:
                 ended: Mapping[int, Any] = step() or {}
             except ClipqError as error:
@@ -229,6 +228,14 @@ class _Job:
                 ended = dict.fromkeys(numbers, told)
         for number, one in ended.items():
             self._end(number, one)
+
+    def _whose(self, numbers: Sequence[int]) -> str:
+        """What log lines call these networks; empty where there is no other."""
+        if self._alone:
+            return ""
+        if len(numbers) == 1:
+            return self._sources[numbers[0]].name
+        return next(f"ensemble {one.name}" for whole, one in self._ensembles.items() if numbers[0] in whole)
 
     def _end(self, number: int, ended: Prepared | Result | ClipqError) -> None:
         """Keep what a network is now, and say at once if it failed: the others may take hours, and the job says it again at its end."""

@@ -9,7 +9,6 @@ Not covered: stages that several runs share; two jobs that make the same one wri
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import re
@@ -18,13 +17,14 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipq_ray import logs
 from clipq_ray.errors import RunError, StorageError
 from clipq_ray.redaction import redacted
 from clipq_ray.storage import Store
 
 BEAT_SECONDS, EXPIRED_SECONDS = 15.0, 90.0
 _CLAIM = re.compile(r"claim-(\d{6})\.json")
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 
 
 _ENDED: set[str] = set()
@@ -111,7 +111,7 @@ class Claim:
     def __init__(self, work: Store, number: int, owner: str) -> None:
         self._work, self._number, self._owner = work, number, owner
         self._end, self._lost = threading.Event(), False
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="claim")
+        self._thread = threading.Thread(target=logs.carried(self._beat), daemon=True, name="claim")
         self._thread.start()
 
     def give_back(self) -> None:

@@ -236,7 +236,8 @@ class Config(BaseModel):
     limit_cpus: int | None = Field(
         None,
         ge=1,
-        description="CPUs that the job's trials and trainings take at a time, so that others keep their share; default: what the cluster has",
+        description="CPUs that the job's trials and trainings take at a time, decoders of --decode cluster included, so that others keep their share; "
+        "default: what the cluster has",
     )
     limit_gpus: int | None = Field(None, ge=1, description="the same for GPUs")
     search_gpu_share: float = Field(
@@ -316,10 +317,15 @@ class Config(BaseModel):
             )
         if self.warmup_epochs >= min(self.epochs, self.baseline_epochs):
             raise ValueError(f"expected --warmup-epochs below --epochs, got {self.warmup_epochs}")
-        if self.limit_cpus is not None and self.workers * self.threads_per_worker > self.limit_cpus:
+        taken = self.workers * self.threads_per_worker
+        if self.limit_cpus is not None and taken > self.limit_cpus:
             raise ValueError(
-                f"expected --workers x --threads-per-worker at most --limit-cpus ({self.limit_cpus}), got "
-                f"{self.workers * self.threads_per_worker}; lower one of them"
+                f"expected --workers x --threads-per-worker at most --limit-cpus ({self.limit_cpus}), got {taken}; lower one of them"
+            )
+        if self.limit_cpus is not None and taken + self.least_decode_cpus > self.limit_cpus:
+            raise ValueError(
+                f"expected at most --limit-cpus ({self.limit_cpus}) for --workers x --threads-per-worker and a CPU for each worker with "
+                f"--decode cluster, got {taken + self.least_decode_cpus}; lower one of them, or use --decode worker"
             )
         if self.std is not None and min(self.std, default=1.0) <= 0:
             raise ValueError(f"expected --std above 0, got {self.std}")
@@ -340,6 +346,11 @@ class Config(BaseModel):
     def fewest_workers(self) -> int:
         """With how few workers a training goes on."""
         return self.min_workers or self.workers
+
+    @property
+    def least_decode_cpus(self) -> int:
+        """CPUs of the cluster that a training's images take at least while they are decoded there."""
+        return self.workers if self.decode == "cluster" else 0
 
     @property
     def memory_limit_bytes(self) -> int:

@@ -7,7 +7,6 @@ noise). Not covered: evaluation over many devices; one process evaluates.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import seeds
+from clipq_ray import logs, seeds
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import DataError, ModelError, RunError
 from clipq_ray.memory import ran_out
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 _Z95 = 1.959963984540054  # the normal's 97.5 % point
 
 

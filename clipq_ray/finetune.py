@@ -8,7 +8,6 @@ it had not been. Not covered: optimizers other than SGD, and float16 with loss s
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipq_ray import seeds
+from clipq_ray import logs, seeds
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
@@ -31,7 +30,7 @@ from clipq_ray.memory import ran_out
 from clipq_ray.operator import Operator, Ramp, Recovery
 from clipq_ray.plan import Plan
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clipq_ray import logs
 from clipq_ray.errors import FormatError, StorageError
 from clipq_ray.redaction import redacted
 from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, WORK, Store
@@ -29,7 +29,7 @@ _FLEET = re.compile(rf"fleet=([^/]+)/{re.escape(MANIFEST)}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SELF = "manifest_sha256"
 _RESTORE = "restore it, or make a new run with --force"
-_log = logging.getLogger(__name__)
+_log = logs.logger(__name__)
 
 
 class CommittedRun(NamedTuple):

@@ -215,6 +215,7 @@ def close_rounds(opened: Opened, made: rounds.Rounds) -> Result:
         if _is_there(target):
             return _of_another(given)
         raise _uncommitted(given, files, error) from error
+    run.engine.committed(run.source.name, given.inventory.bytes_before, made.best.outcome.bytes)
     given.work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)
 

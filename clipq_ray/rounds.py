@@ -155,7 +155,6 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         making.make(choice, requested)
         seconds = time.monotonic() - started
         _say(run, intent, done, given.inventory.bytes_before)
-        run.engine.packed(run.source.name, given.inventory.bytes_before, done[-1].outcome.bytes)
         requested = next_request(intent, [one.outcome for one in done], run.config.rounds)
         if requested is None:
             break

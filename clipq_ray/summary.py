@@ -32,6 +32,7 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str], failed: S
     lines = []
     for manifest, uri in zip(manifests, uris, strict=True):
         metrics = manifest["metrics"]
+        about = f"{manifest['model']}: " if len(manifests) + len(failed) > 1 else ""
         split = "test" if metrics["test"] else "validation"
         scores = metrics[split]
         rows.append(
@@ -51,13 +52,9 @@ def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str], failed: S
                 f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %"
             )
         if promise := manifest.get("promise"):
-            lines.append(
-                f"{manifest['model']}: {promise_line(promise)}"
-                if len(manifests) > 1
-                else promise_line(promise)
-            )
-        lines.append(f"run: {uri}")
-        lines += [f"note: {note}" for note in manifest["notes"]]
+            lines.append(f"{about}{promise_line(promise)}")
+        lines.append(f"{about}run: {uri}")
+        lines += [f"{about}note: {note}" for note in manifest["notes"]]
     rows += [(name, "failed", "", "", "", "", "", "") for name in failed]
     if len(manifests) > 1:
         before, after = (

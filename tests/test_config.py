@@ -51,6 +51,8 @@ def test_a_configuration_is_frozen() -> None:
         ({"control": "sometimes"}, "--control"),
         ({"precision": "float16"}, "--precision"),
         ({"std": (0.5, 0.0, 0.5)}, "--std above 0"),
+        ({"limit_cpus": 3, "workers": 4}, "at most --limit-cpus (3), got 4"),
+        ({"limit_cpus": 3, "workers": 2, "decode": "cluster"}, "--decode cluster, got 4; lower one of them"),
         ({"name": "a b"}, "--name"),
         ({"name": "../up"}, "--name"),
         ({"name": "_stages"}, "--name"),

@@ -7,7 +7,6 @@ that have not joined yet are waited for, for a while. Not covered: what others o
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -18,10 +17,11 @@ import ray
 from ray._private import ray_constants
 from ray.experimental.internal_kv import _internal_kv_get
 
+from clipq_ray import logs
 from clipq_ray.config import Config
 from clipq_ray.errors import ConfigError
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 JOIN_SECONDS = 180.0
 """How long hosts that the cluster file names may take to join; they take 20 to 60 s after `ray up` and after their own start."""
 GROWTH = "CLIPQ_MAY_GROW"

@@ -7,10 +7,10 @@ Both engines call the same functions of `work`, so both give the same result (by
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
+from clipq_ray import logs
 from clipq_ray.config import Config
 from clipq_ray.errors import ClipqError
 from clipq_ray.finetune import Progress, Rank
@@ -18,7 +18,7 @@ from clipq_ray.memory import OutOfMemory
 from clipq_ray.storage import Store
 from clipq_ray.work import Searcher, SearchTask, TrainTask, train
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 
 
 Done = Callable[[int, ClipqError | None], None]
@@ -41,8 +41,8 @@ class Engine(Protocol):
     def check(self, config: Config) -> None:
         """`ConfigError` where what `config` asks for can never run here; called before anything else."""
 
-    def packed(self, network: str, bytes_before: int, bytes_after: int) -> None:
-        """A file was packed: for whoever watches from outside."""
+    def committed(self, network: str, bytes_before: int, bytes_after: int) -> None:
+        """A run was committed: for whoever watches from outside."""
 
     def search(
         self,
@@ -82,7 +82,7 @@ class LocalEngine:
     def check(self, config: Config) -> None:
         """One process always runs; a device that is missing is found where it is used."""
 
-    def packed(self, network: str, bytes_before: int, bytes_after: int) -> None:
+    def committed(self, network: str, bytes_before: int, bytes_after: int) -> None:
         """Nobody watches."""
 
     def search(

@@ -7,7 +7,6 @@ whole, which Ray itself gives up.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections import Counter
@@ -19,11 +18,12 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from clipq_ray import logs
 from clipq_ray.claims import process, runs
 from clipq_ray.config import Config
 from clipq_ray.errors import RunError
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 _ANSWER_SECONDS = 30.0  # a process on the worker's node may have to be started first
 
 

@@ -6,13 +6,13 @@ Not covered: hosts that are there and in use by others.
 from __future__ import annotations
 
 import datetime
-import logging
 import time
 from collections.abc import Mapping
 
+from clipq_ray import logs
 from clipq_ray.cluster.capacity import there
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 _LOOK_SECONDS = 2.0
 
 

@@ -1,7 +1,9 @@
 """How a job goes, for Prometheus, through Ray's metrics: every node of a cluster serves them at its metrics port.
 
 `ray_clipq_evaluations_total` evaluations of the search, by network; `ray_clipq_images_per_second` of what runs, by network and stage;
-`ray_clipq_bytes_saved` of the latest packed file, by network, and `ray_clipq_file_bytes` its size. Not covered: the result, which the manifest has.
+`ray_clipq_bytes_saved_total` by the runs that were committed, by network. A node keeps its totals for as long as it is there, also those of jobs and workers
+that have ended; a speed goes 20 s after what was so fast. Ray sends them every 10 s and when a process ends, so one that is killed loses at most that.
+Not covered: the result, which the manifest has.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ class Meter:
             "clipq_evaluations", "evaluations of the search that were measured", by_network
         )
         self._speed = Gauge("clipq_images_per_second", "images per second of what runs", by_stage)
-        self._saved = Gauge("clipq_bytes_saved", "bytes before less bytes of the latest file", by_network)
-        self._file = Gauge("clipq_file_bytes", "bytes of the latest file", by_network)
+        self._saved = Counter(
+            "clipq_bytes_saved", "bytes before less bytes of the file, of committed runs", by_network
+        )
 
     def evaluated(self, network: str, images: int, seconds: float) -> None:
         """One evaluation of the search, over so many images."""
@@ -35,10 +38,10 @@ class Meter:
         """How fast a stage is."""
         self._speed.set(images_per_second, {"network": network, "stage": stage})
 
-    def packed(self, network: str, bytes_before: int, bytes_after: int) -> None:
-        """A file was packed."""
-        self._saved.set(float(bytes_before - bytes_after), {"network": network})
-        self._file.set(float(bytes_after), {"network": network})
+    def committed(self, network: str, bytes_before: int, bytes_after: int) -> None:
+        """A run was committed."""
+        if bytes_before > bytes_after:
+            self._saved.inc(float(bytes_before - bytes_after), {"network": network})
 
 
 class TrainingSpeed:

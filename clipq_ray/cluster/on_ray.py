@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from clipq_ray import logs
 from clipq_ray.cluster import capacity, privacy, ray_data, ray_search, sight
 from clipq_ray.cluster.connection import connect
 from clipq_ray.cluster.engine import Done
@@ -49,7 +51,6 @@ from clipq_ray.memory import LOW
 from clipq_ray.storage import Store
 from clipq_ray.work import SearchTask, TrainTask, train
 
-log = logging.getLogger(__name__)
 _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker as in the job
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt is one, and not the end of a search
@@ -60,7 +61,11 @@ _SETTINGS = {
 def _train_loop(given: dict[str, Any]) -> None:
     """What every worker of a training runs."""
     task: TrainTask = given["task"]
-    board = given["board"]
+    with logs.about(task.source.name):
+        _train(task, given["board"], *given["decoding"])
+
+
+def _train(task: TrainTask, board: Any, *decoding: int) -> None:
     output = Store(task.output)
     if output.exists(ERROR):
         return  # a named error ended the attempt before and would end this one; the driver says so
@@ -77,7 +82,7 @@ def _train_loop(given: dict[str, Any]) -> None:
             speed.step(done)
 
     try:
-        feed = ray_data.feed(task.source.config, rank.world, given["trainings"])
+        feed = ray_data.feed(task.source.config, rank.world, *decoding)
         train(task, rank, progress, lambda row: ray.train.report(row), feed)
     except StorageError:
         raise  # may pass: Ray tries again
@@ -174,10 +179,10 @@ class RayEngine:
         worker = self._worker(config)
         capacity.refuse_too_large(config, {"CPU": worker.cpus, "GPU": worker.gpus})
 
-    def packed(self, network: str, bytes_before: int, bytes_after: int) -> None:
+    def committed(self, network: str, bytes_before: int, bytes_after: int) -> None:
         """To the metrics."""
         self._meter = self._meter or Meter()
-        self._meter.packed(network, bytes_before, bytes_after)
+        self._meter.committed(network, bytes_before, bytes_after)
 
     def _worker(self, config: Config) -> Amount:
         """What one worker of a training takes."""
@@ -205,7 +210,8 @@ class RayEngine:
         for config in configs:
             worker = self._worker(config)
             room = there.room({"CPU": worker.cpus, "GPU": worker.gpus}) // config.workers
-            fitting.append(min(room, self._limit.count(worker.times(config.workers))))
+            least = worker.times(config.workers) + Amount(config.least_decode_cpus)
+            fitting.append(min(room, self._limit.count(least)))
         return max(1, *fitting)
 
     def _ray_storage(self, near: Store) -> dict[str, Any]:
@@ -243,8 +249,10 @@ class RayEngine:
         worker = self._worker(config)
         self._refuse_impossible(worker, config.fewest_workers)
         ray_data.refuse_without_cpus(config)
-        with self._room.training(worker, config.workers, (-task.source.priority,)) as waited:
-            self._trained(task, worker, progress)
+        decoding = ray_data.counted(config, self.at_once)
+        rank = (-task.source.priority,)
+        with self._room.training(worker, config.workers, rank, Amount(decoding)) as waited:
+            self._trained(task, worker, decoding, progress)
         return waited
 
     def _refuse_impossible(self, amount: Amount, count: int) -> None:
@@ -261,20 +269,20 @@ class RayEngine:
                 f"expected --workers x --threads-per-worker at most the machine's {there:.0f} CPUs, got {wanted.cpus:g}; lower one of them"
             )
 
-    def _trained(self, task: TrainTask, worker: Amount, progress: Progress) -> None:
+    def _trained(self, task: TrainTask, worker: Amount, decoding: int, progress: Progress) -> None:
         config, gpu = task.source.config, worker.gpus > 0
         resources = {"CPU": worker.cpus, "GPU": worker.gpus}
         hosts = Hosts(task.stage, config.fewest_workers, resources)
         with Watch(progress, Limits.of([config]), hosts) as watch:
             trainer = ray.train.torch.TorchTrainer(
                 _train_loop,
-                train_loop_config={"task": task, "board": watch.board, "trainings": self.at_once},
+                train_loop_config={"task": task, "board": watch.board, "decoding": (self.at_once, decoding)},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=_world(config), use_gpu=gpu, resources_per_worker=resources
                 ),
                 torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
                 run_config=ray.train.RunConfig(
-                    name=f"{task.stage}-{uuid.uuid4().hex}",
+                    name=_run_name(task),
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
                     callbacks=[_LowMemory(task.checkpoints)],
                     **self._ray_storage(Store(task.checkpoints)),
@@ -293,6 +301,12 @@ class RayEngine:
             if failure is not None:
                 why = watch.hangs.error(task.stage) or f"{last_line(failure)}; run again to continue"
                 raise RunError(f"{task.stage} failed: {why}") from failure
+
+
+def _run_name(task: TrainTask) -> str:
+    """What Ray's own logs and its dashboard call a training."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", task.source.name)
+    return f"{plain}-{task.stage}-{uuid.uuid4().hex}"
 
 
 def _world(config: Config) -> int | tuple[int, int]:

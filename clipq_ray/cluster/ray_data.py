@@ -9,7 +9,6 @@ hold. Not covered: data in memory, which need no decoding; overlap of reading an
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import os
 import time
@@ -24,7 +23,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 from torch import Tensor
 
-from clipq_ray import errors
+from clipq_ray import errors, logs
 from clipq_ray.config import Config
 from clipq_ray.data import batches
 from clipq_ray.data.decoding import Decoded
@@ -34,7 +33,7 @@ from clipq_ray.data.reading import Reading, assembled, reading
 from clipq_ray.data.split import Split
 from clipq_ray.errors import ClipqError, ConfigError, RunError
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 PIECE_BYTES = 16 * 2**20
 """Decoded images that a task makes at least: enough that its start does not count."""
 BLOCK_BYTES = 4 * 2**20
@@ -150,16 +149,28 @@ def refuse_without_cpus(config: Config) -> None:
         )
 
 
-def feed(config: Config, world: int, trainings: int) -> Feed:
-    """What makes the batches of one of `world` workers, where so many `trainings` may go on at a time."""
-    cpus = cpus_left(config, world, trainings)
-    # trials and trainings may take a job's limit whole, and decoders would be beyond it
+def counted(config: Config, trainings: int) -> int:
+    """The CPUs that all decoders of a training take of --limit-cpus, where so many `trainings` may go on at a time; 0 where they have no limit."""
+    if config.limit_cpus is None or config.decode != "cluster":
+        return 0
+    return config.workers * _most(config, cpus_left(config, config.workers, trainings))
+
+
+def feed(config: Config, world: int, trainings: int, limit: int = 0) -> Feed:
+    """What makes the batches of one of `world` workers, where so many `trainings` may go on at a time; `limit`: what `counted` said."""
+    cpus = limit // world if limit else cpus_left(config, world, trainings)
+    # trials and trainings may take a job's limit whole; decoders would be beyond it where they are not counted
     asked = config.decode == "cluster" or (config.decode == "auto" and config.limit_cpus is None and cpus > 0)
     if not asked:
         return batches
-    cpus = max(1, cpus if config.decode_cpus is None else min(cpus, config.decode_cpus))
+    cpus = _most(config, cpus)
     store = ray.cluster_resources().get("object_store_memory", 0.0)
     return Decoders(cpus, config.memory_limit_bytes // 2, _STORE_SHARE * store / (world * trainings))
+
+
+def _most(config: Config, cpus: int) -> int:
+    """Of so many CPUs that are left, those that decode for one worker."""
+    return max(1, cpus if config.decode_cpus is None else min(cpus, config.decode_cpus))
 
 
 def cpus_left(config: Config, world: int, trainings: int) -> int:

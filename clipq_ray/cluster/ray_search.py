@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from clipq_ray import logs
 from clipq_ray.cluster.engine import Done
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
@@ -26,7 +27,7 @@ from clipq_ray.search import Trial
 from clipq_ray.storage import Store
 from clipq_ray.work import Searcher, SearchTask
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 _RAY = "_ray"  # what Tune keeps of a search, for as long as that goes on
 STARTING = "starting"
 
@@ -58,6 +59,10 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         task = self._tasks[self._number]
+        with logs.about(task.source.name):
+            return self._step(task)
+
+    def _step(self, task: SearchTask) -> dict[str, Any]:
         if self._trials is None:
             words = f"search: {task.source.name}, {task.groups[self._index].name}"
             self._board.begin.remote(self._item(), words, Worker.here())

@@ -78,11 +78,13 @@ class Cluster(Protocol):
 
 @dataclass(eq=False)
 class _Training:
-    """One that waits, or is let in: `groups` are those that it was seen to have, `before` those of others."""
+    """One that waits, or is let in: `beside` counts as used by it and is not placed with it, `groups` are those that it was seen to have, `before` those
+    of others."""
 
     worker: Amount
     workers: int
     rank: tuple[Any, ...]
+    beside: Amount = NOTHING
     groups: set[str] = field(default_factory=set)
     before: frozenset[str] = frozenset()
     since: float = field(default_factory=time.monotonic)
@@ -90,6 +92,11 @@ class _Training:
     @property
     def amount(self) -> Amount:
         return self.worker.times(self.workers)
+
+    @property
+    def counted(self) -> Amount:
+        """What it takes of the job's limit."""
+        return self.amount + self.beside
 
     def owns(self, name: str, group: Group) -> bool:
         fits = 0 < len(group.bundles) <= self.workers and all(
@@ -140,12 +147,14 @@ class Room:
 
     # -- trainings -----------------------------------------------------------------------------------------------------------
     @contextmanager
-    def training(self, worker: Amount, workers: int, rank: Sequence[Any]) -> Iterator[float]:
+    def training(
+        self, worker: Amount, workers: int, rank: Sequence[Any], beside: Amount = NOTHING
+    ) -> Iterator[float]:
         """While a training of `workers` that take `worker` each goes on; waits until it is let in, the lowest `rank` first. Gives the seconds that it
-        waited."""
+        waited. `beside`: what it may take of the cluster besides where that is free, and of the limit in any case."""
         with self._lock:
             self._count += 1
-            mine = _Training(worker, workers, (*rank, self._count))
+            mine = _Training(worker, workers, (*rank, self._count), beside)
             self._queue.append(mine)
         began = time.monotonic()
         try:
@@ -160,7 +169,9 @@ class Room:
             if self._closed:
                 raise RunError("the job was ended while a training waited; run again to continue")
             self._look()
-            if min(self._queue, key=lambda one: one.rank) is not mine or not self._fits(mine.amount):
+            if min(self._queue, key=lambda one: one.rank) is not mine or not self._fits(
+                mine.amount, mine.beside
+            ):
                 return False
             self._queue.remove(mine)
             mine.before = frozenset(self._cluster.groups())
@@ -241,7 +252,7 @@ class Room:
     def _used(self) -> Amount:
         live = {one.group for one in self._trials.values()}
         amounts = [one.amount for one in self._trials.values()]
-        amounts += [one.amount for one in self._trainings]
+        amounts += [one.counted for one in self._trainings]
         # what has left may be another trial's seat by now
         amounts += [one.amount for one in self._leaving if not live & one.groups]
         return sum(amounts, NOTHING)
@@ -252,9 +263,9 @@ class Room:
             one.amount for one in self._trials.values() if not one.begun
         ]
 
-    def _fits(self, amount: Amount) -> bool:
-        """Whether `amount` is within the limit, and is there, or would be the only thing that Ray is asked for."""
-        if not (self._limit - self._used()).holds(amount):
+    def _fits(self, amount: Amount, beside: Amount = NOTHING) -> bool:
+        """Whether `amount` is within the limit with what is `beside` it, and is there, or would be the only thing that Ray is asked for."""
+        if not (self._limit - self._used()).holds(amount + beside):
             return False
         asked = self._asked()
         if (self._available - sum(asked, NOTHING)).holds(amount):
@@ -267,15 +278,15 @@ class Room:
         waiting = [one for one in self._trainings if not one.groups]
         if self._queue:
             waiting.append(min(self._queue, key=lambda one: one.rank))
-        trainings = sum((one.amount for one in self._trainings), NOTHING)
+        trainings = sum((one.counted for one in self._trainings), NOTHING)
         trials = sum((one.amount for one in self._trials.values()), NOTHING)
         free = sum((one.amount for one in self._leaving), self._available)
         for one in waiting:
-            limit = self._limit - trainings + (NOTHING if one in self._queue else one.amount)
-            if not limit.holds(one.amount) or not (free + trials).holds(one.amount):
+            limit = self._limit - trainings + (NOTHING if one in self._queue else one.counted)
+            if not limit.holds(one.counted) or not (free + trials).holds(one.amount):
                 continue
             patient = time.monotonic() - one.since < _PATIENCE_SECONDS
-            if seats and patient and (limit - trials).holds(one.amount) and free.holds(one.amount):
+            if seats and patient and (limit - trials).holds(one.counted) and free.holds(one.amount):
                 continue
             return True
         return False

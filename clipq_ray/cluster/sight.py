@@ -6,20 +6,20 @@ Nodes that join later are not asked. Not covered: whether nodes may write; what 
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from clipq_ray import logs
 from clipq_ray.errors import StorageError
 from clipq_ray.storage import Store
 
 LIMIT_SECONDS = 60.0
 """For all nodes together; one that has not answered by then may be busy, and is passed over."""
 _PROBE_BYTES = 64
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 
 
 def check(storage: Store) -> None:

@@ -6,7 +6,6 @@ Not covered: what they do (`on_ray`, `ray_search`).
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import threading
@@ -19,6 +18,7 @@ import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from clipq_ray import logs
 from clipq_ray.cluster.hangs import Hangs, Limits, Signs, Worker
 from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.errors import (
@@ -33,7 +33,7 @@ from clipq_ray.errors import (
 from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
 
-log = logging.getLogger(__name__)
+log = logs.logger(__name__)
 _POLL_SECONDS, _LEASE_POLL_SECONDS = 0.5, 2.0
 _NAMESPACE = "clipq_ray"
 ERROR = "error.json"
@@ -101,7 +101,7 @@ class Watch:
         self.board = _new_board() if lease is None else _leased_board(lease)
         self.hangs = Hangs(limits)
         self._progress, self._hosts, self._end = progress, hosts, threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread = threading.Thread(target=logs.carried(self._poll), daemon=True)
 
     def _poll(self) -> None:
         while not self._end.wait(_POLL_SECONDS):
@@ -200,7 +200,7 @@ def apart(work: Callable[[], None]) -> None:
         except BaseException as error:  # raised again where it is waited for
             raised.append(error)
 
-    thread = threading.Thread(target=run, daemon=True, name="search")
+    thread = threading.Thread(target=logs.carried(run), daemon=True, name="search")
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_SECONDS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from clipq_ray import logs
 from clipq_ray.data.augment import crop_box
 from clipq_ray.data.listing import few
 from clipq_ray.data.preprocessing import Preprocessing
@@ -30,7 +30,7 @@ Decoded = Pixels | str
 
 # Below this mean size in bytes, two threads took 2.3 s for what one did in 1.3 s (10,000 CIFAR WebP images, 2 cores).
 _WORTH_A_THREAD = 8192
-_log = logging.getLogger(__name__)
+_log = logs.logger(__name__)
 
 
 class BadImages:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from clipq_ray import logs
 from clipq_ray.data.split import Split
 
 Batch = tuple[Tensor, Tensor]
@@ -68,7 +69,7 @@ def ahead(made: Generator[Batch, None, None], prefetch: int) -> Generator[Batch,
         finally:
             made.close()
 
-    thread = threading.Thread(target=work, name="clipq-batches", daemon=True)
+    thread = threading.Thread(target=logs.carried(work), name="clipq-batches", daemon=True)
     thread.start()
     try:
         while (item := ready.get()) is not None:

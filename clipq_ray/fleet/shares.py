@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipq_ray import loading, search, stages
+from clipq_ray import loading, logs, search, stages
 from clipq_ray.errors import ClipqError, DataError, RunError
 from clipq_ray.fleet.ensembles import probabilities
 from clipq_ray.fleet.file import Ensemble
@@ -133,8 +133,9 @@ class _Vote:
         """What `step` makes of each member: one after the other in this process, side by side while they train."""
 
         def in_turn(number: int) -> T:
-            with self._turn:
-                prepare_process(self._members[number].run.config.threads_per_worker)
+            run = self._members[number].run
+            with self._turn, logs.about(run.source.name):
+                prepare_process(run.config.threads_per_worker)
                 return step(given[number])
 
         with self._members[0].run.away():

@@ -231,6 +231,22 @@ def test_the_cluster_decodes_where_it_has_cpus_beyond_those_of_the_workers(clust
     assert [cpus(1, limit_cpus=3), cpus(1, limit_cpus=3, decode="cluster")] == [None, 2]
 
 
+def test_decoders_within_a_limit_are_as_many_as_are_counted(cluster: Cluster) -> None:
+    def both(workers: int, trainings: int = 1, world: int | None = None, **changes: Any) -> tuple[int, int]:
+        config = options("/nowhere", workers=workers, decode="cluster", **changes)
+        counted = ray_data.counted(config, trainings)
+        world = workers if world is None else world
+        made = ray_data.feed(config, world, trainings, counted)
+        assert isinstance(made, Decoders)
+        return counted, world * made.cpus
+
+    assert [both(1, limit_cpus=2), both(1, limit_cpus=4), both(1, limit_cpus=40)] == [(1, 1), (3, 3), (3, 3)]
+    assert [both(2, limit_cpus=4), both(2, limit_cpus=4, world=1)] == [(2, 2), (2, 2)]
+    assert [both(1, 2, limit_cpus=4), both(1, 3, limit_cpus=4)] == [(1, 1), (1, 1)]
+    assert both(1, limit_cpus=4, decode_cpus=2) == (2, 2)
+    assert [ray_data.counted(options("/nowhere", limit_cpus=4), 1), both(1)] == [0, (0, 3)]
+
+
 def test_workers_that_leave_no_cpu_to_decoders_are_refused_on_one_machine(
     cluster: Cluster, tmp_path: Path
 ) -> None:

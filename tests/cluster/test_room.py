@@ -49,11 +49,13 @@ class Going:
         self._room, self._ends, self._threads = room, dict[str, threading.Event](), list[threading.Thread]()
         self.let_in: list[str] = []
 
-    def start(self, name: str, worker: Amount, workers: int = 1, rank: int = 0) -> None:
+    def start(
+        self, name: str, worker: Amount, workers: int = 1, rank: int = 0, beside: Amount = Amount()
+    ) -> None:
         self._ends[name] = threading.Event()
 
         def go() -> None:
-            with self._room.training(worker, workers, (rank,)):
+            with self._room.training(worker, workers, (rank,), beside):
                 self.let_in.append(name)
                 self._ends[name].wait(20)
 
@@ -188,6 +190,42 @@ def test_a_limit_counts_what_is_ending_until_it_is_gone_and_a_seat_that_is_taken
     assert not room.begin("c", ONE)
     desk.remove("p")
     until(lambda: room.begin("c", ONE))
+
+
+def test_what_a_training_takes_beside_its_workers_counts_against_the_limit_and_is_not_waited_for() -> None:
+    desk = Desk(2)
+    room = Room(desk, Amount(4))
+    with going(room) as trainings:
+        trainings.start("t", ONE, 2, beside=Amount(2))
+        until(lambda: trainings.let_in == ["t"])
+        desk.place("t", ONE, ONE, training=True)
+        time.sleep(0.3)
+        desk.free = Amount(6)
+        time.sleep(0.3)
+        assert not room.begin("trial", ONE)
+        trainings.start("other", ONE, 1)
+        time.sleep(0.3)
+        trainings.end("t")
+        desk.remove("t")
+        until(lambda: trainings.let_in == ["t", "other"])
+        assert room.begin("trial", ONE)
+
+
+def test_trials_give_way_to_a_training_and_to_what_it_takes_beside_its_workers() -> None:
+    desk = Desk(8)
+    room = Room(desk, Amount(3))
+    for name in ("a", "b"):
+        assert room.begin(name, ONE)
+        desk.place(name, ONE)
+        room.runs(name, name)
+    with going(room) as trainings:
+        trainings.start("t", ONE, 1, beside=ONE)
+        until(lambda: not room.may_follow())
+        assert not room.begin("c", ONE)
+        assert trainings.let_in == []
+        room.end("a")
+        desk.remove("a")
+        until(lambda: trainings.let_in == ["t"])
 
 
 def test_shares_of_gpus_add_up() -> None:
