@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from clipq_ray.errors import RunError
 
 _LOOK_SECONDS = 0.2  # the cluster's state is asked for at most this often
+_CHECK_SECONDS = 1.0  # and whether trainings still have their groups
 _WAIT_SECONDS = 0.1
 _LEAVING_SECONDS = 30.0
 """What has ended counts as in use until Ray has taken it back, or this long."""
@@ -79,7 +80,7 @@ class Cluster(Protocol):
 @dataclass(eq=False)
 class _Training:
     """One that waits, or is let in: `beside` counts as used by it and is not placed with it, `groups` are those that it was seen to have, `before` those
-    of others."""
+    of others; `begun` once it had some, whatever became of them."""
 
     worker: Amount
     workers: int
@@ -87,6 +88,7 @@ class _Training:
     beside: Amount = NOTHING
     groups: set[str] = field(default_factory=set)
     before: frozenset[str] = frozenset()
+    begun: bool = False
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -138,7 +140,7 @@ class Room:
         self._trainings: list[_Training] = []
         self._trials: dict[Hashable, _Trial] = {}
         self._leaving: list[_Leaving] = []
-        self._looked, self._available = -math.inf, NOTHING
+        self._looked, self._checked, self._available = -math.inf, -math.inf, NOTHING
 
     def close(self) -> None:
         """Nothing is let in any more; what waits ends with `RunError`."""
@@ -230,9 +232,12 @@ class Room:
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked, self._available = now, self._cluster.available()
-        if not self._leaving and all(one.groups for one in self._trainings):
+        checked = now - self._checked < _CHECK_SECONDS or not self._trainings
+        if checked and not self._leaving and all(one.groups for one in self._trainings):
             return
-        groups = self._cluster.groups()
+        self._checked, groups = now, self._cluster.groups()
+        for training in self._trainings:
+            training.groups &= set(groups)  # one that Ray starts again waits for others
         taken = {name for one in self._trainings for name in one.groups}
         for training in self._trainings:
             if not training.groups:
@@ -240,6 +245,7 @@ class Room:
                     name for name, group in groups.items() if name not in taken and training.owns(name, group)
                 }
                 training.groups |= set(sorted(found)[:1])
+                training.begun = training.begun or bool(training.groups)
                 taken |= training.groups
         self._leaving = [
             one for one in self._leaving if now < one.until and any(name in groups for name in one.groups)
@@ -258,10 +264,21 @@ class Room:
         return sum(amounts, NOTHING)
 
     def _asked(self) -> list[Amount]:
-        """What was let in and is not placed yet, as far as is known."""
-        return [one.amount for one in self._trainings if not one.groups] + [
-            one.amount for one in self._trials.values() if not one.begun
-        ]
+        """What was let in and is not placed yet, as far as is known; without trainings that wait for a lost host, beside which trials may go on."""
+        within = self._free() + self._running()
+        return [
+            one.amount
+            for one in self._trainings
+            if not one.groups and (within.holds(one.amount) or not one.begun)
+        ] + [one.amount for one in self._trials.values() if not one.begun]
+
+    def _running(self) -> Amount:
+        """What trials hold."""
+        return sum((one.amount for one in self._trials.values()), NOTHING)
+
+    def _free(self) -> Amount:
+        """What nobody uses, or nobody will in a moment."""
+        return sum((one.amount for one in self._leaving), self._available)
 
     def _fits(self, amount: Amount, beside: Amount = NOTHING) -> bool:
         """Whether `amount` is within the limit with what is `beside` it, and is there, or would be the only thing that Ray is asked for."""
@@ -279,8 +296,7 @@ class Room:
         if self._queue:
             waiting.append(min(self._queue, key=lambda one: one.rank))
         trainings = sum((one.counted for one in self._trainings), NOTHING)
-        trials = sum((one.amount for one in self._trials.values()), NOTHING)
-        free = sum((one.amount for one in self._leaving), self._available)
+        trials, free = self._running(), self._free()
         for one in waiting:
             limit = self._limit - trainings + (NOTHING if one in self._queue else one.counted)
             if not limit.holds(one.counted) or not (free + trials).holds(one.amount):

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from clipq_ray.cluster.room import UNLIMITED, Amount, Group, Room
+from clipq_ray.cluster.room import NOTHING, UNLIMITED, Amount, Group, Room
 from clipq_ray.errors import RunError
 
 ONE = Amount(1)
@@ -50,7 +50,7 @@ class Going:
         self.let_in: list[str] = []
 
     def start(
-        self, name: str, worker: Amount, workers: int = 1, rank: int = 0, beside: Amount = Amount()
+        self, name: str, worker: Amount, workers: int = 1, rank: int = 0, beside: Amount = NOTHING
     ) -> None:
         self._ends[name] = threading.Event()
 
@@ -124,6 +124,36 @@ def test_a_training_that_waits_holds_back_trials_until_it_has_its_workers() -> N
         assert not room.begin("c", ONE)
     desk.remove("t")
     until(lambda: room.begin("c", ONE))
+
+
+def test_a_training_that_is_started_again_finds_its_workers_although_trials_wait() -> None:
+    desk = Desk(4)
+    room = Room(desk)
+    assert room.begin("a", ONE)
+    desk.place("a", ONE)
+    room.runs("a", "a")
+    with going(room) as trainings:
+        trainings.start("t", ONE, 3)
+        until(lambda: trainings.let_in == ["t"])
+        desk.place("t", ONE, ONE, ONE, training=True)
+        time.sleep(0.3)
+        assert room.may_follow()
+        desk.remove("t")
+        time.sleep(1.3)  # its groups were looked at again
+        assert not room.begin("b", ONE)
+        desk.free = ONE  # a host is lost: nothing is held back for what cannot be
+        until(lambda: room.begin("b", ONE))
+        desk.place("b", ONE)
+        room.runs("b", "b")
+        time.sleep(0.3)
+        assert room.may_follow()
+        desk.free = ONE  # it is back
+        until(lambda: not room.may_follow())
+        assert not room.begin("c", ONE)
+        room.end("b")
+        desk.remove("b")
+        desk.place("t again", ONE, ONE, ONE, training=True)
+        until(room.may_follow)
 
 
 def test_no_more_trials_leave_their_seats_than_a_training_needs() -> None:
@@ -208,7 +238,8 @@ def test_what_a_training_takes_beside_its_workers_counts_against_the_limit_and_i
         trainings.end("t")
         desk.remove("t")
         until(lambda: trainings.let_in == ["t", "other"])
-        assert room.begin("trial", ONE)
+        desk.place("other", ONE, training=True)
+        until(lambda: room.begin("trial", ONE))
 
 
 def test_trials_give_way_to_a_training_and_to_what_it_takes_beside_its_workers() -> None:
