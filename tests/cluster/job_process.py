@@ -78,16 +78,21 @@ def end(session: int) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
+def output_of(errors: Path) -> Path:
+    """The file with what a job wrote to stdout, beside that of its errors."""
+    return errors.with_name(f"{errors.name}.out")
+
+
 class Job:
     """A job under way in a session of its own."""
 
     def __init__(self, arguments: list[str], errors: Path, environment: Mapping[str, str]) -> None:
         self._errors = errors
         inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with errors.open("w") as stream:
+        with errors.open("w") as stream, output_of(errors).open("w") as output:
             self.process = subprocess.Popen(
                 arguments,
-                stdout=subprocess.DEVNULL,
+                stdout=output,
                 stderr=stream,
                 cwd=ROOT,
                 env={**inherited, **environment},

@@ -1,81 +1,225 @@
-"""A fleet on Ray: trainings overlap and change nothing; two jobs on the same run at the same time make it once."""
+"""A fleet on Ray: trainings overlap and change nothing, every line and metric says whose it is, limits hold; two jobs on the same run at the same time
+make it once."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
-from job_process import ROOT, finished, processes, sha256, started
+from data_files import parquet, png, write
+from job_process import ROOT, Process, children, finished, output_of, sha256, started
 from ray.cluster_utils import Cluster
 
-from clipq_ray import manifest
-from clipq_ray.storage import Store
+from clipq_ray import manifest, tables
+from clipq_ray.storage import TRIALS, Store
 
 pytestmark = pytest.mark.slow
 
 DEFAULTS: dict[str, Any] = {
     "epochs": 8, "baseline_epochs": 2, "batch_size": 32, "search_evaluations": 4, "search_start": 3, "search_images": 60,
-    "target_ratio": 15, "rounds": 1,
+    "target_ratio": 15, "rounds": 1, "bad_image_limit": 1,
 }  # fmt: skip
 MODELS = [{"model": "lenet5"}, {"model": "lenet_300_100"}]
+NAMES = {"lenet5", "lenet_300_100"}
 
 
-def submission(folder: Path, *more: str, **changes: Any) -> list[str]:
+def submission(folder: Path, *more: str, data: str = "digits", **changes: Any) -> list[str]:
     path = folder / "fleet.yaml"
-    content = {"name": "night", "defaults": DEFAULTS, "models": MODELS, **changes}
+    content = {"name": "night", "defaults": {**DEFAULTS, "data": data}, "models": MODELS, **changes}
     path.write_text(yaml.safe_dump(content))
     return [sys.executable, str(ROOT / "jobs" / "compress.py"), f"--fleet={path}", *more]
 
 
-def train_workers(session: int) -> set[int]:
-    return {process.pid for process in processes(session) if "RayTrainWorker" in process.title}
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One node with three CPUs; jobs come and go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def committed(storage: Path) -> list[manifest.CommittedRun]:
+    return list(manifest.committed(Store(storage)))
 
 
 def hashes(storage: Path) -> dict[str, str]:
     """SHA-256 of every committed network."""
-    found = list(manifest.committed(Store(storage)))
+    found = committed(storage)
     assert all(manifest.verify(run.store) == [] for run in found)
     return {run.model: sha256(manifest.read_manifest(run.store)) for run in found}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Data of which every process that opens them has something to say: one image cannot be read."""
+    made: list[bytes | None] = [png(number, (28, 28), "L") for number in range(1400)]
+    made[7] = b"no image"
+    labels = [number % 256 // 64 for number in range(1400)]
+    return write(tmp_path_factory.mktemp("data"), {"train.parquet": parquet(made, labels, (), rows=200)})
+
+
+@pytest.fixture(scope="module")
+def alone(images: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What one process without Ray makes, one network after the other."""
     folder = tmp_path_factory.mktemp("alone")
-    ended = finished(submission(folder, "--engine=local", f"--storage={folder / 's'}"), folder / "errors")
-    assert ended == (0, [f"fleet: {folder / 's' / 'fleet=night'}"])
+    arguments = submission(folder, "--engine=local", f"--storage={folder / 's'}", data=images)
+    ended = finished(arguments, folder / "errors")
+    assert ended.code == 0
+    assert ended.lines[-1] == f"fleet: {folder / 's' / 'fleet=night'}"
     return hashes(folder / "s")
 
 
-def test_trainings_overlap_and_change_nothing(alone: dict[str, str], tmp_path: Path) -> None:
-    with started(submission(tmp_path, f"--storage={tmp_path / 's'}"), tmp_path / "errors") as job:
-        job.until(lambda: len(train_workers(job.session)) == 2)
-        ended = job.wait()
-    assert ended == (0, [f"fleet: {tmp_path / 's' / 'fleet=night'}"])
-    assert hashes(tmp_path / "s") == alone
+def test_trainings_overlap_and_change_nothing_and_every_line_and_metric_says_whose_it_is(
+    alone: dict[str, str], images: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    storage = tmp_path / "s"
+    arguments = submission(tmp_path, f"--storage={storage}", data=images)
+    with (
+        scraped(cluster) as metrics,
+        started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job,
+    ):
+        job.until(lambda: len(train_workers(cluster)) == 2)
+        assert job.wait().code == 0, (tmp_path / "errors").read_text()
+        assert hashes(storage) == alone
+        metrics.until(lambda: metrics.total("bytes_saved_total") == saved(storage))
+        metrics.until(lambda: metrics.total("evaluations_total") == evaluated(storage))
+    for stage in ("search", "baseline", "finetune"):
+        assert {name for name, of in metrics.seen("images_per_second") if of == stage} == NAMES
+    assert min(metrics.seen("images_per_second").values()) > 0
+    assert_lines_say_whose_they_are(tmp_path / "errors")
+    logs = Path(cluster.head_node.get_logs_dir_path())
+    said = {actor: who_says(logs, actor) for actor in ("RayTrainWorker", "_GroupTrial")}
+    assert said["RayTrainWorker"] == NAMES
+    assert said["_GroupTrial"]
+    assert said["_GroupTrial"] <= NAMES
+    trains = "".join(path.read_text() for path in (logs / "train").glob("ray-train-app-worker-*.log"))
+    assert {name for name in NAMES if f'"run_name": "{name}-finetune-' in trains} == NAMES
+
+
+def train_workers(cluster: Cluster) -> list[Process]:
+    raylet = cluster.head_node.all_processes["raylet"][0].process.pid
+    return [one for one in children([raylet]) if "RayTrainWorker" in one.title]
+
+
+def assert_lines_say_whose_they_are(errors: Path) -> None:
+    """All that a job wrote, apart from what is of the whole fleet."""
+    own, whole = "|".join(NAMES), r"\[[\d:]+\] search: |fleet: "
+    lines = errors.read_text().splitlines()
+    assert [line for line in lines if not re.match(rf"(\[[\d:]+\] )?({own}): |{whole}", line)] == []
+    warned = [line for line in lines if "unreadable image" in line]
+    assert warned
+    table, _, below = output_of(errors).read_text().partition("\n\n")
+    assert len(table.splitlines()) == 5
+    last = below.splitlines().pop()
+    assert last == "2 of 2 committed"
+    told = [re.match(rf"({own}): (promise|run|note): ", line) for line in below.splitlines()[:-1]]
+    assert {found[1] + " " + found[2] for found in told if found} == {
+        f"{name} {what}" for name in NAMES for what in ("promise", "run", "note")
+    }
+    assert None not in told
+
+
+def who_says(logs: Path, actor: str) -> set[str]:
+    """Who an image cannot be read for, by the logs of all actors of a kind."""
+    texts = [path.read_text() for path in logs.glob("worker-*.err")]
+    lines = [line for text in texts if f":actor_name:{actor}\n" in text for line in text.splitlines()]
+    return {line.partition(": unreadable image")[0] for line in lines if "unreadable image" in line}
+
+
+def saved(storage: Path) -> dict[str, float]:
+    """Bytes that every committed network saves, by its manifest."""
+    metrics = {run.model: manifest.read_manifest(run.store)["metrics"] for run in committed(storage)}
+    return {name: float(one["bytes_before"] - one["bytes_after"]) for name, one in metrics.items()}
+
+
+def evaluated(storage: Path) -> dict[str, float]:
+    """Evaluations of every committed network, by its table of trials."""
+    return {run.model: float(len(tables.from_bytes(run.store.read(TRIALS)))) for run in committed(storage)}
+
+
+class Scraped:
+    """What Prometheus would have read of a cluster by now."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        node = cluster.head_node
+        self._address = f"http://{node.node_ip_address}:{node.metrics_export_port}/metrics"
+        self._samples: dict[str, float] = {}
+        self.end = threading.Event()
+
+    def look(self) -> None:
+        while not self.end.wait(0.5):
+            with suppress(OSError), urllib.request.urlopen(self._address, timeout=10) as page:
+                for line in page.read().decode().splitlines():
+                    if line.startswith("ray_clipq_"):
+                        name, _, value = line.rpartition(" ")
+                        self._samples[name] = float(value)
+
+    def seen(self, metric: str) -> dict[tuple[str, str], float]:
+        """The sums over processes of a metric's samples, by network and stage, each as it was last."""
+        found: Counter[tuple[str, str]] = Counter()
+        for name, value in list(self._samples.items()):
+            if name.startswith(f"ray_clipq_{metric}{{"):
+                labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
+                found[labels["network"], labels.get("stage", "")] += value  # type: ignore[assignment]
+        return dict(found)
+
+    def total(self, metric: str) -> dict[str, float]:
+        return {network: value for (network, _), value in self.seen(metric).items()}
+
+    def until(self, what: Callable[[], bool]) -> None:
+        limit = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < limit, self._samples
+            time.sleep(0.2)
+
+
+@contextmanager
+def scraped(cluster: Cluster) -> Iterator[Scraped]:
+    found = Scraped(cluster)
+    looking = threading.Thread(target=found.look)
+    looking.start()
+    try:
+        yield found
+    finally:
+        found.end.set()
+        looking.join()
 
 
 @contextmanager
 def in_use(address: str) -> Iterator[list[float]]:
-    """CPUs that Ray has given away on a cluster, looked at again and again."""
+    """CPUs that Ray has given away on a cluster, looked at again and again, beginning when the job before has left."""
     found: list[float] = []
     ended = threading.Event()
 
+    def used() -> float:
+        return round(ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0), 3)
+
     def look() -> None:
         while not ended.wait(0.05):
-            used = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
-            found.append(round(used, 3))
+            found.append(used())
 
     ray.init(address=address, log_to_driver=False)
+    limit = time.monotonic() + 60
+    while used():
+        assert time.monotonic() < limit, "the job before holds CPUs"
+        time.sleep(0.1)
     looking = threading.Thread(target=look)
     looking.start()
     try:
@@ -87,7 +231,7 @@ def in_use(address: str) -> Iterator[list[float]]:
 
 
 def test_a_limit_holds_for_trials_and_trainings_together_and_priority_says_who_comes_first(
-    tmp_path: Path,
+    cluster: Cluster, tmp_path: Path
 ) -> None:
     """With one CPU for all of it, whatever held something while it waits would stop the job."""
     changes = {
@@ -101,16 +245,12 @@ def test_a_limit_holds_for_trials_and_trainings_together_and_priority_says_who_c
         submission(tmp_path, "--engine=local", f"--storage={tmp_path / 'alone'}", **changes), tmp_path / "x"
     )
     assert alone.code == 0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
-    try:
-        arguments = submission(tmp_path, f"--storage={tmp_path / 's'}", **changes)
-        with (
-            in_use(cluster.address) as used,
-            started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job,
-        ):
-            assert job.wait().code == 0, (tmp_path / "errors").read_text()
-    finally:
-        cluster.shutdown()
+    arguments = submission(tmp_path, f"--storage={tmp_path / 's'}", **changes)
+    with (
+        in_use(cluster.address) as used,
+        started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job,
+    ):
+        assert job.wait().code == 0, (tmp_path / "errors").read_text()
     assert set(used) == {0, 1}
     lines = (tmp_path / "errors").read_text().splitlines()
     (first,) = (n for n, line in enumerate(lines) if "lenet_300_100: finetune: done" in line)
@@ -121,10 +261,10 @@ def test_a_limit_holds_for_trials_and_trainings_together_and_priority_says_who_c
 
 
 def test_the_second_of_two_jobs_waits_and_takes_the_result_or_leaves(
-    alone: dict[str, str], tmp_path: Path
+    alone: dict[str, str], images: str, tmp_path: Path
 ) -> None:
     storage = tmp_path / "s"
-    arguments = submission(tmp_path, f"--storage={storage}", "--engine=local")
+    arguments = submission(tmp_path, f"--storage={storage}", "--engine=local", data=images)
     with started(arguments, tmp_path / "first") as first:
         first.until(lambda: list(storage.glob("model=lenet5/run=*/_work/claim-*")))
         with (

@@ -21,6 +21,7 @@ from clipq_ray.cluster import ray_data
 from clipq_ray.cluster.engine import Engine, LocalEngine
 from clipq_ray.cluster.on_ray import RayEngine
 from clipq_ray.cluster.ray_data import Decoders
+from clipq_ray.cluster.room import Amount
 from clipq_ray.config import Config, make
 from clipq_ray.data import batches, open_data
 from clipq_ray.data.encoded import EncodedSplit
@@ -192,15 +193,15 @@ def options(uri: str, **changes: Any) -> Config:
     )  # fmt: skip
 
 
-def trained(engine: Engine, config: Config, place: Path) -> bytes:
-    """The weights that two epochs make."""
+def trained(engine: Engine, config: Config, place: Path, watch: Callable[[], None] = lambda: None) -> bytes:
+    """The weights that two epochs make; `watch` is called again and again meanwhile."""
     schedule = Schedule(2, config.batch_size, 0.05, 0.0, 0.9, 0.0, 0.0)
     output = Store(place / "output")
     task = TrainTask(
         Source(config), "baseline", None, None, schedule, output.uri, Store(place / "checkpoints").uri
     )
     with engine:
-        engine.train(task, lambda done, total, words: None)
+        engine.train(task, lambda done, total, words: watch())
     return output.read(WEIGHTS)
 
 
@@ -216,6 +217,24 @@ def test_a_training_ends_with_the_same_bytes_wherever_images_are_decoded(
     two = trained(RayEngine(), options(uri, workers=2, decode="worker"), tmp_path / "2")
     assert trained(RayEngine(), options(uri, workers=2, decode="cluster"), tmp_path / "2c") == two
     assert two != alone
+
+
+def test_decoders_take_their_part_of_a_limit_so_that_no_trial_does(cluster: Cluster, tmp_path: Path) -> None:
+    images = [png(number, (34, 31), mode="L") for number in range(200)]
+    uri = write(
+        tmp_path / "data", {"train.parquet": parquet(images, [number % 2 for number in range(200)], ())}
+    )
+    config = options(uri, decode="cluster", limit_cpus=3)
+    engine, used, others = RayEngine(config), [0.0], list[bool]()
+
+    def watch() -> None:
+        used.append(4 - free_cpus())
+        others.append(engine._room.begin(len(others), Amount(1)))
+
+    until(lambda: free_cpus() == 4)
+    trained(engine, config, tmp_path / "limited", watch)
+    assert 1 < max(used) <= 3
+    assert set(others) == {False}
 
 
 def test_the_cluster_decodes_where_it_has_cpus_beyond_those_of_the_workers(cluster: Cluster) -> None:

@@ -334,6 +334,7 @@ def test_it_goes_on_through_a_pulled_cable_and_a_dead_host_to_the_same_bytes(clu
     assert details["status"] == "SUCCEEDED", cluster.log("second")[-3000:]
     assert details["driver_exit_code"] == 0
     assert committed(cluster, "faults")[1] == committed(cluster, "runs")[1]
+    assert cluster.until(lambda: metrics(cluster, "ray_clipq_bytes_saved_total"), 60), "a total of a job that has ended"  # fmt: skip
     # of one search a host that starts late may be left nothing, not of both
     assert searched_on(cluster, "faults") | searched_on(cluster, "runs") == {"worker1", "worker2"}
 
