@@ -219,7 +219,8 @@ class Config(BaseModel):
     min_workers: int | None = Field(
         None,
         ge=1,
-        description="where the cluster has fewer hosts, a training goes on with as few workers; then the promise holds, and the bytes may be others. "
+        description="where the cluster has fewer hosts, or has had the others for less than 20 s, a training begins or goes on with as few workers, and takes up hosts "
+        "that join after 60 to 80 s, behind its last epoch; then the promise holds, and the bytes may be others. "
         "Default: --workers, so it waits for a lost host",
     )
     threads_per_worker: int = Field(
