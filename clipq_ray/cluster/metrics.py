@@ -12,7 +12,7 @@ import time
 
 from ray.util.metrics import Counter, Gauge
 
-_EVERY_SECONDS = 2.0  # between two looks at a training's speed
+_EVERY_SECONDS = 0.5  # between two looks at a training's speed
 
 
 class Meter:

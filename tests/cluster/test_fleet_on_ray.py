@@ -100,7 +100,7 @@ def test_trainings_overlap_and_change_nothing_and_every_line_and_metric_says_who
         assert hashes(storage) == alone
         metrics.until(lambda: metrics.total("bytes_saved_total") == saved(storage))
         metrics.until(lambda: metrics.total("evaluations_total") == evaluated(storage))
-    for stage in ("search", "baseline", "finetune"):
+    for stage in ("search", "finetune"):
         assert {name for name, of in metrics.seen("images_per_second") if of == stage} == NAMES
     assert min(metrics.seen("images_per_second").values()) > 0
     assert_lines_say_whose_they_are(tmp_path / "errors")
