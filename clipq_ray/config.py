@@ -66,6 +66,12 @@ class Config(BaseModel):
         le=8192,
         description="shorter side before the centre crop [pixels]; default: 256/224 of the input, none where images have its size",
     )
+    shift_pixels: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="largest random shift of training images that already have the input's size [pixels]; default: an eighth of the input",
+    )
     mean: tuple[float, ...] | None = Field(
         None, description="mean per channel, of values in 0..1; default: the data's usual"
     )
@@ -118,6 +124,19 @@ class Config(BaseModel):
     round_epochs: int | None = Field(
         None, ge=1, description="epochs of each further round; default: half of --epochs"
     )
+    rungs: int = Field(
+        1,
+        ge=1,
+        le=20,
+        description="with a size: rounds of fine-tuning on the way to it, each asked for a file that is smaller by the same factor; 1: the size at once, as published",
+    )
+    rung_epochs: int | None = Field(
+        None, ge=1, description="epochs of each of them but the last; default: half of --epochs"
+    )
+    search_again: bool = Field(
+        False,
+        description="search before each further round too, from the weights of the round before",
+    )
 
     # The file
     profile: Literal["fast", "small"] = Field(
@@ -132,7 +151,7 @@ class Config(BaseModel):
 
     # Search
     search_images: int = Field(2000, ge=2, description="training images that score one (p, b)")
-    search_evaluations: int = Field(18, ge=4, le=693, description="evaluations per layer, at most")
+    search_evaluations: int = Field(18, ge=4, le=763, description="evaluations per layer, at most")
     search_start: int = Field(
         4,
         ge=3,
@@ -299,6 +318,10 @@ class Config(BaseModel):
         if self.search_early_stop and self.tradeoff is None:
             raise ValueError(
                 "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it, or say --no-search-early-stop"
+            )
+        if self.rungs > 1 and self.target_bytes is None and self.target_ratio is None:
+            raise ValueError(
+                f"expected --target-bytes or --target-ratio with --rungs {self.rungs}, which are sizes on the way to one; add it, or leave --rungs out"
             )
         if self.engine == "local" and self.workers > 1:
             raise ValueError(
