@@ -149,6 +149,11 @@ class Config(BaseModel):
         "float16; exact: not folded, float16 where that keeps a relative error of 2^-10, else float32",
     )
 
+    dead_units: Literal["drop", "keep"] = Field(
+        "drop",
+        description="weights and biases that no output needs, of units that feed nothing or say the same for every image; drop: they are zero in the file",
+    )
+
     # Search
     search_images: int = Field(2000, ge=2, description="training images that score one (p, b)")
     search_evaluations: int = Field(18, ge=4, le=763, description="evaluations per layer, at most")

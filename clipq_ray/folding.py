@@ -101,4 +101,8 @@ def _scale(values: Float64, precision: Precision) -> codec.Vector | None:
 
 
 def _shift(values: Float64, precision: Precision) -> codec.Vector | None:
-    return codec.on_grid(values, float(np.sqrt(np.square(values).mean())), precision.shift)
+    # zeros, as of dead units, are on every grid
+    used = values[values != 0]
+    return codec.on_grid(
+        values, float(np.sqrt(np.square(used).mean())) if used.size else 0.0, precision.shift
+    )

@@ -88,6 +88,7 @@ def document(
             "ratio": inventory.bytes_before / size,
             "batch_norm": packed.batch_norm,
             "vectors": packed.vectors,
+            "dead_units": packed.dead_units,
             **_metrics(scores),
         },
         "promise": dict(promise),
