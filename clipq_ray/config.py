@@ -18,6 +18,12 @@ from clipq_ray.errors import ConfigError
 INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 """What the user wants of the result: one of these options."""
 
+PAPER: dict[str, Any] = {
+    "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
+    "dead_units": "keep", "vectors": "exact", "label_smoothing": 0.0,
+}  # fmt: skip
+"""The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
+
 
 class Config(BaseModel):
     """Everything that decides a run; one field is one option."""
@@ -115,6 +121,10 @@ class Config(BaseModel):
         description="intent instead, without a promise: lambda of the paper, error that one whole network's worth of saved bits may cost",
     )
 
+    paper: bool = Field(
+        False,
+        description="the method as published: pruning rates, plan and vectors without what was added here; options that say otherwise are refused",
+    )
     rounds: int = Field(
         3,
         ge=1,
@@ -312,7 +322,9 @@ class Config(BaseModel):
             for name in ("keep", "groups")
             if isinstance(given.get(name), str)
         }
-        wanted = {} if any(given.get(name) is not None for name in INTENTS) else {"max_drop": 0.0}
+        published = {name: value for name, value in PAPER.items() if name not in given}
+        wanted = published if given.get("paper") in (True, "true", "True") else {}
+        wanted |= {} if any(given.get(name) is not None for name in INTENTS) else {"max_drop": 0.0}
         return {**given, **listed, **wanted}
 
     @model_validator(mode="after")
@@ -323,6 +335,12 @@ class Config(BaseModel):
         if self.search_early_stop and self.tradeoff is None:
             raise ValueError(
                 "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it, or say --no-search-early-stop"
+            )
+        added = [name for name, value in PAPER.items() if getattr(self, name) != value]
+        if self.paper and added:
+            words = ", ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in added)
+            raise ValueError(
+                f"expected the method as published with --paper, got {words}; leave out one or the other"
             )
         if self.rungs > 1 and self.target_bytes is None and self.target_ratio is None:
             raise ValueError(

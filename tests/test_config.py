@@ -72,6 +72,10 @@ def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, 
         ({"max_drop": -0.1}, "--max-drop"),
         ({"target_bytes": 0}, "--target-bytes"),
         ({"rounds": 0}, "--rounds"),
+        (
+            {"paper": True, "ramp_share": 0.5, "vectors": "auto"},
+            "with --paper, got --ramp-share 0.5, --vectors auto; leave",
+        ),
         ({"rungs": 3}, "expected --target-bytes or --target-ratio with --rungs 3"),
         ({"rungs": 3, "tradeoff": 8.0}, "expected --target-bytes or --target-ratio with --rungs 3"),
         ({"engine": "local", "workers": 2}, "--engine ray"),
@@ -100,6 +104,13 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
 def test_values_on_the_border_are_taken(options: dict[str, Any]) -> None:
     made = make(**options)
     assert {name: getattr(made, name) for name in options} == options
+
+
+def test_the_paper_switches_off_what_goes_beyond_it() -> None:
+    made = make(paper=True)
+    assert (made.vectors, made.dead_units, made.ramp_share, made.rungs) == ("exact", "keep", 0.0, 1)
+    assert make(paper=True, ramp_share=0.0, vectors="exact") == made
+    assert make().vectors == "auto"
 
 
 def test_all_mistakes_are_named_at_once() -> None:
