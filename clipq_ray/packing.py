@@ -136,13 +136,19 @@ def _on_grids(
     return replace(packed, tensors=tensors, norms=norms)
 
 
+def other_bytes_of(packed: PackedNetwork) -> int:
+    """Bytes of a file besides the layers' blobs."""
+    layers = sum(entry.bytes for entry in codec.entries(packed.file) if entry.name in packed.quantized)
+    return len(packed.file) - layers
+
+
 def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> int:
     """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them."""
     empty = codec.CodedLayer(np.zeros(0, np.int16), np.zeros(1, np.float32), 0)
     blobs = {layer.name: empty for layer in inventory.layers}
     packed = codec.Packed(_metadata(source, inventory, data, "0" * 64), _tensors(model, inventory, blobs))
     if source.config.vectors == "auto":
-        packed = _on_grids(model, inventory, packed, folding.LADDER[1])
+        packed = _on_grids(model, inventory, packed, folding.USUAL)
     # an empty layer still has two bytes, and its shape and size in the header are shorter than real ones
     return len(codec.encode(packed, source.config.profile)) + 2 * len(blobs)
 

@@ -131,6 +131,7 @@ class Making:
         self.run, self.given = run, given
         self._model = run.source.network()
         self._model.load_state_dict(read_state(given.weights))
+        # what the file holds besides layers: predicted, then as in the last round
         self.other = packing.other_bytes(run.source, self._model, given.inventory, run.data)
         self.searched = given.searched
         self.done: list[Round] = []
@@ -151,6 +152,7 @@ class Making:
         """The next round; `requested`: the bytes of the file that were asked for; `rungs_left`: how many rounds are to follow it on the way to a size."""
         one = _round(self, choice, requested, rungs_left)
         self.done.append(one)
+        self.other = packing.other_bytes_of(one.packed)
         return one
 
     def initial(self) -> nn.Module:
@@ -167,8 +169,8 @@ class Making:
 def run_rounds(run: Run, given: Given) -> Rounds:
     """At least one round, and as many as the intent, `--rounds` and the deadline leave."""
     making = Making(run, given)
-    intent, other, done = Intent.of(run.config, given.inventory.bytes_before), making.other, making.done
-    requested, *rungs = _requests(intent, given.searched, other, run.config.rungs)
+    intent, done = Intent.of(run.config, given.inventory.bytes_before), making.done
+    requested, *rungs = _requests(intent, given.searched, making.other, run.config.rungs)
     climbed, seconds = len(rungs), 0.0
     while True:
         left = run.seconds_left
@@ -178,7 +180,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         started = time.monotonic()
         if done and requested is not None and run.config.search_again:
             making.search_again(requested, 1 / (1 + len(rungs)))
-        choice, requested = _other_choice(intent, making.searched, requested, other, done)
+        choice, requested = _other_choice(intent, making.searched, requested, making.other, done)
         if not making.made(choice):
             making.make(choice, requested, len(rungs))
             seconds = time.monotonic() - started
@@ -196,7 +198,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
             break
     made = Rounds(intent, given.inventory, tuple(done))
     asked = made.best.outcome.requested
-    if asked is not None and made.best.choice.bytes > asked - other:
+    if asked is not None and made.best.predicted > asked:
         run.notes.append(
             f"asked for {asked:,} bytes; the smallest that the search measured were taken, {made.best.predicted:,} bytes before training"
         )
