@@ -166,7 +166,7 @@ class Config(BaseModel):
 
     # Search
     search_images: int = Field(2000, ge=2, description="training images that score one (p, b)")
-    search_evaluations: int = Field(18, ge=4, le=763, description="evaluations per layer, at most")
+    search_evaluations: int = Field(18, ge=4, le=910, description="evaluations per layer, at most")
     search_start: int = Field(
         4,
         ge=3,

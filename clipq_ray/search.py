@@ -44,8 +44,14 @@ START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
 """The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
 lost, the point that saves the most; further ones are drawn at random."""
 
-RATES = (*(step / 100 for step in range(100)), *(0.99 + step / 1000 for step in range(1, 10)))
-"""In steps of 0.01, and in steps of 0.001 above 0.99: from there to the next hundredth all weights would go."""
+RATES = (
+    *(step / 100 for step in range(96)),
+    *(step / 1000 for step in range(952, 990, 2)),
+    *(step / 1000 for step in range(990, 995)),
+    *(step / 10_000 for step in range(9950, 10_000, 5)),
+)
+"""In steps of 0.01, and finer ones above 0.95, where a hundredth is a fifth of the weights that are left and more."""
+_COARSE = 0.95
 
 GRID = tuple(Theta(p, b) for b in range(BITS_MIN, BITS_MAX + 1) for p in RATES)
 
@@ -267,7 +273,7 @@ def _curves(
 
 
 def _rates(weights: Sequence[torch.Tensor]) -> list[float]:
-    """The pruning rates of the grid, of those above 0.99 such that clip other weights than the rate before."""
+    """The pruning rates of the grid, of the finer ones such that clip other weights than the rate before."""
     sides = [int(side.sum()) for weight in weights for side in (weight > 0, weight < 0)]
 
     def clipped(p: float) -> list[int]:
@@ -276,7 +282,7 @@ def _rates(weights: Sequence[torch.Tensor]) -> list[float]:
     return [
         p
         for before, p in zip((0.0, *RATES), RATES, strict=False)
-        if p <= 0.99 or clipped(p) != clipped(before)
+        if p <= _COARSE or clipped(p) != clipped(before)
     ]
 
 

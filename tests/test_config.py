@@ -37,7 +37,7 @@ def test_a_configuration_is_frozen() -> None:
         ({"weight_decay": -1e-9}, "--weight-decay"),
         ({"label_smoothing": 1.0}, "--label-smoothing"),
         ({"search_evaluations": 3}, "--search-evaluations"),
-        ({"search_evaluations": 764}, "--search-evaluations"),
+        ({"search_evaluations": 911}, "--search-evaluations"),
         ({"search_start": 2}, "--search-start"),
         ({"search_images": 1}, "--search-images"),
         ({"workers": 0}, "--workers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -23,6 +24,7 @@ from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.search import (
     GRID,
     LADDER,
+    RATES,
     START,
     LayerEvaluator,
     Settings,
@@ -214,8 +216,9 @@ def test_what_is_known_of_a_layer_is_what_the_encoder_writes_and_the_quantizer_l
     model, measures = evaluator()
     known = measures.known(alone("3.weight"))
     assert known is measures.known(alone("3.weight"))
-    # of 24 weights a side or fewer, no thousandth clips others than the hundredth before
-    assert known.thetas == tuple(theta for theta in GRID if theta.p <= 0.99)
+    # of 24 weights a side or fewer, a step of two thousandths rarely clips others than the one before
+    assert set(known.thetas) >= {theta for theta in GRID if theta.p <= 0.95}
+    assert len({theta.p for theta in known.thetas if theta.p > 0.95}) <= 4
     weight = model.get_parameter("3.weight").detach()
     for theta in (Theta(0.0, 2), Theta(0.6, 3), Theta(0.95, 8)):
         made = measures.measure(alone("3.weight"), theta, step=0, origin="start", tradeoff=8.0)
@@ -233,13 +236,14 @@ def test_near_1_rates_lie_closer_where_a_layer_is_large_enough() -> None:
         model, images(), 4 * 8_500, batch_size=32, device=torch.device("cpu"), node="here"
     )
     known = measures.known(alone("1.weight"))
-    fine = [theta.p for theta in known.thetas if theta.b == 2 and theta.p > 0.99]
-    assert fine == pytest.approx([0.99 + step / 1000 for step in range(1, 10)])
+    fine = [theta.p for theta in known.thetas if theta.b == 2 and theta.p >= 0.95]
+    assert fine == [p for p in RATES if p >= 0.95]
     weight = model.get_parameter("1.weight").detach()
-    left = [int((quantize(weight, Theta(p, 2)).codes != 0).sum()) for p in (0.99, *fine)]
+    left = [int((quantize(weight, Theta(p, 2)).codes != 0).sum()) for p in fine]
     assert left == sorted(set(left), reverse=True)
+    assert all(fewer > 0.7 * more for more, fewer in itertools.pairwise(left[: fine.index(0.998)]))
     saved = [known.saved[known.thetas.index(Theta(p, 2))] for p in fine]
-    assert saved == sorted(set(saved))
+    assert saved == sorted(saved)
 
 
 def test_a_layer_without_points_left_ends() -> None:
