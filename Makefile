@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-on-ray test-without-ray test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data bench-scale
+.PHONY: demo test test-on-ray test-without-ray test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data bench-scale bench-records
 
 install: .venv/installed
 
@@ -69,6 +69,10 @@ bench-search: install
 	$(BIN)/python bench/search_cost.py --shared $(CLIPQ_SHARED)
 	$(BIN)/python bench/search_engine.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 	$(BIN)/python bench/search_global.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
+
+# Days on 2 cores for all of it; one (target, variant, seed) is one unit under two hours, and what is there is not made again. Parts: RECORDS="--only lenet5 --seeds 0".
+bench-records: install
+	$(BIN)/python bench/records.py --shared $(CLIPQ_SHARED) $(RECORDS)
 
 bench-fleet: install
 	$(BIN)/python bench/fleet.py

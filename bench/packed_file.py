@@ -77,7 +77,7 @@ def resnet50(profile: codec.Profile) -> bytes:
             share = decide_share(weight.detach(), theta)
             tensors[name] = codec.coded(quantize(weight.detach(), theta, share), share).halved()
     kept = [name for name, value in model.state_dict().items() if value.dim() == 1]
-    grids, norms = folding.on_grids(model, kept, folding.LADDER[1])
+    grids, norms = folding.on_grids(model, kept, folding.USUAL)
     metadata = {"architecture": architecture.to_json(), "classes": 1000}
     return codec.encode(codec.Packed(metadata, {**tensors, **grids}, norms), profile)
 

@@ -10,6 +10,7 @@ measuring, how many start points, when a layer ends (`search`).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,14 @@ from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 
 Vector = npt.NDArray[np.float64]
 
+_BEND = 0.95
+"""The pruning rate from which on a step counts by the share of the remaining weights that it takes."""
+
+_MOST = 0.9999  # beyond the grid
+
 LENGTHS = (0.3, 3.0)
 LENGTH_BOUNDS = ((0.1, 1.0), (1.0, 8.0))
-"""In units of p and of bits: where a fit to a few points begins and must stay."""
+"""In units of p (`stretched_rate`) and of bits: where a fit to a few points begins and must stay."""
 
 
 class Point(NamedTuple):
@@ -144,7 +150,7 @@ def _line(x: Vector, y: Vector, noise: Vector) -> tuple[float, float]:
 def _process(
     thetas: Sequence[Theta], values: Vector, noise: Vector, wanted: Sequence[Theta], seed: int
 ) -> tuple[Vector, Vector]:
-    """Posterior of a Gaussian process (Matern 5/2, p real and b an integer) at `wanted`, noise known."""
+    """Posterior of a Gaussian process (Matern 5/2, p real, stretched near 1, and b an integer) at `wanted`, noise known."""
     from bayes_opt import BayesianOptimization
     from bayes_opt.acquisition import ExpectedImprovement
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern
@@ -155,7 +161,7 @@ def _process(
         )  # typed parameters announce themselves every time; lengths may end at a bound
         optimizer = BayesianOptimization(
             f=None,
-            pbounds={"p": (0.0, 0.99), "b": (BITS_MIN, BITS_MAX, int)},
+            pbounds={"p": (0.0, stretched_rate(_MOST)), "b": (BITS_MIN, BITS_MAX, int)},
             acquisition_function=ExpectedImprovement(xi=0.0),
             random_state=seed % 2**32,
             verbose=0,
@@ -173,4 +179,11 @@ def _process(
 
 
 def _parameters(theta: Theta) -> dict[str, Any]:
-    return {"p": theta.p, "b": theta.b}
+    return {"p": stretched_rate(theta.p), "b": theta.b}
+
+
+def stretched_rate(p: float) -> float:
+    """The coordinate of a pruning rate in the Gaussian process: itself up to 0.95, from there on logarithmic in what is left, without a kink: from 0.99 to
+    0.999 nine of the ten weights that are left go, and that is no small step."""
+    left = 1.0 - _BEND
+    return p if p <= _BEND else _BEND + left * math.log(left / (1.0 - p))

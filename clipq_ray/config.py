@@ -18,6 +18,12 @@ from clipq_ray.errors import ConfigError
 INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 """What the user wants of the result: one of these options."""
 
+PAPER: dict[str, Any] = {
+    "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
+    "dead_units": "keep", "vectors": "exact", "label_smoothing": 0.0,
+}  # fmt: skip
+"""The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
+
 
 class Config(BaseModel):
     """Everything that decides a run; one field is one option."""
@@ -66,6 +72,12 @@ class Config(BaseModel):
         le=8192,
         description="shorter side before the centre crop [pixels]; default: 256/224 of the input, none where images have its size",
     )
+    shift_pixels: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="largest random shift of training images that already have the input's size [pixels]; default: an eighth of the input",
+    )
     mean: tuple[float, ...] | None = Field(
         None, description="mean per channel, of values in 0..1; default: the data's usual"
     )
@@ -109,6 +121,10 @@ class Config(BaseModel):
         description="intent instead, without a promise: lambda of the paper, error that one whole network's worth of saved bits may cost",
     )
 
+    paper: bool = Field(
+        False,
+        description="the method as published: pruning rates, plan and vectors without what was added here; options that say otherwise are refused",
+    )
     rounds: int = Field(
         3,
         ge=1,
@@ -117,6 +133,19 @@ class Config(BaseModel):
     )
     round_epochs: int | None = Field(
         None, ge=1, description="epochs of each further round; default: half of --epochs"
+    )
+    rungs: int = Field(
+        1,
+        ge=1,
+        le=20,
+        description="with a size: rounds of fine-tuning on the way to it, each asked for a file that is smaller by the same factor; 1: the size at once, as published",
+    )
+    rung_epochs: int | None = Field(
+        None, ge=1, description="epochs of each of them but the last; default: half of --epochs"
+    )
+    search_again: bool = Field(
+        False,
+        description="search before each further round too, from the weights of the round before",
     )
 
     # The file
@@ -130,9 +159,14 @@ class Config(BaseModel):
         "float16; exact: not folded, float16 where that keeps a relative error of 2^-10, else float32",
     )
 
+    dead_units: Literal["drop", "keep"] = Field(
+        "drop",
+        description="weights and biases that no output needs, of units that feed nothing or say the same for every image; drop: they are zero in the file",
+    )
+
     # Search
     search_images: int = Field(2000, ge=2, description="training images that score one (p, b)")
-    search_evaluations: int = Field(18, ge=4, le=693, description="evaluations per layer, at most")
+    search_evaluations: int = Field(18, ge=4, le=910, description="evaluations per layer, at most")
     search_start: int = Field(
         4,
         ge=3,
@@ -290,7 +324,9 @@ class Config(BaseModel):
             for name in ("keep", "groups")
             if isinstance(given.get(name), str)
         }
-        wanted = {} if any(given.get(name) is not None for name in INTENTS) else {"max_drop": 0.0}
+        published = {name: value for name, value in PAPER.items() if name not in given}
+        wanted = published if given.get("paper") in (True, "true", "True") else {}
+        wanted |= {} if any(given.get(name) is not None for name in INTENTS) else {"max_drop": 0.0}
         return {**given, **listed, **wanted}
 
     @model_validator(mode="after")
@@ -301,6 +337,16 @@ class Config(BaseModel):
         if self.search_early_stop and self.tradeoff is None:
             raise ValueError(
                 "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it, or say --no-search-early-stop"
+            )
+        added = [name for name, value in PAPER.items() if getattr(self, name) != value]
+        if self.paper and added:
+            words = ", ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in added)
+            raise ValueError(
+                f"expected the method as published with --paper, got {words}; leave out one or the other"
+            )
+        if self.rungs > 1 and self.target_bytes is None and self.target_ratio is None:
+            raise ValueError(
+                f"expected --target-bytes or --target-ratio with --rungs {self.rungs}, which are sizes on the way to one; add it, or leave --rungs out"
             )
         if self.engine == "local" and self.workers > 1:
             raise ValueError(

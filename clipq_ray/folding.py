@@ -33,6 +33,8 @@ class Precision:
 
 _COARSEST, _FEWEST = 16, 8  # steps of the mean and of the median scale
 LADDER = (
+    Precision(16, 2),
+    Precision(16, 4),
     Precision(16, 8),
     Precision(24, 12),
     Precision(32, 16),
@@ -40,7 +42,9 @@ LADDER = (
     Precision(64, 32),
     Precision(128, 64),
 )
-"""From coarse to fine: about 4.7 to 7.7 bits a number in the file (bench/LOG.md)."""
+"""From coarse to fine: about 4.7 to 7.7 bits a number in the file, fewer for the first two (bench/LOG.md)."""
+USUAL = Precision(24, 12)
+"""What most files have, for predictions."""
 
 
 def on_grids(
@@ -101,4 +105,8 @@ def _scale(values: Float64, precision: Precision) -> codec.Vector | None:
 
 
 def _shift(values: Float64, precision: Precision) -> codec.Vector | None:
-    return codec.on_grid(values, float(np.sqrt(np.square(values).mean())), precision.shift)
+    # zeros, as of dead units, are on every grid
+    used = values[values != 0]
+    return codec.on_grid(
+        values, float(np.sqrt(np.square(used).mean())) if used.size else 0.0, precision.shift
+    )

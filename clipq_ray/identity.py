@@ -22,11 +22,11 @@ from clipq_ray.errors import StorageError
 from clipq_ray.storage import MANIFEST, Store, run_store
 from clipq_ray.work import Source
 
-STAGE_VERSIONS = {"baseline": 2, "search": 4, "finetune": 3, "control": 2}
+STAGE_VERSIONS = {"baseline": 2, "search": 6, "finetune": 3, "control": 2}
 """Raised when a change of the code changes what a stage makes of the same inputs."""
 
 _DECIDES_NOTHING = {
-    "storage", "name", "force", "on_claim", "dry_run", "engine", "search_parallel", "trainings", "limit_cpus", "limit_gpus", "max_failures", "stall_minutes",
+    "storage", "name", "force", "paper", "on_claim", "dry_run", "engine", "search_parallel", "trainings", "limit_cpus", "limit_gpus", "max_failures", "stall_minutes",
     "attempt_hours", "min_workers", "data", "data_root", "weights",
     "validation_data", "memory_limit_gib", "expect_top1_percent", "search_cache_gib", "search_gpu_share", "decode", "decode_cpus",
 }  # fmt: skip

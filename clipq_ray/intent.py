@@ -124,6 +124,14 @@ def best(intent: Intent, outcomes: Sequence[Outcome]) -> int:
     return min(range(len(outcomes)), key=lambda index: (outcomes[index].drop.points, outcomes[index].bytes))
 
 
+def rung_sizes(first: int, last: int, rungs: int) -> tuple[int, ...]:
+    """The bytes of the file that each of `rungs` rounds is asked for, from `first` to `last` in equal ratios; `last` alone where it is no smaller."""
+    if rungs < 2 or first <= last:
+        return (last,)
+    steps = (first * (last / first) ** (number / (rungs - 1)) for number in range(rungs - 1))
+    return (*(math.floor(one) for one in steps), last)
+
+
 def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int) -> int | None:
     """The bytes of the file to ask the next round for, after at least one; None where the rounds are over."""
     if len(outcomes) >= rounds or intent.kind == "tradeoff":

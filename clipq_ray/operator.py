@@ -178,6 +178,14 @@ class Operator:
         self._layers = []
 
 
+@torch.no_grad()
+def bake_keeping(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """As `bake`; the full-precision weights by name."""
+    full = {layer.layer: _parameter(model, layer.layer).detach().clone() for layer in plan.layers}
+    bake(model, plan)
+    return full
+
+
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     try:
         return model.get_parameter(name)

@@ -1,6 +1,6 @@
 """From a fine-tuned network to the bytes of its file.
 
-Weights are quantized for good, batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
+Weights are quantized for good, what units leave behind that feed nothing goes (`dead_units`), batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
 batch norm folded and put on the coarsest grids that change nothing measured on validation images, and all is encoded. What a choice costs is measured on
 the decoded file. Not covered: the format (`codec`) and the report.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clipq_ray import codec, folding, loading
+from clipq_ray import codec, dead_units, folding, loading
 from clipq_ray.data import Data
 from clipq_ray.evaluate import Evaluation, evaluate, reestimate_batch_norm
 from clipq_ray.intent import Drop
@@ -32,6 +32,9 @@ loss is higher by at most the second [nats]. Even the finest grid turns a few im
 refused it, and the file took 5 of 42 KB more (bench/LOG.md)."""
 
 
+_SAMPLE = 100  # images whose outputs must be the same without dead units
+
+
 @dataclass(frozen=True)
 class PackedNetwork:
     """The file, its score on validation images, and what the statistics need: the quantized layers and the full-precision weights behind them."""
@@ -41,6 +44,7 @@ class PackedNetwork:
     full_norms: dict[str, tuple[float, float]]
     batch_norm: str
     vectors: str
+    dead_units: int
     validation: Evaluation
 
 
@@ -63,13 +67,17 @@ def pack(
         layers = {name: layer.halved() for name, layer in layers.items()}
         for name, layer in layers.items():
             model.get_parameter(name).data.copy_(torch.from_numpy(layer.values()))
+    gone = 0
+    if config.dead_units == "drop":
+        sample = data.validation.batch(torch.arange(min(_SAMPLE, len(data.validation))), None)[0]
+        layers, gone = dead_units.drop(model, layers, sample)
     model.to(device)
     words, exact = _batch_norm(model, source, data)
     packed = codec.Packed(
         _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
     )
     file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
-    return PackedNetwork(file, quantized, norms, words, vectors, found)
+    return PackedNetwork(file, quantized, norms, words, vectors, gone, found)
 
 
 def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:
@@ -128,13 +136,19 @@ def _on_grids(
     return replace(packed, tensors=tensors, norms=norms)
 
 
+def other_bytes_of(packed: PackedNetwork) -> int:
+    """Bytes of a file besides the layers' blobs."""
+    layers = sum(entry.bytes for entry in codec.entries(packed.file) if entry.name in packed.quantized)
+    return len(packed.file) - layers
+
+
 def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> int:
     """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them."""
     empty = codec.CodedLayer(np.zeros(0, np.int16), np.zeros(1, np.float32), 0)
     blobs = {layer.name: empty for layer in inventory.layers}
     packed = codec.Packed(_metadata(source, inventory, data, "0" * 64), _tensors(model, inventory, blobs))
     if source.config.vectors == "auto":
-        packed = _on_grids(model, inventory, packed, folding.LADDER[1])
+        packed = _on_grids(model, inventory, packed, folding.USUAL)
     # an empty layer still has two bytes, and its shape and size in the header are shorter than real ones
     return len(codec.encode(packed, source.config.profile)) + 2 * len(blobs)
 

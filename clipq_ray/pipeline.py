@@ -26,8 +26,7 @@ from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
-from clipq_ray.search import Trial
-from clipq_ray.searching import Search, original_error, planned, sample, scoring_images
+from clipq_ray.searching import Search, Searched, original_error, planned, sample, scoring_images
 from clipq_ray.stages import Run, scored, splits
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
 from clipq_ray.work import (
@@ -162,7 +161,6 @@ class Opened:
     """One network between the search and its rounds."""
 
     prepared: Prepared
-    trials: Mapping[str, list[Trial]]
     control: Store | None
     dense: Mapping[str, Evaluation | None]
     given: rounds.Given
@@ -187,15 +185,15 @@ def open_rounds(given: Prepared) -> Opened:
     trials = given.search.trials()
     model = run.source.network()
     model.load_state_dict(read_state(weights))
-    reference_error = original_error(run, model)
+    searched = Searched(trials, weights, None, original_error(run, model))
     control = _control(run, weights, given.work) if stages.wants_control(run.source) else None
     dense = _dense(run, control)
     reference = dense["validation"] or given.baseline["validation"]
     assert reference is not None
     sha256 = models.weights_sha256(read_state(weights))
     return Opened(
-        given, trials, control, dense,
-        rounds.Given(trials, given.groups, weights, given.inventory, reference_error, reference, sha256, given.work),
+        given, control, dense,
+        rounds.Given(searched, given.groups, weights, given.inventory, reference, sha256, given.work),
     )  # fmt: skip
 
 
@@ -251,19 +249,19 @@ def _uncommitted(given: Prepared, files: Mapping[str, bytes], error: StorageErro
 
 def _files(opened: Opened, made: rounds.Rounds) -> tuple[dict[str, bytes], dict[str, Any]]:
     """All files of the run, and the manifest without their list; the test images are looked at here."""
-    given, trials, control = opened.prepared, opened.trials, opened.control
-    run, best, reference_error = given.run, made.best, opened.given.search_error
+    given, control = opened.prepared, opened.control
+    run, best = given.run, made.best
     with run.reporter.stage("verify"):
         scores = _scores(run, best, given.baseline, opened.dense)
     document = results.document(
         name=run.source.name, run_id=given.own.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
         choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
         promise=made.document("control" if control else "original"),
-        together=_together(given, best, trials, reference_error),
+        together=_together(given, best),
     )  # fmt: skip
     recovery = json.loads(best.tuned.read(CURVE))["recovery"]
     files = results.files(
-        document, best.packed, given.inventory, best.plan, best.choice, given.groups, trials, scores, reference_error, recovery
+        document, best.packed, given.inventory, best.plan, best.choice, given.groups, made.searches, best.searched, scores, recovery
     )  # fmt: skip
     return files, document
 
@@ -354,18 +352,16 @@ def _scores(
     return results.Scores(dict(baseline), dict(dense), compressed, labels)
 
 
-def _together(
-    given: Prepared, best: rounds.Round, trials: Mapping[str, list[Trial]], error: float
-) -> dict[str, Any]:
-    """The front of the whole network, and how far the groups' errors add up, from the original's weights."""
-    model, config = given.run.source.network(), given.run.config
-    model.load_state_dict(read_state(given.weights))
+def _together(given: Prepared, best: rounds.Round) -> dict[str, Any]:
+    """The front of the whole network, and how far the groups' errors add up, from the weights that were searched."""
+    model, config, searched = given.run.source.network(), given.run.config, best.searched
+    model.load_state_dict(read_state(searched.weights))
     plan = make_plan(model, best.choice.thetas(given.groups))
     found = together.interaction(
-        model, plan, best.choice, scoring_images(given.run), error, batch_size=config.evaluation_batch_size,
+        model, plan, best.choice, scoring_images(given.run), searched.error, batch_size=config.evaluation_batch_size,
         device=given.run.source.device(),
     )  # fmt: skip
-    return together.document(together.front(trials, error), found)
+    return together.document(together.front(searched.trials, searched.error), found)
 
 
 def _curves(tuned: Store, control: Store | None) -> dict[str, Any]:

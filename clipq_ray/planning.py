@@ -67,10 +67,13 @@ def _planned(source: Source) -> Plan:
     forward, step = _seconds(source, model, [layer.name for layer in found.layers])
     images, held = len(data.train), len(data.validation)
     groups = grouped(model, [layer.name for layer in found.layers], config.groups)
-    evaluations = config.search_evaluations * len(groups)
+    rungs = config.rungs - 1
+    evaluations = config.search_evaluations * len(groups) * (1 + rungs * config.search_again)
     parallel = config.search_parallel or 1
     fresh = source.weights_origin() == "train"
     trainings = [("baseline", config.baseline_epochs)] * fresh + [("fine-tuning", config.epochs)]
+    if rungs:
+        trainings.insert(-1, ("rungs", rungs * (config.rung_epochs or math.ceil(config.epochs / 2))))
     trainings += [("dense control", config.epochs)] * wants_control(source)
     if config.tradeoff is None and config.rounds > 1:
         further = (config.rounds - 1) * (config.round_epochs or math.ceil(config.epochs / 2))
@@ -86,7 +89,7 @@ def _planned(source: Source) -> Plan:
     for name, epochs in trainings:
         seconds = epochs * (images * step / config.workers + held * forward) + _RAY_SECONDS
         lines.append(
-            f"{name:<11} {'at most ' if name == 'more rounds' else ''}{epochs} epochs on {config.workers} workers: about {_clock(seconds)}"
+            f"{name:<11} {'at most ' if name in ('more rounds', 'rungs') else ''}{epochs} epochs on {config.workers} workers: about {_clock(seconds)}"
         )
         total += seconds
     lines.append(

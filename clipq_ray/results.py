@@ -18,6 +18,7 @@ from clipq_ray.groups import Group, by_layer
 from clipq_ray.network import Inventory
 from clipq_ray.packing import PackedNetwork
 from clipq_ray.plan import Plan
+from clipq_ray.searching import Searched
 from clipq_ray.storage import LAYERS, MODEL, PREDICTIONS, REPORT, TRIALS
 
 
@@ -87,6 +88,7 @@ def document(
             "ratio": inventory.bytes_before / size,
             "batch_norm": packed.batch_norm,
             "vectors": packed.vectors,
+            "dead_units": packed.dead_units,
             **_metrics(scores),
         },
         "promise": dict(promise),
@@ -97,15 +99,16 @@ def document(
 
 def files(
     document: dict[str, Any], packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: search.Choice,
-    groups: Sequence[Group], trials: Mapping[str, Sequence[search.Trial]], scores: Scores,
-    reference_error: float, recovery: Mapping[str, Mapping[str, int]],
+    groups: Sequence[Group], searches: Mapping[int, Searched], searched: Searched, scores: Scores,
+    recovery: Mapping[str, Mapping[str, int]],
 ) -> dict[str, bytes]:  # fmt: skip
-    """Every file of the run by name; the report only where `[report]` is installed, else a note says so."""
+    """Every file of the run by name; the report only where `[report]` is installed, else a note says so. `searches`: all by the first round that each
+    served; `searched`: the one that `choice` is from."""
     layers = tables.to_bytes(
-        _layer_rows(packed, inventory, plan, by_layer(groups, choice.trials), reference_error, recovery),
+        _layer_rows(packed, inventory, plan, by_layer(groups, choice.trials), searched.error, recovery),
         tables.LAYERS,
     )
-    trial_rows = tables.to_bytes(_trial_rows(trials, choice), tables.TRIALS)
+    trial_rows = tables.to_bytes(_trial_rows(searches, searched, choice), tables.TRIALS)
     result = {MODEL: packed.file, LAYERS: layers, TRIALS: trial_rows}
     if scores.compressed["test"] is not None:
         result[PREDICTIONS] = tables.to_bytes(_prediction_rows(scores), tables.PREDICTIONS)
@@ -179,10 +182,13 @@ def _layer_rows(
     return rows
 
 
-def _trial_rows(trials: Mapping[str, Sequence[search.Trial]], choice: search.Choice) -> list[dict[str, Any]]:
+def _trial_rows(
+    searches: Mapping[int, Searched], searched: Searched, choice: search.Choice
+) -> list[dict[str, Any]]:
     return [
         {
             "layer": trial.layer,
+            "round": number,
             "step": trial.step,
             "origin": trial.origin,
             "bound": trial.bound,
@@ -197,11 +203,12 @@ def _trial_rows(trials: Mapping[str, Sequence[search.Trial]], choice: search.Cho
             "objective": trial.objective(trial.tradeoff),
             "predicted_mean": trial.predicted_mean,
             "predicted_deviation": trial.predicted_deviation,
-            "chosen": choice.trials[layer] == trial,
+            "chosen": one is searched and choice.trials[layer] == trial,
             "seconds": trial.seconds,
             "node": trial.node,
         }
-        for layer, points in trials.items()
+        for number, one in searches.items()
+        for layer, points in one.trials.items()
         for trial in points
     ]
 

@@ -1,7 +1,8 @@
 """Fine-tuning in rounds until the promise is kept: choose a plan for a size, train, pack, look at the decoded file, and try another size.
 
 The first round starts from the given weights, each further one from the full-precision weights of the one before, with half the epochs and
-half the rate. Everything is decided on validation images; the test set is not touched. Not covered: what is tried next (`intent`).
+half the rate. With `--rungs` a size is approached in several rounds, each asked for a smaller file than the one before; with `--search-again` each
+further round has a search of its own, from the weights of the one before. Everything is decided on validation images; the test set is not touched. Not covered: what is tried next (`intent`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from torch import nn
 from clipq_ray import packing, search, stages
 from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
+from clipq_ray.finetune import Schedule
 from clipq_ray.groups import Group
-from clipq_ray.intent import LARGER, SMALLER, Drop, Intent, Outcome, best, keeps, next_request
+from clipq_ray.intent import LARGER, SMALLER, Drop, Intent, Outcome, best, keeps, next_request, rung_sizes
 from clipq_ray.network import Inventory
 from clipq_ray.operator import Ramp, make_plan, mildest_rates
 from clipq_ray.plan import Plan
+from clipq_ray.searching import Searched, search_again
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
 from clipq_ray.together import added
 from clipq_ray.work import read_state
 
-Trials = Mapping[str, Sequence[search.Trial]]
 STEPS = 40  # of a third or a quarter each: further than any network
 START_ERROR = 0.03
 """A first plan may add so much one-shot error, summed over layers: on ResNet-20 that is a 15-fold smaller file, of which ten epochs recover all
@@ -37,8 +39,9 @@ but 0.3 points; more by five times what may be lost. A start only: the rounds de
 
 @dataclass(frozen=True)
 class Round:
-    """One round: the plan and what became of it; `predicted` are the bytes of the file before training."""
+    """One round: the search that it is from, the plan and what became of it; `predicted` are the bytes of the file before training."""
 
+    searched: Searched
     choice: search.Choice
     plan: Plan
     predicted: int
@@ -72,6 +75,15 @@ class Rounds:
         return self.all[best(self.intent, [one.outcome for one in self.all])]
 
     @property
+    def searches(self) -> dict[int, Searched]:
+        """All that was searched, by the number of the first round that it served, from 1."""
+        found: dict[int, Searched] = {}
+        for number, one in enumerate(self.all, 1):
+            if one.searched not in found.values():
+                found[number] = one.searched
+        return found
+
+    @property
     def kept(self) -> bool:
         """Whether it keeps the promise."""
         if self.shared is not None:
@@ -101,13 +113,12 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Given:
-    """What all rounds share: trials of the search, the original's weights and scores, the file's metadata."""
+    """What all rounds share: the search before them, the original's weights and scores, the file's metadata."""
 
-    trials: Trials
+    searched: Searched
     groups: Sequence[Group]
     weights: Store
     inventory: Inventory
-    search_error: float
     reference: Evaluation
     source_sha256: str
     work: Store
@@ -120,47 +131,73 @@ class Making:
         self.run, self.given = run, given
         self._model = run.source.network()
         self._model.load_state_dict(read_state(given.weights))
+        # what the file holds besides layers: predicted, then as in the last round
         self.other = packing.other_bytes(run.source, self._model, given.inventory, run.data)
+        self.searched = given.searched
         self.done: list[Round] = []
 
     def made(self, choice: search.Choice) -> bool:
         """Whether a round of this choice was made."""
         return any(_thetas(choice) == _thetas(one.choice) for one in self.done)
 
-    def make(self, choice: search.Choice, requested: int | None) -> Round:
-        """The next round; `requested`: the bytes of the file that were asked for."""
-        initial = self.done[-1].tuned if self.done else self.given.weights
-        predicted = choice.bytes + self.other
-        one = _round(self.run, self.given, self.done, choice, requested, predicted, initial, self._model)
+    def search_again(self, requested: int, time_share: float = 1.0) -> None:
+        """Search anew for a file of `requested` bytes, from the weights of the last round."""
+        last = self.done[-1]
+        ratio = self.given.inventory.bytes_before / requested
+        self.searched = search_again(
+            self.run, last.tuned, last.plan, self.given.inventory, self.given.groups, ratio, time_share
+        )
+
+    def make(self, choice: search.Choice, requested: int | None, rungs_left: int = 0) -> Round:
+        """The next round; `requested`: the bytes of the file that were asked for; `rungs_left`: how many rounds are to follow it on the way to a size."""
+        one = _round(self, choice, requested, rungs_left)
         self.done.append(one)
+        self.other = packing.other_bytes_of(one.packed)
         return one
+
+    def initial(self) -> nn.Module:
+        """The network with the weights from which the next round starts."""
+        self._model.cpu().load_state_dict(read_state(self.start))
+        return self._model
+
+    @property
+    def start(self) -> Store:
+        """Where those weights are."""
+        return self.done[-1].tuned if self.done else self.given.weights
 
 
 def run_rounds(run: Run, given: Given) -> Rounds:
     """At least one round, and as many as the intent, `--rounds` and the deadline leave."""
     making = Making(run, given)
-    intent, other, done = Intent.of(run.config, given.inventory.bytes_before), making.other, making.done
-    requested = _first_request(intent, given, other)
-    seconds = 0.0
+    intent, done = Intent.of(run.config, given.inventory.bytes_before), making.done
+    requested, *rungs = _requests(intent, given.searched, making.other, run.config.rungs)
+    climbed, seconds = len(rungs), 0.0
     while True:
-        choice, requested = _other_choice(intent, given, requested, other, done)
-        if making.made(choice):
-            run.notes.append("no further round: the search has no other point in that direction")
-            break
         left = run.seconds_left
         if done and left is not None and seconds > left:
             run.notes.append("no further round before --deadline-hours")
             break
         started = time.monotonic()
-        making.make(choice, requested)
-        seconds = time.monotonic() - started
-        _say(run, intent, done, given.inventory.bytes_before)
-        requested = next_request(intent, [one.outcome for one in done], run.config.rounds)
+        if done and requested is not None and run.config.search_again:
+            making.search_again(requested, 1 / (1 + len(rungs)))
+        choice, requested = _other_choice(intent, making.searched, requested, making.other, done)
+        if not making.made(choice):
+            making.make(choice, requested, len(rungs))
+            seconds = time.monotonic() - started
+            _say(run, intent, done, given.inventory.bytes_before)
+        elif not rungs:
+            run.notes.append("no further round: the search has no other point in that direction")
+            break
+        if rungs:
+            requested = rungs.pop(0)
+            continue
+        # rounds on the way to a size are none of those that look for the promise
+        requested = next_request(intent, [one.outcome for one in done[climbed:] or done], run.config.rounds)
         if requested is None:
             break
     made = Rounds(intent, given.inventory, tuple(done))
     asked = made.best.outcome.requested
-    if asked is not None and made.best.choice.bytes > asked - other:
+    if asked is not None and made.best.predicted > asked:
         run.notes.append(
             f"asked for {asked:,} bytes; the smallest that the search measured were taken, {made.best.predicted:,} bytes before training"
         )
@@ -172,33 +209,43 @@ def _thetas(choice: search.Choice) -> list[Any]:
     return [trial.theta for trial in choice.trials.values()]
 
 
-def _first_request(intent: Intent, given: Given, other: int) -> int | None:
-    """The bytes to ask the first round for; None where lambda is given."""
+def _requests(intent: Intent, searched: Searched, other: int, rungs: int) -> tuple[int | None, ...]:
+    """The bytes to ask the first rounds for: one number, or with a size as many as there are rungs on the way to it; None where lambda is given."""
     if intent.kind == "tradeoff":
-        return None
+        return (None,)
     if intent.kind == "bytes":
-        return math.floor(intent.value)
+        wanted = math.floor(intent.value)
+        return (
+            (wanted,)
+            if rungs < 2
+            else rung_sizes(_mild(Intent("max_drop", 0.0), searched, other), wanted, rungs)
+        )
+    return (_mild(intent, searched, other),)
+
+
+def _mild(intent: Intent, searched: Searched, other: int) -> int:
+    """The bytes of the smallest file that seems harmless enough for a first round."""
     allowed = START_ERROR + 5 * intent.value / 100
     smallest = None
     for tradeoff in np.geomspace(1e-4, 1e6, 200):
-        choice = search.choose(given.trials, float(tradeoff))
-        if added(choice, given.search_error) <= allowed:
+        choice = search.choose(searched.trials, float(tradeoff))
+        if added(choice, searched.error) <= allowed:
             smallest = choice
     # where even lambda's mildest points cost more, the mildest are the start
-    return (smallest or search.choose(given.trials, 1e-4)).bytes + other
+    return (smallest or search.choose(searched.trials, 1e-4)).bytes + other
 
 
-def _choice(intent: Intent, given: Given, requested: int | None, other: int) -> search.Choice:
+def _choice(intent: Intent, searched: Searched, requested: int | None, other: int) -> search.Choice:
     if requested is None:
-        return search.choose(given.trials, intent.value)
-    return search.choose_for_bytes(given.trials, requested - other)
+        return search.choose(searched.trials, intent.value)
+    return search.choose_for_bytes(searched.trials, requested - other)
 
 
 def _other_choice(
-    intent: Intent, given: Given, requested: int | None, other: int, done: Sequence[Round]
+    intent: Intent, searched: Searched, requested: int | None, other: int, done: Sequence[Round]
 ) -> tuple[search.Choice, int | None]:
     """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
-    choice = _choice(intent, given, requested, other)
+    choice = _choice(intent, searched, requested, other)
     sides = {keeps(intent, one.outcome) for one in done}
     if requested is None or intent.kind != "max_drop" or len(sides) != 1:
         return choice, requested
@@ -207,37 +254,43 @@ def _other_choice(
         if _thetas(choice) not in tried:
             break
         requested = max(1, math.ceil(requested * step))
-        choice = _choice(intent, given, requested, other)
+        choice = _choice(intent, searched, requested, other)
     return choice, requested
 
 
-def _round(
-    run: Run, given: Given, before: Sequence[Round], choice: search.Choice, requested: int | None, predicted: int,
-    initial: Store, model: nn.Module,
-) -> Round:  # fmt: skip
-    config, number = run.config, len(before) + 1
+def _round(making: Making, choice: search.Choice, requested: int | None, rungs_left: int) -> Round:
+    run, given, before = making.run, making.given, making.done
+    number, predicted = len(before) + 1, choice.bytes + making.other
     run.reporter.say(
         f"round {number}: lambda {choice.tradeoff:.4g}, predicted {predicted:,} bytes "
         f"({given.inventory.bytes_before / predicted:.1f}x)"
     )
-    model.cpu().load_state_dict(read_state(initial))
+    model = making.initial()
     plan = make_plan(model, choice.thetas(given.groups))
-    epochs, rate = config.epochs, config.learning_rate
-    if before:
-        epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2
-    schedule = stages.schedule_of(config, epochs, rate)
-    schedule = replace(schedule, warmup_epochs=min(schedule.warmup_epochs, epochs / 2))
+    schedule = _schedule(run.config, number, rungs_left)
     tuned = stages.trained(
-        run, "finetune", schedule, initial, plan, given.work, number, _ramp(config, model, plan, before)
-    )
+        run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
+        1 / (1 + rungs_left),
+    )  # fmt: skip
     with run.reporter.stage(f"pack round {number}"):
         packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256)
     drop = Drop.between(
         given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
     )
-    trained = epochs + (before[-1].outcome.epochs if before else 0)
+    trained = schedule.epochs + (before[-1].outcome.epochs if before else 0)
     outcome = Outcome(requested, len(packed.file), drop, trained)
-    return Round(choice, plan, predicted, tuned, packed, outcome)
+    return Round(making.searched, choice, plan, predicted, tuned, packed, outcome)
+
+
+def _schedule(config: Config, number: int, rungs_left: int) -> Schedule:
+    """Of round `number`, from 1: all epochs in the round that is to keep the promise, fewer on the way to it, fewer at a lower rate behind it."""
+    epochs, rate = config.epochs, config.learning_rate
+    if rungs_left:
+        epochs = config.rung_epochs or math.ceil(epochs / 2)
+    elif number > config.rungs:
+        epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2
+    schedule = stages.schedule_of(config, epochs, rate)
+    return replace(schedule, warmup_epochs=min(schedule.warmup_epochs, epochs / 2))
 
 
 def _ramp(config: Config, model: nn.Module, plan: Plan, before: Sequence[Round]) -> Ramp | None:

@@ -1,10 +1,10 @@
 """The search: theta = (p, b) of every layer by Bayesian optimization, before fine-tuning.
 
-For each layer by itself, all others at full precision, one shot: minimise eps(theta) - lambda * c(theta), where eps is the top-1 error on
+For each layer by itself, all others at full precision (or, from the weights of a round of fine-tuning, as compressed in it), one shot: minimise eps(theta) - lambda * c(theta), where eps is the top-1 error on
 a subset of the training images and c the bits saved on the layer over the network's bits (method: CLIP-Q, section 3.2). The size is
 what the codec really writes for the layer. What a point saves and how far it moves the weights is known before it is measured, from the
 quantizer and the encoder alone; the first points come from there, and only the error is modelled (`acquisition`). Expected improvement is
-maximised over the grid of all b and of p in steps of 0.01, so no point is measured twice; a layer may end when too little of it is left. One
+maximised over the grid of all b and of p in steps of 0.01, finer near 1, so no point is measured twice; a layer may end when too little of it is left. One
 suggestion is a pure function of (seed, layer, step, points so far, weights): a search that was cut off goes on as if it had not been.
 
 Steps take turns over a ladder of lambdas, and the lambda that meets an intent is found afterwards from the measured points (`choose`): error and
@@ -15,6 +15,7 @@ Not covered: how evaluations are made cheap (`prefix`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,13 +37,25 @@ LADDER = (2.0, 8.0, 32.0)
 """The lambdas that share a search, whatever is wanted of it: around them lie the choices for 8- to 40-fold smaller networks (measured on
 ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda needs no other search."""
 
+LADDER_RATIO = 20.0
+"""What `LADDER` is meant for: the ratio in its middle."""
+
 START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
 """The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
 lost, the point that saves the most; further ones are drawn at random."""
 
-GRID = tuple(Theta(step / 100, b) for b in range(BITS_MIN, BITS_MAX + 1) for step in range(100))
+RATES = (
+    *(step / 100 for step in range(96)),
+    *(step / 1000 for step in range(952, 990, 2)),
+    *(step / 1000 for step in range(990, 995)),
+    *(step / 10_000 for step in range(9950, 10_000, 5)),
+)
+"""In steps of 0.01, and finer ones above 0.95, where a hundredth is a fifth of the weights that are left and more."""
+_COARSE = 0.95
 
-ANCHORS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+GRID = tuple(Theta(p, b) for b in range(BITS_MIN, BITS_MAX + 1) for p in RATES)
+
+ANCHORS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
 """The p at which size and distortion of a layer are computed for every b, from about `SAMPLE` weights; between them they are interpolated."""
 
 SAMPLE = 1 << 18
@@ -70,9 +83,15 @@ class Settings:
             raise ValueError(f"expected one lambda where evaluations end early, got {self.tradeoffs}")
 
 
+def ladder(ratio: float) -> tuple[float, ...]:
+    """The lambdas for a network that is to be `ratio` times smaller: where files are so many times smaller, the same share of a file is so many times fewer
+    of the network's bits, and lambda, which prices these, so much larger."""
+    return tuple(tradeoff * max(1.0, ratio / LADDER_RATIO) for tradeoff in LADDER)
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One measured point of one layer, or of one group of layers; `error` and `loss` with nothing else compressed, `saved` = c(theta).
+    """One measured point of one layer, or of one group of layers; `error` and `loss` with the others as the search has them, `saved` = c(theta).
 
     `bound`: the evaluation ended after `images` images because it could not win at `tradeoff`; `error` is what it had found by then over all images,
     so at most the true one, and `loss` is the mean over those `images`. `predicted_mean` and `predicted_deviation`: the objective at `tradeoff` as the model saw it before; None for start points.
@@ -153,7 +172,8 @@ class LayerEvaluator:
     """Measures points of a network's layers; the network's weights are as before after every call.
 
     `images` is the subset that scores; `network_bytes` is 4 x all elements that inference reads; `size` gives the bytes of a layer in the file;
-    `cache_bytes` is what is kept of the network before a layer (`prefix`).
+    `cache_bytes` is what is kept of the network before a layer (`prefix`). `full`: full-precision weights by name, of layers that the network holds
+    compressed already: they are what a point compresses.
     """
 
     def __init__(
@@ -167,8 +187,9 @@ class LayerEvaluator:
         node: str,
         size: Callable[[codec.CodedLayer], int] = codec.layer_bytes,
         cache_bytes: int = 0,
+        full: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self._size = size
+        self._size, self._full = size, dict(full or {})
         self._scores = LayerScores(model.to(device), images, batch_size, device, cache_bytes)
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
         self._node = node
@@ -178,11 +199,16 @@ class LayerEvaluator:
         """Keep nothing of the network until the next measurement."""
         self._scores.release()
 
+    def _weight(self, layer: str) -> torch.Tensor:
+        """The layer's weights at full precision."""
+        parameter = self._model.get_parameter(layer).detach()
+        return self._full.get(layer, parameter).to(parameter.device)
+
     @torch.no_grad()
     def known(self, group: Group) -> Candidates:
         """What is known of `group` on the grid without the network; computed once. Of a large layer only every k-th row is coded."""
         if group.name not in self._known:
-            weights = [self._model.get_parameter(layer).detach() for layer in group.layers]
+            weights = [self._weight(layer) for layer in group.layers]
             self._known[group.name] = _curves(weights, self._network_bytes, self._size)
         return self._known[group.name]
 
@@ -191,13 +217,14 @@ class LayerEvaluator:
         self, group: Group, theta: Theta, *, step: int, origin: str, tradeoff: float,
         mean: float | None = None, deviation: float | None = None, beat: float | None = None,
     ) -> Trial:  # fmt: skip
-        """Error, loss and size with only `group` compressed by `theta`; `mean` and `deviation` are what was predicted. With `beat` the
+        """Error, loss and size with `group` compressed by `theta`, and nothing else changed; `mean` and `deviation` are what was predicted. With `beat` the
         evaluation ends, and is a bound, once its objective must be above that."""
         started = time.monotonic()
-        full = {layer: self._model.get_parameter(layer).detach().clone() for layer in group.layers}
-        size, elements = 0, sum(weight.numel() for weight in full.values())
+        held = {layer: self._model.get_parameter(layer).detach().clone() for layer in group.layers}
+        size, elements = 0, sum(weight.numel() for weight in held.values())
         try:
-            for layer, weight in full.items():
+            for layer in held:
+                weight = self._weight(layer)
                 share = decide_share(weight, theta)
                 quantized = quantize(weight, theta, share)
                 size += self._size(codec.coded(quantized, share))
@@ -206,7 +233,7 @@ class LayerEvaluator:
             most = None if beat is None else (beat + tradeoff * saved) * len(self._images) + 1e-6
             result = self._scores.evaluate(group.layers, most)
         finally:
-            for layer, weight in full.items():
+            for layer, weight in held.items():
                 self._model.get_parameter(layer).copy_(weight)
         wrong = result.n - round(result.top1 * result.n)
         return Trial(
@@ -235,13 +262,28 @@ def _curves(
     """Size and distortion on the grid of layers that share theta."""
     elements = sum(weight.numel() for weight in weights)
     parts = [(weight[:: max(1, round(weight.numel() / SAMPLE))], weight.numel()) for weight in weights]
-    rates = [step / 100 for step in range(100)]
+    rates = _rates(weights)
     saved, distortion = [], []
     for b in range(BITS_MIN, BITS_MAX + 1):
         sizes, lost = zip(*(_at(parts, Theta(p, b), size) for p in ANCHORS), strict=True)
         saved.append((4 * elements - np.interp(rates, ANCHORS, sizes)) / network_bytes)
         distortion.append(np.interp(rates, ANCHORS, lost))
-    return Candidates(GRID, np.concatenate(saved), np.concatenate(distortion))
+    grid = tuple(Theta(p, b) for b in range(BITS_MIN, BITS_MAX + 1) for p in rates)
+    return Candidates(grid, np.concatenate(saved), np.concatenate(distortion))
+
+
+def _rates(weights: Sequence[torch.Tensor]) -> list[float]:
+    """The pruning rates of the grid, of the finer ones such that clip other weights than the rate before."""
+    sides = [int(side.sum()) for weight in weights for side in (weight > 0, weight < 0)]
+
+    def clipped(p: float) -> list[int]:
+        return [math.floor(p * side + 0.5) for side in sides]
+
+    return [
+        p
+        for before, p in zip((0.0, *RATES), RATES, strict=False)
+        if p <= _COARSE or clipped(p) != clipped(before)
+    ]
 
 
 def _at(
@@ -262,8 +304,11 @@ def _at(
 def step_group(
     evaluator: LayerEvaluator, group: Group, trials: list[Trial], settings: Settings
 ) -> Trial | None:
-    """One suggestion and its measurement, appended to `trials`; None where the group ends before its last evaluation (`exhausted`)."""
-    found = suggest(trials, group.name, settings, evaluator.known(group))
+    """One suggestion and its measurement, appended to `trials`; None where the group ends before its last evaluation (`exhausted`, or no point is left)."""
+    known = evaluator.known(group)
+    if len(trials) >= len(known.thetas):
+        return None
+    found = suggest(trials, group.name, settings, known)
     if exhausted(found, trials, settings):
         return None
     best = min((trial.objective(found.tradeoff) for trial in trials if not trial.bound), default=None)

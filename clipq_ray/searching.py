@@ -1,4 +1,5 @@
-"""The search as a stage: for all networks of a job at once, so that one engine call packs their layers onto what there is.
+"""The search as a stage: of the given weights for all networks of a job at once, so that one engine call packs their layers onto what there is; and again of a
+network's weights between two rounds of fine-tuning.
 
 Every network's trials lie in a store of its own, keyed by what decides them; a network that fails leaves the others alone. Not covered: what
 one evaluation is (`search`), and where it runs (`cluster`).
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -20,12 +21,25 @@ from clipq_ray.data import Split
 from clipq_ray.errors import ClipqError
 from clipq_ray.groups import Group, work
 from clipq_ray.network import Inventory
+from clipq_ray.operator import bake
+from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
 from clipq_ray.work import LATE, SearchTask, read_state, read_trials, search_images
 
 DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search has measured: its trials, of which weights, how the other layers were compressed meanwhile (None: not), and the top-1 error of the
+    network so on the same images."""
+
+    trials: Mapping[str, Sequence[search.Trial]]
+    weights: Store
+    plan: Plan | None
+    error: float
 
 
 @dataclass(frozen=True)
@@ -62,11 +76,13 @@ class Search:
 
 
 def planned(
-    run: Run, model: nn.Module, weights: Store, inventory: Inventory, groups: Sequence[Group], images: Tensor
-) -> Search:
-    """What is to be searched; `images`: float32 (n, c, h, w), a few for the order of the groups."""
+    run: Run, model: nn.Module, weights: Store, inventory: Inventory, groups: Sequence[Group], images: Tensor,
+    plan: Plan | None = None, tradeoffs: tuple[float, ...] = search.LADDER, time_share: float = 1.0,
+) -> Search:  # fmt: skip
+    """What is to be searched; `images`: float32 (n, c, h, w), a few for the order of the groups; `plan`: of the other layers; `time_share`: of the time that
+    a search may take before a deadline."""
     config = run.config
-    lambdas = (config.tradeoff,) if config.search_early_stop and config.tradeoff else search.LADDER
+    lambdas = (config.tradeoff,) if config.search_early_stop and config.tradeoff else tradeoffs
     settings = search.Settings(
         config.search_evaluations, min(config.search_start, config.search_evaluations), lambdas, config.seed,
         config.search_stop_gain, config.search_loss_share, config.search_early_stop,
@@ -77,14 +93,45 @@ def planned(
         "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
         "groups": [asdict(group) for group in groups], "images": config.search_images, "bytes": inventory.bytes_before,
         "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,
+        **({"plan": plan.to_json()} if plan else {}),
     }  # fmt: skip
     costs = work(model, groups, images)
     key, store = run.stage_store("search", inputs)
     task = SearchTask(
         run.source, weights.uri, tuple(groups), settings, min(config.search_images, len(run.data.train)),
-        inventory.bytes_before, store.uri, stages.deadline_of(run, "search"), tuple(costs[group.name] for group in groups),
+        inventory.bytes_before, store.uri, stages.deadline_of(run, "search", time_share), tuple(costs[group.name] for group in groups), plan,
     )  # fmt: skip
     return Search(run, key, task)
+
+
+def search_again(
+    run: Run,
+    weights: Store,
+    plan: Plan,
+    inventory: Inventory,
+    groups: Sequence[Group],
+    ratio: float,
+    time_share: float,
+) -> Searched:
+    """Search a network that was fine-tuned by `plan` to full-precision `weights`, each group beside the others as `plan` has them, for a file `ratio` times
+    smaller than the original.
+
+    What is asked of a dense network in one shot says nothing about rates near 1; of one that is sparse already it does. And the full-precision
+    weights of fine-tuning are no network of their own: what was trained are the quantized ones."""
+    model = run.source.network()
+    model.load_state_dict(read_state(weights))
+    one = planned(run, model, weights, inventory, groups, sample(run), plan, search.ladder(ratio), time_share)
+    ended: list[ClipqError] = []
+
+    def done(number: int, error: ClipqError | None) -> None:
+        ended.extend([error] if error is not None else [])
+
+    with run.alone(one.store), run.away():
+        search_all([one], run.engine, run.reporter, done)
+    if ended:
+        raise ended[0]
+    bake(model, plan)
+    return Searched(one.trials(), weights, plan, original_error(run, model))
 
 
 def search_all(
@@ -142,7 +189,7 @@ def scoring_images(run: Run) -> Split:
 
 
 def original_error(run: Run, model: nn.Module) -> float:
-    """Top-1 error of the original on the images that score the search."""
+    """Top-1 error of the network before a search on the images that score the search."""
     found = stages.scored(run, model, scoring_images(run))
     assert found is not None
     return 1.0 - found.top1

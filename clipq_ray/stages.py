@@ -93,11 +93,11 @@ class Run:
     ) -> Store:
         """The store of a stage's outputs; `make` runs unless `finished` lies there already, and gives the seconds of its time that it waited."""
         key, store = self.stage_store(name, inputs)
-        with self._alone(store):
+        with self.alone(store):
             return self._made(name, key, store, finished, make)
 
     @contextlib.contextmanager
-    def _alone(self, store: Store) -> Iterator[None]:
+    def alone(self, store: Store) -> Iterator[None]:
         """No other run of this process makes the same stage."""
         lock = _MAKING.setdefault(store.uri, threading.Lock())
         if not lock.acquire(blocking=False):
@@ -197,8 +197,10 @@ def trained(
     work: Store,
     number: int = 1,
     ramp: Ramp | None = None,
+    time_share: float = 1.0,
 ) -> Store:
-    """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind."""
+    """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind.
+    `time_share`: of the time that such a training may take before a deadline."""
     config, architecture = run.config, run.source.architecture()
     inputs = {
         "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
@@ -206,12 +208,13 @@ def trained(
         "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
         **({"ramp": asdict(ramp)} if ramp else {}),
+        **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),
     }  # fmt: skip
 
     def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage), ramp,
+            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)
@@ -221,11 +224,11 @@ def trained(
     return store
 
 
-def deadline_of(run: Run, stage: str) -> float | None:
-    """The time, by the clock of the storage [s since 1970], by which `stage` should end: its share of what is left before the deadline. That clock
-    is the one that all nodes have, and that an attempt after a lost worker has too."""
+def deadline_of(run: Run, stage: str, share: float = 1.0) -> float | None:
+    """The time, by the clock of the storage [s since 1970], by which `stage` should end: its share of what is left before the deadline, or a part `share`
+    of that where more of its kind are to come. That clock is the one that all nodes have, and that an attempt after a lost worker has too."""
     left = run.seconds_left
-    return None if left is None else run.storage.now() + max(0.0, left) * _DEADLINE_SHARES[stage]
+    return None if left is None else run.storage.now() + max(0.0, left) * _DEADLINE_SHARES[stage] * share
 
 
 @contextlib.contextmanager

@@ -72,6 +72,10 @@ LAYERS: pa.Schema = pa.schema(
 TRIALS: pa.Schema = pa.schema(
     [
         _column("layer", pa.string(), "", "what was compressed: a layer, or a group of them (column group of layers.parquet)"),
+        _column(
+            "round", pa.int32(), "",
+            "round of fine-tuning, from 1, before which it was measured (--search-again); null in runs before that", null=True,
+        ),
         _column("step", pa.int32(), "", "number of the evaluation within the layer or group, from 0"),
         _column(
             "origin", pa.string(), "", "start (fixed first points) or bayes (suggested by the optimiser)"
@@ -83,7 +87,7 @@ TRIALS: pa.Schema = pa.schema(
             "bound", pa.bool_(), "",
             "whether the evaluation ended early because it could not win at this lambda: error and objective are then the least that they can be; null in runs before early ends", null=True,
         ),
-        _column("error_percent", pa.float64(), "%", "top-1 error with nothing else compressed, untrained"),
+        _column("error_percent", pa.float64(), "%", "top-1 error without training; before the first round with nothing else compressed, later with all else as in the round before"),
         _column("loss", pa.float64(), "nats", "mean cross-entropy of the same evaluation"),
         _column("bytes", pa.int64(), "bytes", "what the encoder writes for the layer or group"),
         _column(

@@ -32,7 +32,7 @@ from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
 from clipq_ray.finetune import Progress, Rank, Schedule, Trainer
 from clipq_ray.groups import Group
-from clipq_ray.operator import Ramp
+from clipq_ray.operator import Ramp, bake_keeping
 from clipq_ray.plan import Plan
 from clipq_ray.search import LayerEvaluator, Settings, Trial, step_group
 from clipq_ray.storage import Store
@@ -137,7 +137,7 @@ class Source:
 
 _DATA_OPTIONS = (
     "data", "data_root", "resize", "mean", "std", "validation_images", "validation_data", "seed", "memory_limit_gib",
-    "bad_image_limit", "limit_images",
+    "bad_image_limit", "limit_images", "shift_pixels",
 )  # fmt: skip
 
 
@@ -168,6 +168,7 @@ def _opened(data_options: str) -> Data:
         memory_limit_bytes=config.memory_limit_bytes,
         bad_image_limit=config.bad_image_limit,
         limit_images=config.limit_images,
+        shift_pixels=config.shift_pixels,
     )
 
 
@@ -267,7 +268,8 @@ def train(
 class SearchTask:
     """The search of one network: one object of trials per group of layers is written to `output`.
 
-    `work`: what an evaluation of each group costs beside others [FLOP]. After `deadline`, by the clock of the storage [s since 1970], a group ends with
+    `work`: what an evaluation of each group costs beside others [FLOP]. `plan`: how all layers are compressed beside the group that is searched; None:
+    they are not. After `deadline`, by the clock of the storage [s since 1970], a group ends with
     what it has, at least one trial.
     """
 
@@ -280,6 +282,7 @@ class SearchTask:
     output: str
     deadline: float | None = None
     work: tuple[int, ...] = ()
+    plan: Plan | None = None
 
     def open_groups(self) -> list[int]:
         """The numbers of the groups whose trials are not there yet, the longest first."""
@@ -325,6 +328,7 @@ class Searcher:
         self.task = task
         model = task.source.network()
         model.load_state_dict(read_state(Store(task.weights)))
+        full = {} if task.plan is None else bake_keeping(model, task.plan)
         self._deadline = here(task.deadline, Store(task.output))
         self._until: float | None = None
         self._evaluator = LayerEvaluator(
@@ -338,6 +342,7 @@ class Searcher:
             node=platform.node(),
             size=functools.partial(layer_bytes, config),
             cache_bytes=min(config.search_cache_bytes, _fair_share(device, config.search_gpu_share)),
+            full=full,
         )
 
     def release(self) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipq_ray.acquisition import Candidates, Point, _relax, _stretch, predicted_error, propose, start_point
+from clipq_ray.acquisition import (
+    Candidates,
+    Point,
+    _relax,
+    _stretch,
+    predicted_error,
+    propose,
+    start_point,
+    stretched_rate,
+)
 from clipq_ray.plan import Theta
 
 THETAS = tuple(Theta(p / 20, b) for b in (2, 3, 4, 6) for p in range(20))
@@ -76,6 +85,18 @@ def test_noise_is_the_same_at_every_error() -> None:
     for rate in (0.1, 0.5, 0.8):
         counts = drawn.binomial(400, rate, 20_000)
         assert _stretch(counts / 400).var() == pytest.approx(1 / (4 * 400), rel=0.1)
+
+
+def test_near_1_rates_lie_apart_by_what_they_leave() -> None:
+    rates = [step / 100 for step in range(100)] + [0.991, 0.995, 0.999]
+    found = [stretched_rate(p) for p in rates]
+    assert found == sorted(found)
+    assert found[:96] == rates[:96]
+    assert stretched_rate(0.9995) - stretched_rate(0.995) == pytest.approx(
+        stretched_rate(0.995) - stretched_rate(0.95)
+    )
+    # no kink
+    assert stretched_rate(0.9501) - stretched_rate(0.95) == pytest.approx(0.0001, rel=0.01)
 
 
 @pytest.mark.parametrize("loss_share", [0.0, 0.5])

@@ -37,7 +37,7 @@ def test_a_configuration_is_frozen() -> None:
         ({"weight_decay": -1e-9}, "--weight-decay"),
         ({"label_smoothing": 1.0}, "--label-smoothing"),
         ({"search_evaluations": 3}, "--search-evaluations"),
-        ({"search_evaluations": 694}, "--search-evaluations"),
+        ({"search_evaluations": 911}, "--search-evaluations"),
         ({"search_start": 2}, "--search-start"),
         ({"search_images": 1}, "--search-images"),
         ({"workers": 0}, "--workers"),
@@ -74,6 +74,12 @@ def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, 
         ({"max_drop": -0.1}, "--max-drop"),
         ({"target_bytes": 0}, "--target-bytes"),
         ({"rounds": 0}, "--rounds"),
+        (
+            {"paper": True, "ramp_share": 0.5, "vectors": "auto"},
+            "with --paper, got --ramp-share 0.5, --vectors auto; leave",
+        ),
+        ({"rungs": 3}, "expected --target-bytes or --target-ratio with --rungs 3"),
+        ({"rungs": 3, "tradeoff": 8.0}, "expected --target-bytes or --target-ratio with --rungs 3"),
         ({"engine": "local", "workers": 2}, "--engine ray"),
         ({"workers": 64, "batch_size": 32}, "--batch-size of at least"),
         ({"epochs": 1, "warmup_epochs": 1.0}, "--warmup-epochs below"),
@@ -90,6 +96,8 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
         {"search_start": 4, "search_evaluations": 4},
         {"workers": 32, "batch_size": 32},
         {"epochs": 1, "warmup_epochs": 0.0},
+        {"rungs": 1, "tradeoff": 8.0},
+        {"shift_pixels": 0},
         {"target_ratio": 10_000.0},
         {"momentum": 0.0, "weight_decay": 0.0},
         {"expect_top1_percent": 100.0},
@@ -98,6 +106,13 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
 def test_values_on_the_border_are_taken(options: dict[str, Any]) -> None:
     made = make(**options)
     assert {name: getattr(made, name) for name in options} == options
+
+
+def test_the_paper_switches_off_what_goes_beyond_it() -> None:
+    made = make(paper=True)
+    assert (made.vectors, made.dead_units, made.ramp_share, made.rungs) == ("exact", "keep", 0.0, 1)
+    assert make(paper=True, ramp_share=0.0, vectors="exact") == made
+    assert make().vectors == "auto"
 
 
 def test_all_mistakes_are_named_at_once() -> None:

@@ -54,7 +54,8 @@ def test_finer_grids_come_closer_to_the_same_outputs() -> None:
     far = [distance(model, through_a_file(model, one)[0], images) for one in folding.LADDER[::2]]
     far.append(distance(model, through_a_file(model, folding.LADDER[-1])[0], images))
     assert far == sorted(far, reverse=True)
-    assert far[0] < 0.15
+    assert far[0] < 0.6
+    assert far[1] < 0.15
     assert far[-1] < 0.02
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipq_ray.config import make
-from clipq_ray.intent import Drop, Intent, Outcome, best, keeps, next_request
+from clipq_ray.intent import Drop, Intent, Outcome, best, keeps, next_request, rung_sizes
 
 
 def outcome(size: int, drop: float = 0.0, requested: int | None = None) -> Outcome:
@@ -91,6 +91,12 @@ def test_a_byte_promise_that_is_missed_is_asked_for_again_by_as_much() -> None:
     intent = Intent("bytes", 1000)
     assert next_request(intent, [outcome(1000, requested=1000)], 3) is None
     assert next_request(intent, [outcome(1100, requested=1000)], 3) == math.floor(1000 * 1000 / 1100 * 0.99)
+
+
+def test_rungs_shrink_by_the_same_factor_and_end_at_the_size() -> None:
+    assert rung_sizes(16_000, 1_000, 5) == (16_000, 8_000, 4_000, 2_000, 1_000)
+    assert rung_sizes(16_000, 1_000, 1) == (1_000,)
+    assert rung_sizes(900, 1_000, 5) == (1_000,)  # nothing to climb
 
 
 def test_rounds_end_with_their_number_and_a_lambda_takes_one() -> None:

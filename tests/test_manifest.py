@@ -35,7 +35,7 @@ def layer(index: int, size: int, weights: int) -> dict[str, Any]:
 
 def trial(name: str, chosen: bool) -> dict[str, Any]:
     return {
-        "layer": name, "step": int(chosen), "origin": "start", "p": 0.5, "bits": 2, "images": 10, "bound": False, "error_percent": 5.0, "loss": 0.1,
+        "layer": name, "round": 1, "step": int(chosen), "origin": "start", "p": 0.5, "bits": 2, "images": 10, "bound": False, "error_percent": 5.0, "loss": 0.1,
         "bytes": 10, "saved_fraction": 0.1, "tradeoff": 1.0, "objective": 4.9, "predicted_mean": None, "predicted_deviation": None, "chosen": chosen, "seconds": 0.1, "node": "n",
     }  # fmt: skip
 

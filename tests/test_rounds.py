@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 import clipq_ray
-from clipq_ray import loading, manifest, rounds
+from clipq_ray import loading, manifest, rounds, tables
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
@@ -104,6 +105,70 @@ def test_rising_rates_are_recorded_and_keep_the_promise(
     other = run(promised[0], target_bytes=6000)
     assert other.manifest["promise"]["predicted_bytes"] == result.manifest["promise"]["predicted_bytes"]
     assert Store(other.uri).read("model.clq") != Store(result.uri).read("model.clq")
+
+
+RUNGS: dict[str, Any] = {
+    "target_bytes": 4000, "rungs": 3, "rung_epochs": 1, "search_again": True, "ramp_share": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def climbed(promised: tuple[Path, Result]) -> Result:
+    return run(promised[0], **RUNGS)
+
+
+def test_a_size_is_approached_in_rungs_each_with_a_search_of_its_own(climbed: Result) -> None:
+    assert climbed.kept
+    asked = [one["requested_bytes"] for one in climbed.manifest["promise"]["rounds"]]
+    assert asked[2] == 4000
+    assert asked[1] == pytest.approx((asked[0] * 4000) ** 0.5, abs=1)
+    assert [one["epochs"] for one in climbed.manifest["promise"]["rounds"]][:3] == [1, 2, 4]
+    made = [stage["stage"] for stage in climbed.manifest["stages"] if not stage["reused"]]
+    assert made[:5] == ["finetune", "search", "finetune", "search", "finetune"]
+    rows = tables.from_bytes(Store(climbed.uri).read("trials.parquet")).to_pylist()
+    assert {1, 2, 3} <= {row["round"] for row in rows}
+    taken = [row for row in rows if row["chosen"]]
+    assert {row["round"] for row in taken} == {climbed.manifest["promise"]["round"]}
+    assert len(taken) == 5
+    lambdas = {number: {row["tradeoff"] for row in rows if row["round"] == number} for number in (1, 3)}
+    assert max(lambdas[3]) > max(lambdas[1])  # the file is to be so much smaller
+
+
+def test_the_report_says_which_search_it_shows(climbed: Result) -> None:
+    page = Store(climbed.uri).read("report.html").decode()
+    assert f"This is the search before round {climbed.manifest['promise']['round']} of fine-tuning" in page
+
+
+def test_rungs_that_were_cut_off_go_on_to_the_same_bytes(
+    promised: tuple[Path, Result], climbed: Result, tmp_path: Path
+) -> None:
+    class Cut(LocalEngine):
+        calls = 0
+
+        def search(self, *given: Any) -> None:
+            type(self).calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            super().search(*given)
+
+    storage = tmp_path / "s"
+    for stage in ("baseline", "search"):  # those that the promised run made too
+        for one in promised[0].glob(f"_stages/{stage}-*"):
+            if any(f"{row['stage']}-{row['key']}" == one.name for row in promised[1].manifest["stages"]):
+                shutil.copytree(one, storage / "_stages" / one.name)
+    config = make(**{**QUICK, "storage": str(storage), **RUNGS})
+    with pytest.raises(KeyboardInterrupt):
+        compress(Source(config), Cut(), Reporter(quiet=True))
+    again = run(storage, **RUNGS)
+    assert any(stage["reused"] for stage in again.manifest["stages"] if stage["stage"] == "finetune")
+    assert again.manifest["files"]["model.clq"] == climbed.manifest["files"]["model.clq"]
+
+
+def test_rounds_that_look_for_the_smallest_file_can_search_again_too(promised: tuple[Path, Result]) -> None:
+    result = run(promised[0], max_drop=3.0, search_again=True)
+    rows = tables.from_bytes(Store(result.uri).read("trials.parquet")).to_pylist()
+    made = len(result.manifest["promise"]["rounds"])
+    assert {row["round"] for row in rows} == set(range(1, made + 1))
 
 
 def test_a_file_of_so_many_bytes_is_not_larger(promised: tuple[Path, Result]) -> None:

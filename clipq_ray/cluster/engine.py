@@ -28,8 +28,8 @@ Done = Callable[[int, ClipqError | None], None]
 class Engine(Protocol):
     """Runs tasks to their end; what they make lies in their stores afterwards.
 
-    `parallel`: whether `train` may be called from several threads, and while a search goes on; `at_once`: from how many threads it will be, so that
-    what is done beside trainings leaves room for all of them.
+    `parallel`: whether `train` and `search` may be called from several threads, and trainings go on while a search does; `at_once`: from how many threads it
+    will be, so that what is done beside trainings leaves room for all of them.
     """
 
     parallel: bool
@@ -51,7 +51,7 @@ class Engine(Protocol):
         done: Done,
     ) -> None:
         """Search all groups of layers of all `tasks` that are not there yet; `done` is told the number of each task as soon as it has ended, with the
-        error that ended it, if one did. `done` must be quick where the engine is `parallel`."""
+        error that ended it, if one did. `done` must be quick where the engine is `parallel`; then several threads may call, and take turns."""
 
     def train(self, task: TrainTask, progress: Progress) -> float:
         """Run one training from its last checkpoint to its end; gives the seconds that it waited for its turn."""

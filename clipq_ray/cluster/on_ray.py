@@ -16,6 +16,7 @@ import math
 import os
 import re
 import tempfile
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -142,6 +143,7 @@ class RayEngine:
         self._passed_on: set[str] = set()
         self._gpus: dict[str, bool] = {}
         self._meter: Meter | None = None
+        self._searching = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="clipq-ray-")
 
     def __enter__(self) -> Self:
@@ -230,13 +232,14 @@ class RayEngine:
         progress: Progress,
         done: Done,
     ) -> None:
-        """One Tuner (`ray_search`)."""
+        """One Tuner (`ray_search`); of several threads one at a time, since Ray runs one at a time."""
         amounts = [self._trial(task.source.config) for task in tasks]
         for amount in amounts:
             self._refuse_impossible(amount, 1)
 
         def run() -> None:
-            ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done)
+            with self._searching:
+                ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done)
 
         if self._own:  # what goes on when this process leaves ends with its Ray
             apart(run)

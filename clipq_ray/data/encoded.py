@@ -55,11 +55,19 @@ class ImageRows(Protocol):
 class EncodedSplit(Split):
     """Rows of a source, decoded when they are asked for."""
 
-    def __init__(self, source: ImageRows, rows: Rows, preprocessing: Preprocessing, bad: BadImages) -> None:
-        """The images `rows` int64 (n,) of `source`; unreadable ones are counted in `bad`."""
+    def __init__(
+        self,
+        source: ImageRows,
+        rows: Rows,
+        preprocessing: Preprocessing,
+        bad: BadImages,
+        padding: int | None = None,
+    ) -> None:
+        """The images `rows` int64 (n,) of `source`; unreadable ones are counted in `bad`; `padding` as for `tensors.TensorSplit`."""
         self.source = source
         self.preprocessing = preprocessing
         self.bad = bad
+        self.padding = preprocessing.input_shape[1] // 8 if padding is None else padding
         self.rows = rows
         self.labels = source.labels[rows]
         self.fingerprint = subset_hash(source.fingerprint, rows)
@@ -111,8 +119,7 @@ class EncodedSplit(Split):
                 chosen[position], image = self._instead(int(chosen[position]), image, at)
             pixels[position] = image
         if augment is not None and not large:
-            height, flip = self.preprocessing.input_shape[1], self.preprocessing.input_shape[0] == 3
-            pixels = crop_and_flip(pixels, height // 8, flip, augment)
+            pixels = crop_and_flip(pixels, self.padding, self.preprocessing.input_shape[0] == 3, augment)
         return self.preprocessing.apply(torch.from_numpy(pixels)), torch.from_numpy(self.labels[chosen])
 
     def _instead(self, index: int, reason: str, numbers: Numbers | None) -> tuple[int, NDArray[np.uint8]]:
@@ -149,7 +156,9 @@ class EncodedSplit(Split):
         return self.bad.names
 
 
-def decoded(source: ImageRows, rows: Rows, preprocessing: Preprocessing, bad: BadImages) -> TensorSplit:
+def decoded(
+    source: ImageRows, rows: Rows, preprocessing: Preprocessing, bad: BadImages, padding: int | None = None
+) -> TensorSplit:
     """The images `rows` of `source`, which have the input's size, as a split in memory; unreadable ones are left out."""
     pixels = np.empty((len(rows), *preprocessing.input_shape), dtype=np.uint8)
     good = np.ones(len(rows), dtype=bool)
@@ -167,4 +176,5 @@ def decoded(source: ImageRows, rows: Rows, preprocessing: Preprocessing, bad: Ba
         pixels = pixels[good]
     if not len(pixels):
         raise DataError(f"expected readable images, found none among {len(rows)}: {left_out[0]}")
-    return TensorSplit(pixels, source.labels[rows[good]], preprocessing, unreadable=tuple(left_out))
+    labels = source.labels[rows[good]]
+    return TensorSplit(pixels, labels, preprocessing, padding=padding, unreadable=tuple(left_out))

@@ -43,6 +43,7 @@ def open_data(
     memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
     bad_image_limit: int = 0,
     limit_images: int | None = None,
+    shift_pixels: int | None = None,
     data_root: str = "data",
 ) -> Data:
     """Open a data set for a network of `input_shape` (channels, height, width).
@@ -53,7 +54,8 @@ def open_data(
     hold out, by default 10 % of the training images and at most 5,000; not with `validation_uri`. `memory_limit_bytes`: encoded images
     of the input's size are decoded into memory if they fit, else half of it caches row groups. `bad_image_limit`: how many unreadable
     images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all, the same for
-    every seed; row groups are then taken as few as possible. Raises `DataError` and `ConfigError`.
+    every seed; row groups are then taken as few as possible. `shift_pixels`: the largest random shift of training images that have the
+    input's size, by default an eighth of its height. Raises `DataError` and `ConfigError`.
     """
     _check_options(memory_limit_bytes, bad_image_limit, validation_uri, validation_images)
     found = find(uri, data_root, memory_limit_bytes // 2)
@@ -67,9 +69,13 @@ def open_data(
     present = {split: source for split, source in sources.items() if source is not None}
     names = _class_names(found.class_names, present)
     preprocessing = _preprocessing(train, input_shape, mean, std, resize)
+    if shift_pixels is not None and preprocessing.resize is not None:
+        raise ConfigError(
+            f"expected images of {input_shape[1]} x {input_shape[2]} pixels with --shift-pixels, since others are cropped at random; leave it out"
+        )
     chosen, more = _chosen(present, limit_images, validation_images, seed)
     bad = BadImages(bad_image_limit)
-    splits = _splits(chosen, preprocessing, memory_limit_bytes, bad)
+    splits = _splits(chosen, preprocessing, memory_limit_bytes, bad, shift_pixels)
     if "test" in splits and splits["validation"].fingerprint == splits["test"].fingerprint:
         raise DataError(
             "expected validation images other than the test images, got the same; the test set decides nothing, give others"
@@ -204,19 +210,20 @@ def _chosen(
 
 
 def _splits(
-    chosen: Chosen, preprocessing: Preprocessing, memory_limit_bytes: int, bad: BadImages
+    chosen: Chosen, preprocessing: Preprocessing, memory_limit_bytes: int, bad: BadImages, shift: int | None
 ) -> dict[str, Split]:
     needed = sum(len(rows) for _, rows in chosen.values()) * int(np.prod(preprocessing.input_shape))
     in_memory = preprocessing.resize is None and needed <= memory_limit_bytes
     splits: dict[str, Split] = {}
     for split, (source, rows) in chosen.items():
         if isinstance(source, Images):
-            everything = TensorSplit(source.pixels, source.labels, preprocessing, padding=source.padding)
+            padding = source.padding if shift is None else shift
+            everything = TensorSplit(source.pixels, source.labels, preprocessing, padding=padding)
             splits[split] = everything.subset(torch.from_numpy(rows))
         elif in_memory:
-            splits[split] = decoded(source, rows, preprocessing, bad)
+            splits[split] = decoded(source, rows, preprocessing, bad, shift)
         else:
-            splits[split] = EncodedSplit(source, rows, preprocessing, bad)
+            splits[split] = EncodedSplit(source, rows, preprocessing, bad, shift)
     return splits
 
 

@@ -351,6 +351,12 @@ class _Reading:
                         f"members: expected names of networks in this fleet, got {member!r}",
                     )
             known = [networks[member] for member in one.members if member in networks]
+            if one.wants and any(config.rungs > 1 or config.search_again for config in known):
+                self.say(
+                    part.at("members"),
+                    "members: expected networks without rungs and search_again in an ensemble with one intent, whose bytes are shared out by one search of "
+                    "all; leave them out",
+                )
             for option in _SAME_IMAGES if one.wants else ():
                 if len({getattr(config, option) for config in known}) > 1:
                     self.say(

@@ -124,7 +124,12 @@ class _Vote:
         self._opened: list[Opened] = self._each(open_rounds, members)
         self._making = [Making(one.prepared.run, one.given) for one in self._opened]
         self._curves = [
-            Curves(one.trials, one.given.search_error, one.prepared.inventory.bytes_before, making.other)
+            Curves(
+                one.given.searched.trials,
+                one.given.searched.error,
+                one.prepared.inventory.bytes_before,
+                making.other,
+            )
             for one, making in zip(self._opened, self._making, strict=True)
         ]
         self._intent = ensemble.intent_of(sum(one.bytes_before for one in self._curves))

@@ -116,7 +116,9 @@ def _totals(layers: Sequence[Row], metrics: Mapping[str, Any]) -> list[list[str]
 def search_section(
     layers: Sequence[Row], trials: Sequence[Row], together: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Small multiples, a layer each: what the search measured and what was chosen; and what the layers do together."""
+    """Small multiples, a layer each: what the search measured and what was chosen; and what the layers do together. Of several searches, one between two
+    rounds of fine-tuning each, the one that the plan is from is shown."""
+    every, trials = trials, _of_the_plan(trials)
     by_layer: dict[str, list[Row]] = {}
     for row in trials:
         by_layer.setdefault(row["layer"], []).append(row)
@@ -146,10 +148,11 @@ def search_section(
         if ended
         else ""
     )
+    again = _others(every, trials)
     return {
         "missing": None,
         "told": f"{words.count(len(trials))} evaluations of {len(order)} {what} on {' or '.join(words.count(n) for n in images)} training images "
-        f"each, {words.duration(spent)} of work in all.{early} One is compressed at a time, in one shot, without training.",
+        f"each, {words.duration(spent)} of work in all.{early} One is compressed at a time, in one shot, without training.{again}",
         "note": note,
         "charts": [
             _search_chart(place, name, by_layer[name], known[name][1] if name in known else None)
@@ -157,6 +160,23 @@ def search_section(
         ],
         "together": _together(together, trials) if together else None,
     }
+
+
+def _of_the_plan(trials: Sequence[Row]) -> Sequence[Row]:
+    """The trials of the search that the plan is from; all where there was one."""
+    chosen = {row["round"] for row in trials if row["chosen"]}
+    return [row for row in trials if row["round"] in chosen] if len(chosen) == 1 else trials
+
+
+def _others(every: Sequence[Row], shown: Sequence[Row]) -> str:
+    """What is to be said where there were further searches."""
+    searches = sorted({row["round"] for row in every} - {None})
+    if len(searches) < 2:
+        return ""
+    return (
+        f" This is the search before round {shown[0]['round']} of fine-tuning, {'with nothing else compressed' if shown[0]['round'] == 1 else 'with all else as in the round before'}; "
+        f"{words.count(len(every))} evaluations were made in all, before rounds {', '.join(map(str, searches))}."
+    )
 
 
 def _together(together: Mapping[str, Any], trials: Sequence[Row]) -> dict[str, Any]:

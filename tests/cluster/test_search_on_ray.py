@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_process import ROOT, children, command, finished, processes, started
+from job_process import ROOT, children, command, committed, finished, processes, sha256, started
 from PIL import Image
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
@@ -257,3 +257,17 @@ def test_an_interrupted_search_says_so_and_goes_on_when_run_again(
     with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
         job.until(lambda: searched(storage))
     assert_as_undisturbed(undisturbed, storage, before)
+
+
+def test_rungs_search_between_trainings_and_give_the_same_bytes_as_one_process(
+    weights: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "workers": 1, "epochs": 2, "rungs": 2, "rung_epochs": 1, "target_ratio": 30, "search_stop_gain": 0, "warmup_epochs": 0,
+    }  # fmt: skip
+    for engine in ("local", "ray"):
+        given = [*command(tmp_path / engine, weights, **options, engine=engine), "--search-again"]
+        assert finished(given, tmp_path / "errors").code == 0
+    one, other = (committed(tmp_path / engine) for engine in ("local", "ray"))
+    assert [stage["stage"] for stage in other["stages"]].count("search") == 2
+    assert sha256(one) == sha256(other)

@@ -15,7 +15,7 @@ import torch
 from torchvision import datasets
 
 from clipq_ray.data import open_data
-from clipq_ray.errors import DataError
+from clipq_ray.errors import ConfigError, DataError
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -157,6 +157,32 @@ def test_unknown_and_missing_data_say_what_was_looked_for(uri: str, expected: st
     with pytest.raises(DataError, match=expected) as error:
         open_data(uri, input_shape=(3, 32, 32))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pixels", [0, 2])
+def test_training_images_are_shifted_by_so_many_pixels_at_most(pixels: int) -> None:
+    data = open_data("digits", input_shape=(1, 28, 28), shift_pixels=pixels)
+    rows = torch.arange(40)
+    plain, shifted = (data.train.batch(rows, seed)[0] for seed in (None, torch.Generator().manual_seed(3)))
+    black = plain.min()
+    padded = torch.nn.functional.pad(plain, (2, 2, 2, 2), value=float(black))
+    moved = set()
+    for image, wanted in zip(shifted, padded, strict=True):
+        places = [
+            (down, right)
+            for down in range(5)
+            for right in range(5)
+            if torch.equal(image, wanted[:, down : down + 28, right : right + 28])
+        ]
+        assert places
+        moved.add(places[0])
+    assert (len(moved) > 1) is (pixels > 0)
+    assert torch.equal(data.validation.batch(rows, None)[0], open_data("digits", input_shape=(1, 28, 28)).validation.batch(rows, None)[0])  # fmt: skip
+
+
+def test_a_shift_of_images_that_are_cropped_at_random_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--shift-pixels"):
+        open_data("digits", input_shape=(1, 28, 28), shift_pixels=2, resize=32)
 
 
 def test_the_given_mnist_opens(shared: Path) -> None:

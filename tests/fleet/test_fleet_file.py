@@ -182,6 +182,7 @@ def test_an_ensembles_intent_takes_the_place_of_its_members(tmp_path: Path) -> N
         ("target_bytes: 60000", "tradeoff: 8", "line 8: unknown key 'tradeoff' in an ensemble"),
         ("[lenet5, lenet_300_100]", "[lenet5, lenet9]", "line 8: members: expected names of networks in this fleet, got 'lenet9'"),
         ("{model: lenet5}", "{model: lenet5, seed: 3}", "line 8: members: expected the same seed for all"),
+        ("{model: lenet5}", "{model: lenet5, search_again: true}", "line 8: members: expected networks without rungs and search_again"),
         ("name: vote", "name: lenet5", "line 8: name: expected one that no network has, got 'lenet5'"),
         ("name: vote, ", "", "line 8: name: expected one that no network has, got None"),
         ("60000}", "60000}\n  - {name: pair, members: [resnet20, lenet5], max_drop: 1}", "line 9: members: expected networks that no other intent decides, got 'lenet5' as in 'vote'"),

@@ -1,0 +1,251 @@
+"""`make bench-records`: small files at an accuracy, by the product's own command and the recipes of `recipes/`, from trained weights to a verified file.
+
+One (target, variant, seed) is one unit: its JSON and its .clq are stored under `bench/results/records-units/` when it ends and are not made again; a unit that
+was cut off goes on behind its last finished epoch. Bytes are those of the file, errors those of the decoded file on the test images, as `jobs/evaluate.py`
+says them; the test set decides nothing. The file of the median seed lies under `bench/records/`.
+
+Variants: `ours` (the recipe), `paper` (the same epochs and size, with --paper), `two-stage` and `uniform` (`records_peers`: the same epochs and size, pruned
+first and quantized then, and one (p, b) for all layers). The last two take plan and size from `ours` of their seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.record import RESULTS, ROOT, Row, machine, row, write
+from clipq_ray import identity, manifest, tables
+from clipq_ray.config import PAPER
+from clipq_ray.storage import Store
+
+UNITS, RECORDS = RESULTS / "records-units", ROOT / "bench" / "records"
+VARIANTS = ("ours", "paper", "two-stage", "uniform")
+OF_LADDERS = ("rung_epochs",)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row has to reach: `most_bytes` of the file at `most_error` percent of the test images; `data` and `weights` below the shared folder, weights
+    None where the job trains them first."""
+
+    name: str
+    data: str
+    weights: str | None
+    most_bytes: int
+    most_error: float
+
+    @property
+    def recipe(self) -> Path:
+        """Its options."""
+        return ROOT / "recipes" / f"{self.name}.yaml"
+
+    def options(self) -> dict[str, Any]:
+        """The recipe's options."""
+        content: dict[str, Any] = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        return content
+
+
+TARGETS = (
+    Target("lenet_300_100-mnist-noloss", "mnist", None, 6_000, 1.64),
+    Target("lenet5_caffe-mnist-noloss", "mnist", None, 2_700, 0.80),
+    Target("lenet5_caffe-mnist-small", "mnist", None, 1_500, 0.96),
+    Target("resnet20-cifar10-noloss", "cifar10", "resnet20-cifar10.safetensors", 40_000, 8.27),
+    Target("resnet20-cifar10-small", "cifar10", "resnet20-cifar10.safetensors", 34_000, 8.80),
+    Target("resnet56-cifar10-noloss", "cifar10", "resnet56-cifar10.safetensors", 100_000, 6.61),
+)
+
+
+def total_epochs(options: dict[str, Any]) -> int:
+    """Epochs on the way to the size and in the last round."""
+    rungs = options.get("rungs", 1) - 1
+    return int(options["epochs"] + rungs * options.get("rung_epochs", math.ceil(options["epochs"] / 2)))
+
+
+def published(options: dict[str, Any]) -> dict[str, Any]:
+    """The same size in as many epochs by the method as published."""
+    left = {name: value for name, value in options.items() if name not in PAPER and name not in OF_LADDERS}
+    return {**left, "paper": True, "epochs": total_epochs(options)}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One target, variant and seed."""
+
+    target: Target
+    variant: str
+    seed: int
+
+    @property
+    def stem(self) -> Path:
+        """Where its JSON and file lie, without suffix."""
+        name = self.target.name + ("" if self.variant == "ours" else f"-{self.variant}")
+        return UNITS / f"{name}-seed{self.seed}"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What was measured, if it was."""
+        path = self.stem.with_suffix(".json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def make(self, shared: Path, storage: Path, extra: list[str]) -> None:
+        """Measure it, unless it was."""
+        if self.result is not None:
+            return
+        print(f"{self.stem.name}", flush=True)
+        if self.variant in ("ours", "paper"):
+            found, file = self._job(shared, storage, extra)
+        else:
+            from bench.records_peers import peer
+
+            ours = Unit(self.target, "ours", self.seed).result
+            if ours is None:
+                raise SystemExit(
+                    f"{self.stem.name}: expected the unit 'ours' of this seed before it, got none"
+                )
+            found, file = peer(
+                self.variant, self.target.options(), ours, data_of(self.target, shared), storage, self.seed
+            )
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        self.stem.with_suffix(".clq").write_bytes(file)
+        top1, images = verified(self.stem.with_suffix(".clq"), data_of(self.target, shared))
+        document = {
+            "target": self.target.name, "variant": self.variant, "seed": self.seed, "bytes": len(file), "test_top1_percent": top1,
+            "test_error_percent": round(100 - top1, 4), "test_images": images, **found, "machine": machine(), "versions": identity.versions(),
+        }  # fmt: skip
+        partial = self.stem.with_suffix(".part")
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.stem.with_suffix(".json"))
+
+    def _job(self, shared: Path, storage: Path, extra: list[str]) -> tuple[dict[str, Any], bytes]:
+        """The ordinary job; what its manifest says, and its file."""
+        name, options = self.stem.name, self.target.options()
+        recipe = self.target.recipe
+        if self.variant == "paper":
+            storage.mkdir(parents=True, exist_ok=True)
+            recipe = storage / f"{name}.yaml"
+            recipe.write_text(yaml.safe_dump(published(options)), encoding="utf-8")
+        command = [
+            sys.executable, str(ROOT / "jobs" / "compress.py"), "--config", str(recipe), "--name", name, "--seed", str(self.seed),
+            "--data", data_of(self.target, shared), "--storage", str(storage), *extra,
+        ]  # fmt: skip
+        if self.target.weights is not None:
+            command += ["--weights", str(shared / "weights" / self.target.weights)]
+        code = subprocess.run(command, check=False).returncode
+        runs = sorted(
+            storage.glob(f"model={name}/run=*/manifest.json"), key=lambda path: path.stat().st_mtime
+        )
+        if code not in (0, 1) or not runs:
+            raise SystemExit(f"{name}: the job ended with {code}; run again to continue")
+        store = Store(runs[-1].parent)
+        return told(manifest.read_manifest(store), store, storage), store.read("model.clq")
+
+
+def data_of(target: Target, shared: Path) -> str:
+    """The target's data set."""
+    return str(shared / "data" / target.data)
+
+
+def verified(file: Path, data: str) -> tuple[float, int]:
+    """Top-1 of a file [%] and the number of images, as `jobs/evaluate.py` says them."""
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), str(file), "--data", data]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"top-1 +([0-9.]+) % on ([0-9,]+) test images", said)
+    if found is None:
+        raise SystemExit(f"expected a top-1 on test images of {file}, got {said!r}")
+    return float(found[1]), int(found[2].replace(",", ""))
+
+
+def told(document: dict[str, Any], store: Store, storage: Path) -> dict[str, Any]:
+    """What a unit keeps of its run: settings, plan, scores, the time of its stages, whoever made them."""
+    metrics, promise = document["metrics"], document["promise"]
+    layers = tables.from_bytes(store.read("layers.parquet")).to_pylist()
+    return {
+        "ratio": metrics["ratio"], "kept": promise["kept"], "original_top1_percent": metrics["test"]["original"]["top1_percent"],
+        "validation_top1_percent": metrics["validation"]["compressed"]["top1_percent"], "dead_units": metrics["dead_units"],
+        "epochs": promise["rounds"][promise["round"] - 1]["epochs"], "rounds": promise["rounds"],
+        "plan": [{name: one[name] for name in ("layer", "p", "bits", "nonzeros", "bytes", "coder")} for one in layers],
+        "seconds": round(sum(seconds_of(storage, one) for one in document["stages"]), 1), "config": document["config"],
+        "stages": [{name: one[name] for name in ("stage", "key")} for one in document["stages"]],
+    }  # fmt: skip
+
+
+def seconds_of(storage: Path, stage: dict[str, Any]) -> float:
+    """The time of a stage's epochs or evaluations, also where another attempt made them."""
+    folder = storage / "_stages" / f"{stage['stage']}-{stage['key']}"
+    curve = folder / "curve.json"
+    if curve.exists():
+        return float(sum(one["seconds"] for one in json.loads(curve.read_text())["curve"]))
+    trials = (json.loads(path.read_text()) for path in folder.glob("group-*.json"))
+    return float(sum(one["seconds"] for group in trials for one in group))
+
+
+def rows_of(target: Target, variant: str, seeds: Iterable[int]) -> list[Row]:
+    """Bytes and errors of the seeds that are there; goals for `ours`."""
+    found = [result for seed in seeds if (result := Unit(target, variant, seed).result) is not None]
+    if not found:
+        return []
+    place = f"records/{target.name}" + ("" if variant == "ours" else f"/{variant}")
+    goals = (target.most_bytes, target.most_error) if variant == "ours" else (None, None)
+    return [
+        row(f"{place}/bytes", [float(one["bytes"]) for one in found], "bytes", goal=goals[0]),
+        row(f"{place}/test_error", [one["test_error_percent"] for one in found], "%", goal=goals[1]),
+        row(f"{place}/seconds", [one["seconds"] for one in found], "s"),
+    ]
+
+
+def keep_median(target: Target, seeds: Iterable[int]) -> None:
+    """The file of the median seed by test error; of two the worse."""
+    found = [
+        (result["test_error_percent"], result["bytes"], seed)
+        for seed in seeds
+        if (result := Unit(target, "ours", seed).result)
+    ]
+    if found:
+        seed = sorted(found)[len(found) // 2][2]
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Unit(target, "ours", seed).stem.with_suffix(".clq"), RECORDS / f"{target.name}.clq")
+
+
+def main() -> int:
+    """Make what is not there yet, then the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and weights/")
+    parser.add_argument("--only", nargs="+", default=[""], help="targets whose names begin so; default: all")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--storage", type=Path, default=ROOT / "runs" / "records", help="of the jobs")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--table", action="store_true", help="only the table of what is there")
+    given = parser.parse_args()
+    wanted = [one for one in TARGETS if one.name.startswith(tuple(given.only))]
+    for target in () if given.table else wanted:
+        for seed in given.seeds:
+            for variant in given.variants:
+                Unit(target, variant, seed).make(
+                    given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine]
+                )
+    rows: list[Row] = []
+    for target in TARGETS:
+        keep_median(target, range(100))
+        for variant in VARIANTS:
+            rows += rows_of(target, variant, range(100))
+    settings = {one.name: one.options() for one in TARGETS if one.recipe.exists()}
+    print(f"stored in {write('records', rows, notes={'recipes': settings})}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What the rows of `records` are held against: the same network, weights, epochs and size, prepared otherwise.
+
+- two-stage: the plan's rates and bits, first pruned, then quantized. For the first half of the epochs weights are pruned by magnitude, the rates rising as in the
+  recipe, and what is pruned stays zero; for the second half what is left is quantized (p = 0), another cosine. Learning rate, batches, data as in the recipe.
+- uniform: one (p, b) for all layers, trained as the recipe trains in one round. For b = 2 and b = 3 the mildest p, in steps of 0.001, with which the layers take at
+  most one hundredth more bytes than those of `ours`; the better one on validation images counts.
+
+Both are packed by the product. Not covered: which units there are (`records`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipq_ray import codec, models, network, packing, seeds
+from clipq_ray.cluster.engine import LocalEngine
+from clipq_ray.config import PAPER, Config, make
+from clipq_ray.data import batches
+from clipq_ray.operator import Operator, Ramp, make_plan, mildest_rates
+from clipq_ray.plan import Plan, Theta
+from clipq_ray.quantizer import decide_share, quantize, thresholds
+from clipq_ray.stages import schedule_of
+from clipq_ray.storage import Store
+from clipq_ray.work import WEIGHTS, Source, TrainTask, layer_bytes, prepare_process, read_state, write_state
+
+BITS = (2, 3)
+SPARE = 1.01  # files grow by a hundredth or so while they are trained
+
+
+def peer(
+    variant: str, options: Mapping[str, Any], ours: Mapping[str, Any], data: str, storage: Path, seed: int
+) -> tuple[dict[str, Any], bytes]:
+    """What is to be said of one variant, and its file."""
+    kept = {name: value for name, value in options.items() if name not in (*PAPER, "rung_epochs")}
+    config = make(**{**kept, "data": data, "seed": seed, "engine": "local", "epochs": ours["epochs"]})
+    given = _Given(config, ours, storage)
+    started = time.time()
+    found = given.uniform(options) if variant == "uniform" else given.two_stage(options)
+    packed = found[1]
+    return {
+        **found[0], "ratio": given.inventory.bytes_before / len(packed.file), "dead_units": packed.dead_units, "epochs": config.epochs,
+        "validation_top1_percent": 100 * packed.validation.top1, "seconds": round(time.time() - started, 1), "config": config.model_dump(mode="json"),
+    }, packed.file  # fmt: skip
+
+
+def silent(*_: Any) -> None:
+    """No progress."""
+
+
+class _Given:
+    """The weights from which `ours` started, and where to work."""
+
+    def __init__(self, config: Config, ours: Mapping[str, Any], storage: Path) -> None:
+        prepare_process(config.threads_per_worker)
+        self.source, self.ours = Source(config), ours
+        (baseline,) = (one["key"] for one in ours["stages"] if one["stage"] == "baseline")
+        self.initial = Store(storage / "_stages" / f"baseline-{baseline}")
+        self.work = storage / "peers" / f"{ours['target']}-seed{config.seed}"
+        self.model = self.source.network()
+        self.state = read_state(self.initial)
+        self.model.load_state_dict(self.state)
+        self.data = self.source.data()
+        sample = self.data.train.batch(torch.arange(2), None)[0]
+        self.inventory = network.inventory(self.model, sample, ())
+        self.thetas = {one["layer"]: Theta(one["p"], one["bits"]) for one in ours["plan"]}
+
+    def packed(self, tuned: Store, plan: Plan) -> packing.PackedNetwork:
+        """The file."""
+        sha256 = models.weights_sha256(self.state)
+        return packing.pack(self.source, tuned, plan, self.inventory, self.data, sha256)
+
+    def bytes_of(self, theta: Theta) -> int:
+        """All layers at one theta, before training."""
+        total = 0
+        for name in self.thetas:
+            weight = self.model.get_parameter(name).detach()
+            share = decide_share(weight, theta)
+            total += layer_bytes(self.source.config, codec.coded(quantize(weight, theta, share), share))
+        return total
+
+    def mildest(self, b: int) -> Theta:
+        """The mildest rate at `b` bits whose layers take no more than those of `ours`."""
+        budget = SPARE * sum(one["bytes"] for one in self.ours["plan"])
+        low, high = 0, 9990
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (
+                (middle + 1, high) if self.bytes_of(Theta(middle / 1e4, b)) > budget else (low, middle)
+            )
+        return Theta(low / 1e4, b)
+
+    def uniform(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
+        """One theta for all layers, by the product's own loop."""
+        config = self.source.config
+        found = []
+        for b in BITS:
+            theta = self.mildest(b)
+            plan = make_plan(self.model, dict.fromkeys(self.thetas, theta))
+            share = options.get("ramp_share", 0.0)
+            tuned = Store(self.work / f"uniform-b{b}")
+            task = TrainTask(
+                self.source, "finetune", self.initial.uri, plan, schedule_of(config, config.epochs, config.learning_rate), tuned.uri,
+                Store(self.work / f"uniform-b{b}-checkpoints").uri, ramp=Ramp(mildest_rates(self.model, plan), share) if share else None,
+            )  # fmt: skip
+            if not tuned.exists("curve.json"):
+                LocalEngine().train(task, silent)
+            found.append((theta, self.packed(tuned, plan)))
+        theta, best = max(found, key=lambda one: one[1].validation.top1)
+        return {"plan": [{"layer": name, "p": theta.p, "bits": theta.b} for name in self.thetas]}, best
+
+    def two_stage(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
+        """Pruned, then quantized."""
+        first = self.source.config.epochs // 2
+        share = options.get("ramp_share", 0.0)
+        masks: dict[str, torch.Tensor] = {}
+        self._epochs("prune", first, masks, share, None)
+        plan = make_plan(self.model, {name: Theta(0.0, theta.b) for name, theta in self.thetas.items()})
+        operator = Operator(self.model, plan)
+        self._epochs("quantize", self.source.config.epochs - first, masks, 0.0, operator)
+        operator.detach()
+        tuned = Store(self.work / "two-stage")
+        write_state(tuned, WEIGHTS, self.model.state_dict())
+        return {
+            "plan": [{"layer": name, "p": theta.p, "bits": theta.b} for name, theta in self.thetas.items()]
+        }, self.packed(tuned, plan)
+
+    def _epochs(
+        self, stage: str, epochs: int, masks: dict[str, torch.Tensor], share: float, operator: Operator | None
+    ) -> None:
+        """SGD with one cosine; without an operator the weights are pruned on the way, `masks` are what is left."""
+        config, train = self.source.config, self.data.train
+        optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
+        )  # fmt: skip
+        steps = len(train) // config.batch_size
+        self.model.train()
+        for epoch in range(epochs):
+            order = train.index_batches(
+                seeds.generator(config.seed, stage, "order", epoch), config.batch_size
+            )
+            place = functools.partial(seeds.generator, config.seed, stage, "augment", epoch)
+            for step, (images, labels) in enumerate(batches(train, order, place)):
+                done = (epoch + step / steps) / epochs
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+                if operator is None and step % 20 == 0:
+                    self._prune(masks, 1 - max(0.0, 1 - done / share) ** 3 if share else 1.0)
+                optimizer.zero_grad(set_to_none=True)
+                nn.functional.cross_entropy(self.model(images), labels).backward()
+                if operator is None:
+                    optimizer.step()
+                    keep_zeros(self.model, masks)
+                else:
+                    with operator.full_precision():
+                        optimizer.step()
+                        keep_zeros(self.model, masks)
+            print(f"  {stage}: epoch {epoch + 1} of {epochs}", flush=True)
+        if operator is None:
+            self._prune(masks, 1.0)
+
+    def _prune(self, masks: dict[str, torch.Tensor], risen: float) -> None:
+        """Zero what a part `risen` of the plan's rates clips, for good."""
+        for name, theta in self.thetas.items():
+            weight = self.model.get_parameter(name).detach()
+            alive = weight[weight != 0]
+            share_left = (1 - risen * theta.p) * weight.numel() / max(alive.numel(), 1)
+            if share_left < 1:
+                negative, positive = thresholds(alive, 1 - share_left)
+                masks[name] = ((weight > positive) | (weight < -negative)).float()
+        keep_zeros(self.model, masks)
+
+
+@torch.no_grad()
+def keep_zeros(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    """Set what was pruned to zero again."""
+    for name, mask in masks.items():
+        model.get_parameter(name).mul_(mask)
