@@ -58,7 +58,7 @@ def write(
     from clipq_ray import identity
 
     content: dict[str, Any] = {
-        "bench": bench, "commit": _commit(), "machine": machine(), "versions": {**identity.versions(), **(versions or {})},
+        "bench": bench, "commit": commit(), "machine": machine(), "versions": {**identity.versions(), **(versions or {})},
         **({"notes": dict(notes)} if notes else {}),
         "rows": [asdict(one) for one in rows],
     }  # fmt: skip
@@ -104,7 +104,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What this checkout is, by `git describe`."""
     ended = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,

@@ -26,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.record import RESULTS, ROOT, Row, machine, row, write
+from bench.record import RESULTS, ROOT, Row, commit, machine, row, write
 from clipq_ray import identity, manifest, tables
 from clipq_ray.config import PAPER
 from clipq_ray.storage import Store
@@ -123,7 +123,7 @@ class Unit:
         top1, images = verified(self.stem.with_suffix(".clq"), data_of(self.target, shared))
         document = {
             "target": self.target.name, "variant": self.variant, "seed": self.seed, "bytes": len(file), "test_top1_percent": top1,
-            "test_error_percent": round(100 - top1, 4), "test_images": images, **found, "machine": machine(), "versions": identity.versions(),
+            "test_error_percent": round(100 - top1, 4), "test_images": images, **found, "commit": commit(), "machine": machine(), "versions": identity.versions(),
         }  # fmt: skip
         partial = self.stem.with_suffix(".part")
         partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -44,6 +44,9 @@ START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
 """The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
 lost, the point that saves the most; further ones are drawn at random."""
 
+START_AGAIN = (0.0, 0.25, 0.1, 0.5, 0.05, 0.75, 0.02, 0.9, 0.35, 0.17)
+"""The same where a network is searched that is compressed already: the share is that of the weights as they are, and the first point moves them least."""
+
 RATES = (
     *(step / 100 for step in range(96)),
     *(step / 1000 for step in range(952, 990, 2)),
@@ -67,7 +70,7 @@ class Settings:
 
     A layer (or a group of them) ends before `evaluations` when at no lambda a further one is expected to lower the objective by as much as an error on `stop_gain`
     images would raise it; 0 switches that off. `loss_share`: how far the loss stands for the error in the model; 0 leaves the paper's eps.
-    `early_stop`: end evaluations that cannot win at the one lambda there is.
+    `early_stop`: end evaluations that cannot win at the one lambda there is. `again`: the network is compressed already.
     """
 
     evaluations: int
@@ -77,6 +80,7 @@ class Settings:
     stop_gain: float = 0.0
     loss_share: float = 0.5
     early_stop: bool = False
+    again: bool = False
 
     def __post_init__(self) -> None:
         if self.early_stop and len(self.tradeoffs) != 1:
@@ -148,7 +152,8 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings, known: Cand
     turn = step % len(settings.tradeoffs)
     seed = seeds.derive(settings.seed, "search", layer, step)
     if step < settings.start:
-        fixed = start_point(free, START[step]) if step < len(START) else seed % len(free.thetas)
+        shares = START_AGAIN if settings.again else START
+        fixed = start_point(free, shares[step]) if step < len(shares) else seed % len(free.thetas)
         return Suggestion(free.thetas[fixed], "start", settings.tradeoffs[turn])
     place = {theta: index for index, theta in enumerate(known.thetas)}
     whole = trials[0].images  # the first evaluation of a layer has nothing to lose against
@@ -173,7 +178,7 @@ class LayerEvaluator:
 
     `images` is the subset that scores; `network_bytes` is 4 x all elements that inference reads; `size` gives the bytes of a layer in the file;
     `cache_bytes` is what is kept of the network before a layer (`prefix`). `full`: full-precision weights by name, of layers that the network holds
-    compressed already: they are what a point compresses.
+    compressed already, with the `rates` at which it does: they are what a point compresses, and its distortion is then how far it moves the network's own.
     """
 
     def __init__(
@@ -188,8 +193,9 @@ class LayerEvaluator:
         size: Callable[[codec.CodedLayer], int] = codec.layer_bytes,
         cache_bytes: int = 0,
         full: Mapping[str, torch.Tensor] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
-        self._size, self._full = size, dict(full or {})
+        self._size, self._full, self._rates = size, dict(full or {}), dict(rates or {})
         self._scores = LayerScores(model.to(device), images, batch_size, device, cache_bytes)
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
         self._node = node
@@ -209,7 +215,12 @@ class LayerEvaluator:
         """What is known of `group` on the grid without the network; computed once. Of a large layer only every k-th row is coded."""
         if group.name not in self._known:
             weights = [self._weight(layer) for layer in group.layers]
-            self._known[group.name] = _curves(weights, self._network_bytes, self._size)
+            held = [self._model.get_parameter(layer).detach() for layer in group.layers]
+            # where the network is, its distance has a kink
+            anchors = sorted(
+                {*ANCHORS, *(self._rates[layer] for layer in group.layers if layer in self._rates)}
+            )
+            self._known[group.name] = _curves(weights, held, anchors, self._network_bytes, self._size)
         return self._known[group.name]
 
     @torch.no_grad()
@@ -257,17 +268,24 @@ class LayerEvaluator:
 
 
 def _curves(
-    weights: Sequence[torch.Tensor], network_bytes: int, size: Callable[[codec.CodedLayer], int]
+    weights: Sequence[torch.Tensor],
+    held: Sequence[torch.Tensor],
+    anchors: Sequence[float],
+    network_bytes: int,
+    size: Callable[[codec.CodedLayer], int],
 ) -> Candidates:
-    """Size and distortion on the grid of layers that share theta."""
+    """Size and distortion on the grid of layers that share theta; `held`: the weights that distortion is measured from."""
     elements = sum(weight.numel() for weight in weights)
-    parts = [(weight[:: max(1, round(weight.numel() / SAMPLE))], weight.numel()) for weight in weights]
+    parts = []
+    for weight, own in zip(weights, held, strict=True):
+        every = max(1, round(weight.numel() / SAMPLE))
+        parts.append((weight[::every], own[::every], weight.numel()))
     rates = _rates(weights)
     saved, distortion = [], []
     for b in range(BITS_MIN, BITS_MAX + 1):
-        sizes, lost = zip(*(_at(parts, Theta(p, b), size) for p in ANCHORS), strict=True)
-        saved.append((4 * elements - np.interp(rates, ANCHORS, sizes)) / network_bytes)
-        distortion.append(np.interp(rates, ANCHORS, lost))
+        sizes, lost = zip(*(_at(parts, Theta(p, b), size) for p in anchors), strict=True)
+        saved.append((4 * elements - np.interp(rates, anchors, sizes)) / network_bytes)
+        distortion.append(np.interp(rates, anchors, lost))
     grid = tuple(Theta(p, b) for b in range(BITS_MIN, BITS_MAX + 1) for p in rates)
     return Candidates(grid, np.concatenate(saved), np.concatenate(distortion))
 
@@ -287,17 +305,19 @@ def _rates(weights: Sequence[torch.Tensor]) -> list[float]:
 
 
 def _at(
-    parts: Sequence[tuple[torch.Tensor, int]], theta: Theta, size: Callable[[codec.CodedLayer], int]
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, int]],
+    theta: Theta,
+    size: Callable[[codec.CodedLayer], int],
 ) -> tuple[float, float]:
-    """Bytes, and the share of the energy that is lost, of layers of which (rows, all elements) are given."""
+    """Bytes, and the share of the energy that is lost, of layers of which (rows, the same rows as they are held, all elements) are given."""
     total, lost, energy = 0.0, 0.0, 1e-300
-    for rows, elements in parts:
+    for rows, held, elements in parts:
         share = decide_share(rows, theta)
         quantized = quantize(rows, theta, share)
         times = elements / rows.numel()
         total += times * size(codec.coded(quantized, share))
-        lost += times * float((rows - quantized.values).double().square().sum())
-        energy += times * float(rows.double().square().sum())
+        lost += times * float((held - quantized.values).double().square().sum())
+        energy += times * float(held.double().square().sum())
     return total, lost / energy
 
 

@@ -85,7 +85,7 @@ def planned(
     lambdas = (config.tradeoff,) if config.search_early_stop and config.tradeoff else tradeoffs
     settings = search.Settings(
         config.search_evaluations, min(config.search_start, config.search_evaluations), lambdas, config.seed,
-        config.search_stop_gain, config.search_loss_share, config.search_early_stop,
+        config.search_stop_gain, config.search_loss_share, config.search_early_stop, plan is not None,
     )  # fmt: skip
     architecture = run.source.architecture()
     inputs = {

@@ -343,6 +343,7 @@ class Searcher:
             size=functools.partial(layer_bytes, config),
             cache_bytes=min(config.search_cache_bytes, _fair_share(device, config.search_gpu_share)),
             full=full,
+            rates={layer.layer: layer.theta.p for layer in task.plan.layers} if task.plan else None,
         )
 
     def release(self) -> None:

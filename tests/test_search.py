@@ -348,6 +348,24 @@ def test_a_network_that_is_compressed_already_is_searched_from_its_full_precisio
     assert (made.error, made.loss) == (pytest.approx(1.0 - result.top1), result.loss)
 
 
+def test_a_search_of_a_compressed_network_begins_where_that_is() -> None:
+    model, _ = evaluator()
+    plan = make_plan(model, {"0.weight": Theta(0.5, 2), "3.weight": Theta(0.72, 3)})
+    measures = LayerEvaluator(
+        model, images(), 4 * 84, batch_size=32, device=torch.device("cpu"), node="here",
+        full=bake_keeping(model, plan), rates={"0.weight": 0.5, "3.weight": 0.72},
+    )  # fmt: skip
+    before = evaluate(model, images(), batch_size=32)
+    trials: list[Trial] = []
+    for _ in range(4):
+        step_group(measures, alone("3.weight"), trials, replace(SETTINGS, again=True))
+    assert (trials[0].error, trials[0].loss) == (pytest.approx(1.0 - before.top1), before.loss)
+    known = measures.known(alone("3.weight"))
+    places = [known.thetas.index(theta) for theta in (trials[0].theta, Theta(0.72, 3))]  # they clip the same
+    assert list(known.distortion[places]) == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert all(one.saved >= trials[0].saved for one in trials[1:])
+
+
 def test_lambdas_grow_with_the_ratio_that_is_wanted() -> None:
     assert ladder(5.0) == ladder(20.0) == LADDER
     assert ladder(200.0) == tuple(10 * tradeoff for tradeoff in LADDER)
