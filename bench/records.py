@@ -33,6 +33,7 @@ from clipq_ray.storage import Store
 
 UNITS, RECORDS = RESULTS / "records-units", ROOT / "bench" / "records"
 VARIANTS = ("ours", "paper", "two-stage", "uniform")
+PLACES = ("storage", "data", "data_root", "weights", "validation_data")
 OF_LADDERS = ("rung_epochs",)
 
 
@@ -177,9 +178,14 @@ def told(document: dict[str, Any], store: Store, storage: Path) -> dict[str, Any
         "validation_top1_percent": metrics["validation"]["compressed"]["top1_percent"], "dead_units": metrics["dead_units"],
         "epochs": promise["rounds"][promise["round"] - 1]["epochs"], "rounds": promise["rounds"],
         "plan": [{name: one[name] for name in ("layer", "p", "bits", "nonzeros", "bytes", "coder")} for one in layers],
-        "seconds": round(sum(seconds_of(storage, one) for one in document["stages"]), 1), "config": document["config"],
+        "seconds": round(sum(seconds_of(storage, one) for one in document["stages"]), 1), "config": without_places(document["config"]),
         "stages": [{name: one[name] for name in ("stage", "key")} for one in document["stages"]],
     }  # fmt: skip
+
+
+def without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what says where things lay."""
+    return {name: value for name, value in config.items() if name not in PLACES}
 
 
 def seconds_of(storage: Path, stage: dict[str, Any]) -> float:

@@ -47,7 +47,7 @@ def peer(
     packed = found[1]
     return {
         **found[0], "ratio": given.inventory.bytes_before / len(packed.file), "dead_units": packed.dead_units, "epochs": config.epochs,
-        "validation_top1_percent": 100 * packed.validation.top1, "seconds": round(time.time() - started, 1), "config": config.model_dump(mode="json"),
+        "validation_top1_percent": 100 * packed.validation.top1, "seconds": round(time.time() - started, 1), "config": {name: value for name, value in config.model_dump(mode="json").items() if name not in ("storage", "data", "weights")},
     }, packed.file  # fmt: skip
 
 
