@@ -319,7 +319,9 @@ def test_layers_that_share_theta_are_measured_together() -> None:
     assert made.bytes == sum(one.bytes for one in apart)
     assert made.saved == pytest.approx(sum(one.saved for one in apart))
     known = [measures.known(group) for group in (both, alone("0.weight"), alone("3.weight"))]
-    assert known[0].saved == pytest.approx(known[1].saved + known[2].saved)
+    saved = [dict(zip(one.thetas, one.saved, strict=True)) for one in known]
+    for point in set.intersection(*map(set, saved)):  # small layers have fewer points near 1
+        assert saved[0][point] == pytest.approx(saved[1][point] + saved[2][point])
     with torch.no_grad():
         for name in both.layers:
             weight = model.get_parameter(name)
