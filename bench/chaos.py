@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,20 +26,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cluster"
 
 from kills import PAIRS, artifact, disturbed, left_over, orders, three_nodes
 
-from bench.record import RESULTS, Row, row, write
+from bench.record import RESULTS, ROOT, Row, row, write
 
 UNITS = RESULTS / "chaos-units"
 PER_RUN, PAIR_GOAL = 16, 5
 
 
 def undisturbed() -> dict[str, Any]:
-    """The run that nothing disturbs: what it makes and how long its stages take [s]; made now unless it is stored."""
-    path = UNITS / "undisturbed.json"
+    """The run that nothing disturbs: what it makes and how long its stages take [s]; made now unless it is stored for the package as it is."""
+    package = subprocess.run(
+        ["git", "rev-parse", "HEAD:clipq_ray"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    path = UNITS / f"undisturbed-{package[:12]}.json"
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder, three_nodes() as nodes:
             storage = Path(folder) / "s"
             ended = disturbed(nodes, storage, Path(folder) / "logs")
-            _store(path, {"artifact": artifact(storage), "stages": ended.stages})
+            _store(path, {"package": package, "artifact": artifact(storage), "stages": ended.stages})
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return content
 
@@ -52,7 +56,7 @@ def disturbed_run(number: int, before: Sequence[dict[str, Any]], usual: dict[str
     with tempfile.TemporaryDirectory() as folder, three_nodes() as nodes:
         storage = Path(folder) / "s"
         given = orders(pairs, number, usual["stages"])
-        unit: dict[str, Any] = {"run": number, "started": started}
+        unit: dict[str, Any] = {"run": number, "started": started, "package": usual["package"]}
         try:
             ended = disturbed(nodes, storage, Path(folder) / "logs", given, number)
             unit |= {
