@@ -44,15 +44,12 @@ class Attempts:
         for name in self._store.names(_ATTEMPT):
             left = self._read(name)
             if left is not None and (self._store.exists(LOW) or _killed(left)):
-                self._less(left["images"], left["limited"])
-        left = self._read(SMALLER)
-        return None if left is None else int(left["images"])
+                self._less(left["images"])
+        return self._most()
 
     def begin(self, rank: int, images: int) -> None:
         """This rank takes `images` at a time from now on."""
-        here = {
-            "images": images, "limited": self._store.exists(SMALLER), "place": place(), "kills": _kills(),
-        }  # fmt: skip
+        here = {"images": images, "place": place(), "kills": _kills()}
         self._store.write(f"{_ATTEMPT}{rank}.json", json.dumps(here).encode())
         self._store.remove(LOW)
 
@@ -62,18 +59,25 @@ class Attempts:
 
     def ask_for_less(self, images: int) -> OutOfMemory:
         """The error of an attempt that could not have memory for `images` at a time."""
-        self._less(images, self._store.exists(SMALLER))
+        self._less(images)
         return OutOfMemory(
             f"{self._stage}: out of memory with {images} images at a time; the next attempt takes half"
         )
 
-    def _less(self, images: int, limited: bool) -> None:
+    def _less(self, images: int) -> None:
+        # Ranks of one attempt run out together: another one may have halved already what both of them took.
+        most = self._most()
+        limited = most is not None and images <= most
         if limited or images == 1:
             raise RunError(
                 f"{self._stage}: out of memory with {images} images at a time on each worker{', halved once' if limited else ''}; lower --batch-size or "
                 "--memory-limit-gib, raise --workers, or use machines with more memory"
             )
         self._store.write(SMALLER, json.dumps({"images": math.ceil(images / 2)}).encode())
+
+    def _most(self) -> int | None:
+        left = self._read(SMALLER)
+        return None if left is None else int(left["images"])
 
     def _read(self, name: str) -> dict[str, Any] | None:
         if not self._store.exists(name):
