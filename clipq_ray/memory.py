@@ -1,7 +1,7 @@
 """Out of memory in a training: what it looks like, and what an attempt leaves so that the next one takes half as many images at a time.
 
 Where an allocation fails, the worker says so itself (`ask_for_less`). Where the kernel ends it, it cannot: so every rank leaves a note of its machine's count
-of such kills, and the next attempt on that machine sees whether it has grown. Ray's memory monitor is heard by the engine (`low`). An attempt is
+of such kills, and the next attempt on that machine sees whether it has grown. Ray's memory monitor is heard by the engine (`heard`). An attempt is
 retried with less once; the second time it is an error with what to do. Not covered: which of the machine's processes the kernel ended.
 """
 
@@ -41,9 +41,11 @@ class Attempts:
 
     def most(self) -> int | None:
         """How many images an attempt may take at a time, once one has run out of memory; `RunError` where that did not help."""
-        for name in self._store.names(_ATTEMPT):
-            left = self._read(name)
-            if left is not None and (self._store.exists(LOW) or _killed(left)):
+        heard = self._read(LOW)
+        if heard is not None and heard["over"] is not None:
+            raise RunError(heard["over"])
+        for left in self._left():
+            if _killed(left):
                 self._less(left["images"])
         return self._most()
 
@@ -51,11 +53,26 @@ class Attempts:
         """This rank takes `images` at a time from now on."""
         here = {"images": images, "place": place(), "kills": _kills()}
         self._store.write(f"{_ATTEMPT}{rank}.json", json.dumps(here).encode())
-        self._store.remove(LOW)
 
     def end(self, rank: int) -> None:
         """This rank has come to its end."""
         self._store.remove(f"{_ATTEMPT}{rank}.json")
+
+    def heard(self, event: str) -> None:
+        """Workers of the last attempt were ended for want of memory; `event` tells this time from others, since it may be heard more than once."""
+        before, over = self._read(LOW), None
+        if before is not None and before["event"] == event:
+            return
+        try:
+            for left in self._left():
+                self._less(left["images"])
+        except RunError as error:
+            over = str(error)
+        self._store.write(LOW, json.dumps({"event": event, "over": over}).encode())
+
+    def afresh(self) -> None:
+        """Whoever runs again after an error may have more memory now."""
+        self._store.remove(LOW)
 
     def ask_for_less(self, images: int) -> OutOfMemory:
         """The error of an attempt that could not have memory for `images` at a time."""
@@ -74,6 +91,10 @@ class Attempts:
                 "--memory-limit-gib, raise --workers, or use machines with more memory"
             )
         self._store.write(SMALLER, json.dumps({"images": math.ceil(images / 2)}).encode())
+
+    def _left(self) -> list[dict[str, Any]]:
+        found = [self._read(name) for name in self._store.names(_ATTEMPT)]
+        return [left for left in found if left is not None]
 
     def _most(self) -> int | None:
         left = self._read(SMALLER)

@@ -13,7 +13,7 @@ import torch
 
 from clipq_ray import manifest
 from clipq_ray.errors import RunError
-from clipq_ray.memory import LOW, Attempts, ran_out
+from clipq_ray.memory import Attempts, ran_out
 from clipq_ray.storage import Store
 
 sys.path.insert(0, str(Path(__file__).parent / "cluster"))
@@ -134,15 +134,29 @@ def test_workers_that_run_out_together_halve_once(tmp_path: Path) -> None:
 
 
 def test_what_the_engine_hears_of_low_memory_counts_once(tmp_path: Path) -> None:
-    attempts(tmp_path).begin(0, 9)
-    Store(tmp_path).write(LOW, b"{}")
+    for rank in range(2):
+        attempts(tmp_path).begin(rank, 9)
+    attempts(tmp_path).heard("a node was full")
     assert attempts(tmp_path).most() == 5
     attempts(tmp_path).begin(0, 5)
+    attempts(tmp_path).heard("a node was full")  # of Ray Train too, which gave up behind its workers
+    assert attempts(tmp_path).most() == 5
+
+
+def test_low_memory_a_second_time_is_an_error_until_somebody_runs_it_again(tmp_path: Path) -> None:
+    for number, images in enumerate((9, 5)):
+        attempts(tmp_path).begin(0, images)
+        attempts(tmp_path).heard(f"time {number}")
+    with pytest.raises(
+        RunError, match="finetune: out of memory with 5 images at a time on each worker, halved once"
+    ):
+        attempts(tmp_path).most()
+    attempts(tmp_path).afresh()
     assert attempts(tmp_path).most() == 5
 
 
 def test_an_attempt_that_came_to_its_end_leaves_no_doubt(tmp_path: Path) -> None:
     attempts(tmp_path).begin(0, 32)
     attempts(tmp_path).end(0)
-    Store(tmp_path).write(LOW, b"{}")
+    attempts(tmp_path).heard("a node was full")
     assert attempts(tmp_path).most() is None

@@ -44,13 +44,15 @@ from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.cluster.metrics import Meter, TrainingSpeed
 from clipq_ray.cluster.room import Amount, Group, Room
-from clipq_ray.cluster.talk import ERROR, Watch, apart, last_line, tell, told
+from clipq_ray.cluster.talk import ERROR, Watch, apart, last_line, low_memory, tell, told
 from clipq_ray.config import Config, make
 from clipq_ray.errors import ClipqError, ConfigError, RunError, StorageError
 from clipq_ray.finetune import Progress, Rank
-from clipq_ray.memory import LOW
+from clipq_ray.memory import Attempts
 from clipq_ray.storage import Store
 from clipq_ray.work import SearchTask, TrainTask, train
+
+log = logs.logger(__name__)
 
 _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker as in the job
@@ -76,6 +78,9 @@ def _train(task: TrainTask, board: Any, *decoding: int) -> None:
     speed = TrainingSpeed(Meter(), task.source.name, task.stage, config.batch_size)
 
     board.begin.remote(task.stage, task.stage, Worker.here(), rank.rank, rank.world)
+
+    if rank.rank == 0 and (group := ray.util.get_current_placement_group()) is not None:
+        board.hold.remote(group)
 
     def progress(done: int, total: int, words: str) -> None:
         if rank.rank == 0:
@@ -119,13 +124,15 @@ def _amount(resources: Mapping[str, float]) -> Amount:
 class _LowMemory(ray.train.UserCallback):  # type: ignore[misc]
     """Hears that Ray's memory monitor ended a worker, which cannot say so itself."""
 
-    def __init__(self, checkpoints: str) -> None:
-        self._checkpoints = checkpoints
+    def __init__(self, checkpoints: str, stage: str) -> None:
+        self._place = checkpoints, stage
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        if any("low on memory" in str(error) for error in worker_exceptions.values()):
-            with suppress(StorageError):  # the next attempt is as large then
-                Store(self._checkpoints).write(LOW, b"{}")
+        checkpoints, stage = self._place
+        for event in {low_memory(error) for error in worker_exceptions.values()}:
+            if event is not None:
+                with suppress(StorageError):  # the next attempt is as large then
+                    Attempts(Store(checkpoints), stage).heard(event)
 
 
 class RayEngine:
@@ -179,7 +186,7 @@ class RayEngine:
     def check(self, config: Config) -> None:
         """`ConfigError` where the cluster has no GPU that is asked for, or no room for the workers, now or when it has grown."""
         worker = self._worker(config)
-        capacity.refuse_too_large(config, {"CPU": worker.cpus, "GPU": worker.gpus})
+        capacity.refuse_too_large(config, worker.resources)
 
     def committed(self, network: str, bytes_before: int, bytes_after: int) -> None:
         """To the metrics."""
@@ -211,7 +218,7 @@ class RayEngine:
         there, fitting = capacity.look(), []
         for config in configs:
             worker = self._worker(config)
-            room = there.room({"CPU": worker.cpus, "GPU": worker.gpus}) // config.workers
+            room = there.room(worker.resources) // config.workers
             least = worker.times(config.workers) + Amount(config.least_decode_cpus)
             fitting.append(min(room, self._limit.count(least)))
         return max(1, *fitting)
@@ -273,37 +280,55 @@ class RayEngine:
             )
 
     def _trained(self, task: TrainTask, worker: Amount, decoding: int, progress: Progress) -> None:
-        config, gpu = task.source.config, worker.gpus > 0
-        resources = {"CPU": worker.cpus, "GPU": worker.gpus}
-        hosts = Hosts(task.stage, config.fewest_workers, resources)
+        config = task.source.config
+        hosts = Hosts(task.stage, config.fewest_workers, worker.resources)
+        attempts = Attempts(Store(task.checkpoints), task.stage)
+        attempts.afresh()
         with Watch(progress, Limits.of([config]), hosts) as watch:
-            trainer = ray.train.torch.TorchTrainer(
-                _train_loop,
-                train_loop_config={"task": task, "board": watch.board, "decoding": (self.at_once, decoding)},
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=_world(config), use_gpu=gpu, resources_per_worker=resources
-                ),
-                torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
-                run_config=ray.train.RunConfig(
-                    name=_run_name(task),
-                    failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                    callbacks=[_LowMemory(task.checkpoints)],
-                    **self._ray_storage(Store(task.checkpoints)),
-                ),
-            )
-            output, failure = Store(task.output), None
-            output.remove(ERROR)  # of a job that was killed
-            try:
-                trainer.fit()
-            except SystemExit as ended:  # Ray Train's own handler of an interrupt
-                raise KeyboardInterrupt from ended
-            except Exception as error:
-                failure = error
-            if (named := told(output)) is not None:
-                raise named from failure
-            if failure is not None:
-                why = watch.hangs.error(task.stage) or f"{last_line(failure)}; run again to continue"
-                raise RunError(f"{task.stage} failed: {why}") from failure
+            for left in reversed(range(1 + config.max_failures)):
+                failure = self._fitted(task, worker, decoding, watch.board)
+                if failure is None:
+                    return
+                watch.release()
+                event = low_memory(failure)
+                if event is None or not left:
+                    why = watch.hangs.error(task.stage) or f"{last_line(failure)}; run again to continue"
+                    raise RunError(f"{task.stage} failed: {why}") from failure
+                # Ray's memory monitor has ended actors of Ray Train's own, without which it gives up
+                attempts.heard(event)
+                attempts.most()
+                log.warning(
+                    "%s: %s; the next attempt takes fewer images at a time", task.stage, event.rstrip(".")
+                )
+
+    def _fitted(self, task: TrainTask, worker: Amount, decoding: int, board: Any) -> Exception | None:
+        """One TorchTrainer, and its failure where no worker has named an error."""
+        config, gpu = task.source.config, worker.gpus > 0
+        trainer = ray.train.torch.TorchTrainer(
+            _train_loop,
+            train_loop_config={"task": task, "board": board, "decoding": (self.at_once, decoding)},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=_world(config), use_gpu=gpu, resources_per_worker=worker.resources
+            ),
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+            run_config=ray.train.RunConfig(
+                name=_run_name(task),
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                callbacks=[_LowMemory(task.checkpoints, task.stage)],
+                **self._ray_storage(Store(task.checkpoints)),
+            ),
+        )
+        output, failure = Store(task.output), None
+        output.remove(ERROR)  # of a job that was killed
+        try:
+            trainer.fit()
+        except SystemExit as ended:  # Ray Train's own handler of an interrupt
+            raise KeyboardInterrupt from ended
+        except Exception as error:
+            failure = error
+        if (named := told(output)) is not None:
+            raise named from failure
+        return failure
 
 
 def _run_name(task: TrainTask) -> str:

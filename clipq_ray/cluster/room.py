@@ -43,6 +43,11 @@ class Amount:
         """So many of it."""
         return Amount(self.cpus * count, self.gpus * count)
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """By Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
+
     def holds(self, other: Amount) -> bool:
         """Whether `other` fits into it."""
         return self.cpus >= other.cpus - _NEAR and self.gpus >= other.gpus - _NEAR

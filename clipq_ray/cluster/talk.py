@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, Self
 import ray
 import torch
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipq_ray import logs
@@ -52,6 +54,7 @@ class _Board:
         self._words: dict[str, str] = {}
         self._begun: dict[str, float] = {}
         self._stepped: dict[str, float] = {}
+        self._groups: list[PlacementGroup] = []
 
     def owner(self) -> str:
         return self._owner
@@ -72,6 +75,13 @@ class _Board:
         """These have no workers any more."""
         for item in items:
             self._workers.pop(item, None)
+
+    def hold(self, group: PlacementGroup) -> None:
+        """Workers that have begun hold this of the cluster."""
+        self._groups.append(group)
+
+    def held(self) -> list[PlacementGroup]:
+        return self._groups
 
     def read(self) -> tuple[int, int, str]:
         done = sum(item[0] for item in self._items.values())
@@ -101,15 +111,28 @@ class Watch:
         self.board = _new_board() if lease is None else _leased_board(lease)
         self.hangs = Hangs(limits)
         self._progress, self._hosts, self._end = progress, hosts, threading.Event()
+        self._held: dict[str, PlacementGroup] = {}
         self._thread = threading.Thread(target=logs.carried(self._poll), daemon=True)
 
     def _poll(self) -> None:
         while not self._end.wait(_POLL_SECONDS):
             self._show()
+            self._look()
             if self._hosts is not None:
                 self._hosts.look()
             if gone := self.hangs.look(ray.get(self.board.signs.remote())):
                 self.board.leave.remote(gone)
+
+    def release(self) -> None:
+        """Give back what workers held, where their work has failed: Ray Train leaves it behind where it cannot end in order."""
+        self._look()
+        for group in self._held.values():
+            remove_placement_group(group)
+        self._held.clear()
+
+    def _look(self) -> None:
+        # not only where it is given back: the board may be lost together with the workers
+        self._held |= {group.id.hex(): group for group in ray.get(self.board.held.remote())}
 
     def _show(self) -> None:
         done, total, words = ray.get(self.board.read.remote())
@@ -133,7 +156,9 @@ def _new_board(**options: Any) -> Any:
     # on the driver's node, so that it is lost with the driver only
     near = NodeAffinitySchedulingStrategy(here, soft=False)
     owner = f"{platform.node()}, process {os.getpid()}"
-    return _Board.options(scheduling_strategy=near, **options).remote(owner)  # type: ignore[attr-defined]
+    # Ray's memory monitor may end it; what it knew of workers, those of the next attempt say again
+    again = {"max_restarts": -1, "max_task_retries": -1}
+    return _Board.options(scheduling_strategy=near, **again, **options).remote(owner)  # type: ignore[attr-defined]
 
 
 def _leased_board(name: str) -> Any:
@@ -183,8 +208,16 @@ def visible_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def low_memory(error: BaseException) -> str | None:
+    """What Ray's memory monitor says of a node where it ended workers, the same for all that it ended at a time; None for other failures."""
+    found = re.search(r"[^\n]*running low on memory\.[^\n]*", str(error))
+    return None if found is None else found[0].strip()
+
+
 def last_line(error: BaseException) -> str:
     """What Ray says of a failure, in one line."""
+    if (low := low_memory(error)) is not None:
+        return low
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
