@@ -10,7 +10,7 @@ from clipq_ray.storage import Store
 
 def found(leak: float, slower: float = 0.0) -> dict[str, bool]:
     samples = [Sample(n, 10.0 * n + slower * n * n, 800 + leak * n, 40) for n in range(1, 101)]
-    return {row.name.rpartition("/")[2]: row.met for row in rows(samples, 0, ([], ["a"]))}
+    return {row.name.rpartition("/")[2]: row.met for row in rows(samples, 100, 0, ([], ["a"]))}
 
 
 def test_growth_from_network_20_on_falls_short() -> None:
