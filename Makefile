@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CLIPQ_SHARED ?= ../shared
 
-.PHONY: demo test test-on-ray test-without-ray test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data bench-scale bench-records
+.PHONY: demo test test-on-ray test-without-ray test-s3 test-models test-cluster attack check ci install bench bench-operator bench-joint bench-codec bench-search bench-fleet bench-chaos bench-data bench-scale bench-records bench-imagenet
 
 install: .venv/installed
 
@@ -93,3 +93,7 @@ bench-chaos: install
 	test -x .venv-nncodec/bin/python || $(PYTHON) -m venv .venv-nncodec
 	.venv-nncodec/bin/python -m pip install --quiet --no-deps --requirement bench/codec_peers.txt
 	touch $@
+
+# ImageNet's recipes at real shapes, on generated images and random weights: that they run through, memory and time.
+bench-imagenet: install
+	$(BIN)/python bench/imagenet.py

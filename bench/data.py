@@ -68,13 +68,13 @@ def jpeg(seed: int) -> bytes:
     return out.getvalue()
 
 
-def jpegs(uri: str, count: int) -> float:
-    """`count` JPEGs, of which 200 are distinct, as one Parquet file; their mean bytes."""
+def jpegs(uri: str, count: int, classes: int = 10) -> float:
+    """`count` JPEGs of `classes` classes, 200 of them distinct, as one Parquet file; their mean bytes."""
     made = [jpeg(seed) for seed in range(min(count, DISTINCT))]
     images = pa.array([{"bytes": made[number % len(made)], "path": None} for number in range(count)])
     out = io.BytesIO()
     pq.write_table(
-        pa.table({"image": images, "label": pa.array(np.arange(count) % 10)}), out, row_group_size=ROWS
+        pa.table({"image": images, "label": pa.array(np.arange(count) % classes)}), out, row_group_size=ROWS
     )
     Store(uri).write("train-00000.parquet", out.getvalue())
     return sum(len(one) for one in made) / len(made)

@@ -1,0 +1,37 @@
+"""ImageNet's recipes are options of the job at the operating points, and what is measured of them without trained weights says so."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from bench.imagenet import CUT, RECIPES, rows
+from clipq_ray.config import make
+from clipq_ray.work import Source
+
+RATIOS = {"alexnet": 51, "googlenet": 10, "resnet50": 15, "vgg16": 64, "resnet18": 24, "mobilenet_v2": 10}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_for_the_job_and_says_that_its_accuracy_is_not_measured(recipe) -> None:  # type: ignore[no-untyped-def]
+    text = recipe.read_text(encoding="utf-8")
+    config = make(**yaml.safe_load(text))
+    assert "its accuracy is not measured here" in text
+    assert config.target_ratio == RATIOS[config.model]
+    assert Source(config).input_shape() == (3, 224, 224)
+    assert make(**{**yaml.safe_load(text), **CUT, "search_again": False}).epochs == CUT["epochs"]
+
+
+def test_every_network_has_one() -> None:
+    assert {path.stem.partition("-")[0] for path in RECIPES} == set(RATIOS)
+
+
+def test_sizes_are_marked_as_those_of_random_weights() -> None:
+    unit = {
+        "recipe": "alexnet-imagenet-noloss", "batch": 32, "steps": 3, "epoch_seconds": 9.6, "peak_gib": 3.0, "bytes": 50, "predicted_bytes": 100, "epochs": 40,
+    }  # fmt: skip
+    found = {row.name: row.value for row in rows(unit)}
+    assert all("random_weights" in name for name in found if "file" in name)
+    assert found["imagenet/alexnet-imagenet-noloss/training_here"] == pytest.approx(
+        0.1 * 1_276_167 * 40 / 3600
+    )
