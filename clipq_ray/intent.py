@@ -2,8 +2,8 @@
 
 An intent is a promise on the file: at most so many bytes, or a top-1 on the validation images at most so many points below the reference
 (method, section 4). Fine-tuning goes in rounds: after each, the decoded file says whether the promise is kept, and `next_request` whether
-another size is worth a round: smaller ones while it is kept, larger ones while it is not. A lambda of the user's own promises nothing
-and takes one round. Not covered: which layers give the bytes (`search`), and training (`rounds`).
+another size is worth a round: smaller ones while it is kept, larger ones while it is not; of a size that was promised, what is left of it. What is asked for is
+always the file; `before_training` says how many bytes to plan for it. A lambda of the user's own promises nothing and takes one round. Not covered: which layers give the bytes (`search`), and training (`rounds`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ SMALLER, LARGER = 0.75, 1.4
 """Of the last size, while nothing on the other side is known."""
 SPARE = 0.99
 """Of the bytes that a file of a new round may take, since fine-tuning moves them."""
+MOST_SHRUNK = 1.5
+"""A file that ends further from its plan than by this ratio says of the next one that it does so by this."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,11 @@ class Drop:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one round gave: the bytes of the file that it was asked for (None: by lambda), those of the file, its drop, training epochs so far."""
+    """What one round gave: the bytes of the file that it was asked for (None: by lambda), those predicted before training, those of the file, its drop,
+    training epochs so far."""
 
     requested: int | None
+    predicted: int
     bytes: int
     drop: Drop
     epochs: int
@@ -102,7 +106,7 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """A JSON object for the manifest."""
         return {
-            "requested_bytes": self.requested, "bytes": self.bytes, "drop_points": self.drop.points,
+            "requested_bytes": self.requested, "predicted_bytes": self.predicted, "bytes": self.bytes, "drop_points": self.drop.points,
             "drop_low_points": self.drop.low, "drop_high_points": self.drop.high, "epochs": self.epochs,
         }  # fmt: skip
 
@@ -115,8 +119,11 @@ def keeps(intent: Intent, outcome: Outcome) -> bool:
 
 
 def best(intent: Intent, outcomes: Sequence[Outcome]) -> int:
-    """The number of the round to commit: the smallest file that keeps the promise, else the one that is closest to it."""
+    """The number of the round to commit: of those that keep the promise the smallest file, or where a size is promised the one that loses least; else
+    the one that is closest to it."""
     kept = [index for index, outcome in enumerate(outcomes) if keeps(intent, outcome)]
+    if kept and intent.kind == "bytes":
+        return min(kept, key=lambda index: (outcomes[index].drop.points, outcomes[index].bytes))
     if kept:
         return min(kept, key=lambda index: (outcomes[index].bytes, outcomes[index].drop.points))
     if intent.kind == "bytes":
@@ -132,15 +139,24 @@ def rung_sizes(first: int, last: int, rungs: int) -> tuple[int, ...]:
     return (*(math.floor(one) for one in steps), last)
 
 
+def before_training(requested: int, last: Outcome | None) -> int:
+    """The bytes to plan for a file of `requested` bytes: units that die and codes that fall together while a network is trained make it smaller, as seen in
+    the round before."""
+    if last is None:
+        return requested
+    shrunk = min(MOST_SHRUNK, max(1 / MOST_SHRUNK, last.predicted / last.bytes))
+    return max(1, math.floor(requested * shrunk))
+
+
 def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int) -> int | None:
     """The bytes of the file to ask the next round for, after at least one; None where the rounds are over."""
     if len(outcomes) >= rounds or intent.kind == "tradeoff":
         return None
     last = outcomes[-1]
     if intent.kind == "bytes":
-        if keeps(intent, last) or last.requested is None:
-            return None
-        return max(1, math.floor(last.requested * intent.value / last.bytes * SPARE))
+        # what is left of the size is worth a round where something was lost
+        spent = last.bytes * CLOSE >= intent.value or last.drop.points <= 0
+        return None if keeps(intent, last) and spent else max(1, math.floor(intent.value * SPARE))
     kept = [outcome.bytes for outcome in outcomes if keeps(intent, outcome)]
     broken = [outcome.bytes for outcome in outcomes if not keeps(intent, outcome)]
     if not broken:

@@ -21,7 +21,18 @@ from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.finetune import Schedule
 from clipq_ray.groups import Group
-from clipq_ray.intent import LARGER, SMALLER, Drop, Intent, Outcome, best, keeps, next_request, rung_sizes
+from clipq_ray.intent import (
+    LARGER,
+    SMALLER,
+    Drop,
+    Intent,
+    Outcome,
+    before_training,
+    best,
+    keeps,
+    next_request,
+    rung_sizes,
+)  # fmt: skip
 from clipq_ray.network import Inventory
 from clipq_ray.operator import Ramp, make_plan, mildest_rates
 from clipq_ray.plan import Plan
@@ -39,12 +50,11 @@ but 0.3 points; more by five times what may be lost. A start only: the rounds de
 
 @dataclass(frozen=True)
 class Round:
-    """One round: the search that it is from, the plan and what became of it; `predicted` are the bytes of the file before training."""
+    """One round: the search that it is from, the plan and what became of it."""
 
     searched: Searched
     choice: search.Choice
     plan: Plan
-    predicted: int
     tuned: Store
     packed: packing.PackedNetwork
     outcome: Outcome
@@ -106,7 +116,7 @@ class Rounds:
             "intent": kind, "value": value, "words": self.words, "kept": self.kept,
             "reference": reference, "validation_images": outcome.drop.n, "confidence_percent": 95,
             "bytes": outcome.bytes, "drop_points": outcome.drop.points, "drop_low_points": outcome.drop.low, "drop_high_points": outcome.drop.high,
-            "predicted_bytes": self.best.predicted, "round": 1 + self.all.index(self.best), "rounds": [one.outcome.to_json() for one in self.all],
+            "predicted_bytes": outcome.predicted, "round": 1 + self.all.index(self.best), "rounds": [one.outcome.to_json() for one in self.all],
             **({"ensemble": dict(self.shared.document)} if self.shared else {}),
         }  # fmt: skip
 
@@ -139,6 +149,11 @@ class Making:
     def made(self, choice: search.Choice) -> bool:
         """Whether a round of this choice was made."""
         return any(_thetas(choice) == _thetas(one.choice) for one in self.done)
+
+    def planned(self, requested: int | None) -> int | None:
+        """The bytes to plan for a file of `requested` bytes."""
+        last = self.done[-1].outcome if self.done else None
+        return None if requested is None else before_training(requested, last)
 
     def search_again(self, requested: int, time_share: float = 1.0) -> None:
         """Search anew for a file of `requested` bytes, from the weights of the last round."""
@@ -180,7 +195,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         started = time.monotonic()
         if done and requested is not None and run.config.search_again:
             making.search_again(requested, 1 / (1 + len(rungs)))
-        choice, requested = _other_choice(intent, making.searched, requested, making.other, done)
+        choice, requested = _other_choice(intent, making, requested)
         if not making.made(choice):
             making.make(choice, requested, len(rungs))
             seconds = time.monotonic() - started
@@ -196,13 +211,19 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         if requested is None:
             break
     made = Rounds(intent, given.inventory, tuple(done))
-    asked = made.best.outcome.requested
-    if asked is not None and made.best.predicted > asked:
+    _say_smallest(run, made)
+    return made
+
+
+def _say_smallest(run: Run, made: Rounds) -> None:
+    """A note where the search had nothing as small as what was asked for."""
+    number, outcome = made.all.index(made.best), made.best.outcome
+    before = made.all[number - 1].outcome if number else None
+    if outcome.requested is not None and outcome.predicted > before_training(outcome.requested, before):
         run.notes.append(
-            f"asked for {asked:,} bytes; the smallest that the search measured were taken, {made.best.predicted:,} bytes before training"
+            f"asked for {outcome.requested:,} bytes; the smallest that the search measured were taken, {outcome.predicted:,} bytes before training"
         )
         run.reporter.say(run.notes[-1])
-    return made
 
 
 def _thetas(choice: search.Choice) -> list[Any]:
@@ -235,26 +256,25 @@ def _mild(intent: Intent, searched: Searched, other: int) -> int:
     return (smallest or search.choose(searched.trials, 1e-4)).bytes + other
 
 
-def _choice(intent: Intent, searched: Searched, requested: int | None, other: int) -> search.Choice:
-    if requested is None:
-        return search.choose(searched.trials, intent.value)
-    return search.choose_for_bytes(searched.trials, requested - other)
+def _choice(intent: Intent, making: Making, requested: int | None) -> search.Choice:
+    trials, planned = making.searched.trials, making.planned(requested)
+    if planned is None:
+        return search.choose(trials, intent.value)
+    return search.choose_for_bytes(trials, planned - making.other)
 
 
-def _other_choice(
-    intent: Intent, searched: Searched, requested: int | None, other: int, done: Sequence[Round]
-) -> tuple[search.Choice, int | None]:
+def _other_choice(intent: Intent, making: Making, requested: int | None) -> tuple[search.Choice, int | None]:
     """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
-    choice = _choice(intent, searched, requested, other)
-    sides = {keeps(intent, one.outcome) for one in done}
+    choice = _choice(intent, making, requested)
+    sides = {keeps(intent, one.outcome) for one in making.done}
     if requested is None or intent.kind != "max_drop" or len(sides) != 1:
         return choice, requested
-    tried, step = [_thetas(one.choice) for one in done], SMALLER if True in sides else LARGER
+    step = SMALLER if True in sides else LARGER
     for _ in range(STEPS):
-        if _thetas(choice) not in tried:
+        if not making.made(choice):
             break
         requested = max(1, math.ceil(requested * step))
-        choice = _choice(intent, searched, requested, other)
+        choice = _choice(intent, making, requested)
     return choice, requested
 
 
@@ -278,8 +298,8 @@ def _round(making: Making, choice: search.Choice, requested: int | None, rungs_l
         given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
     )
     trained = schedule.epochs + (before[-1].outcome.epochs if before else 0)
-    outcome = Outcome(requested, len(packed.file), drop, trained)
-    return Round(making.searched, choice, plan, predicted, tuned, packed, outcome)
+    outcome = Outcome(requested, predicted, len(packed.file), drop, trained)
+    return Round(making.searched, choice, plan, tuned, packed, outcome)
 
 
 def _schedule(config: Config, number: int, rungs_left: int) -> Schedule:

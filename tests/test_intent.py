@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipq_ray.config import make
-from clipq_ray.intent import Drop, Intent, Outcome, best, keeps, next_request, rung_sizes
+from clipq_ray.intent import Drop, Intent, Outcome, before_training, best, keeps, next_request, rung_sizes
 
 
-def outcome(size: int, drop: float = 0.0, requested: int | None = None) -> Outcome:
-    return Outcome(requested or size, size, Drop(drop, drop - 0.3, drop + 0.3, 1000), 10)
+def outcome(
+    size: int, drop: float = 0.0, requested: int | None = None, predicted: int | None = None
+) -> Outcome:
+    return Outcome(requested or size, predicted or size, size, Drop(drop, drop - 0.3, drop + 0.3, 1000), 10)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,11 @@ def test_the_smallest_file_that_keeps_the_promise_is_the_best() -> None:
     assert best(Intent("bytes", 50), [outcome(80), outcome(60), outcome(70)]) == 1
 
 
+def test_of_files_within_a_size_the_one_that_loses_least_is_the_best() -> None:
+    files = [outcome(120, 0.1), outcome(80, 0.9), outcome(99, 0.4), outcome(98, 0.4)]
+    assert best(Intent("bytes", 100), files) == 3
+
+
 @pytest.mark.parametrize(
     ("outcomes", "following"),
     [
@@ -87,10 +94,28 @@ def test_the_next_size_presses_on_backs_off_or_halves_what_is_between(
     assert next_request(Intent("max_drop", 0.1), outcomes, 9) == following
 
 
-def test_a_byte_promise_that_is_missed_is_asked_for_again_by_as_much() -> None:
+def test_a_size_that_is_missed_is_asked_for_again_and_what_is_left_of_it_too() -> None:
     intent = Intent("bytes", 1000)
-    assert next_request(intent, [outcome(1000, requested=1000)], 3) is None
-    assert next_request(intent, [outcome(1100, requested=1000)], 3) == math.floor(1000 * 1000 / 1100 * 0.99)
+    assert next_request(intent, [outcome(1000, 0.5)], 3) is None
+    assert next_request(intent, [outcome(1100)], 3) == 990
+    assert next_request(intent, [outcome(800, 0.5)], 3) == 990
+    assert next_request(intent, [outcome(960, 0.5)], 3) is None  # near enough
+    assert next_request(intent, [outcome(800, 0.0)], 3) is None  # nothing was lost
+    assert next_request(intent, [outcome(800, 0.5)] * 3, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("last", "planned"),
+    [
+        (None, 1000),
+        (outcome(800, predicted=1000), 1250),
+        (outcome(1250, predicted=1000), 800),
+        (outcome(100, predicted=1000), 1500),  # a network that fell apart says little of the next
+        (outcome(900, predicted=100), 666),
+    ],
+)
+def test_a_file_is_planned_as_much_larger_as_the_last_one_shrank(last: Outcome | None, planned: int) -> None:
+    assert before_training(1000, last) == planned
 
 
 def test_rungs_shrink_by_the_same_factor_and_end_at_the_size() -> None:

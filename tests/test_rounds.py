@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,15 @@ def test_the_size_is_predicted_before_training(promised: tuple[Path, Result]) ->
     assert promise["predicted_bytes"] == pytest.approx(
         promised[1].manifest["metrics"]["bytes_after"], rel=0.25
     )
+
+
+def test_what_a_round_shrank_by_is_known_to_the_next(promised: tuple[Path, Result]) -> None:
+    made = promised[1].manifest["promise"]["rounds"]
+    for before, one in pairwise(made):
+        shrunk = before["predicted_bytes"] / before["bytes"]
+        # as near as the measured points come to it
+        assert one["predicted_bytes"] <= shrunk * one["requested_bytes"]
+        assert one["predicted_bytes"] == pytest.approx(shrunk * one["requested_bytes"], rel=0.1)
 
 
 def test_the_front_and_the_interaction_of_the_layers_are_in_the_manifest(
@@ -224,15 +234,18 @@ def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, 
     from test_search import TRIALS
 
     tried = choose_for_bytes(TRIALS, 900)
-    outcome = Outcome(900, tried.bytes, Drop(points, points - 1, points + 1, 500), 1)
-    done: Any = [SimpleNamespace(choice=tried, outcome=outcome)]
-    given: Any = SimpleNamespace(trials=TRIALS)
-    choice, requested = rounds._other_choice(Intent("max_drop", 0.5), given, tried.bytes, 0, done)
+
+    def making(*outcomes: Outcome) -> Any:
+        made = rounds.Making.__new__(rounds.Making)
+        made.searched, made.other = SimpleNamespace(trials=TRIALS), 0  # type: ignore[assignment]
+        made.done = [SimpleNamespace(choice=tried, outcome=one) for one in outcomes]  # type: ignore[misc]
+        return made
+
+    outcome = Outcome(900, tried.bytes, tried.bytes, Drop(points, points - 1, points + 1, 500), 1)
+    choice, requested = rounds._other_choice(Intent("max_drop", 0.5), making(outcome), tried.bytes)
     assert requested is not None
     assert (choice.bytes - tried.bytes) * further > 0
     # a size between a kept and a broken one is not stepped over
-    other = Outcome(700, 700, Drop(-points, -points - 1, -points + 1, 500), 1)
-    both = [*done, SimpleNamespace(choice=tried, outcome=other)]
-    assert rounds._other_choice(Intent("max_drop", 0.5), given, tried.bytes, 0, both)[0] == choose_for_bytes(
-        TRIALS, tried.bytes
-    )
+    other = Outcome(700, 700, 700, Drop(-points, -points - 1, -points + 1, 500), 1)
+    again, _ = rounds._other_choice(Intent("max_drop", 0.5), making(outcome, other), tried.bytes)
+    assert again == choose_for_bytes(TRIALS, tried.bytes)

@@ -21,7 +21,17 @@ from clipq_ray import loading, logs, search, stages
 from clipq_ray.errors import ClipqError, DataError, RunError
 from clipq_ray.fleet.ensembles import probabilities
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.intent import LARGER, SMALLER, Drop, Intent, Outcome, best, keeps, next_request
+from clipq_ray.intent import (
+    LARGER,
+    SMALLER,
+    Drop,
+    Intent,
+    Outcome,
+    before_training,
+    best,
+    keeps,
+    next_request,
+)
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
 from clipq_ray.rounds import START_ERROR, STEPS, Making, Rounds, Shared
 from clipq_ray.work import prepare_process, read_state
@@ -206,10 +216,10 @@ class _Vote:
         self, requested: int, before: Sequence[Sequence[Share]], outcomes: Sequence[Outcome]
     ) -> tuple[list[Share] | None, int]:
         """The shares of `requested` bytes; where they were tried already, the next ones further on, or None."""
-        tried = [_steps(one) for one in before]
-        kept = bool(outcomes) and keeps(self._intent, outcomes[-1])
+        tried, last = [_steps(one) for one in before], outcomes[-1] if outcomes else None
+        kept = last is not None and keeps(self._intent, last)
         for _ in range(STEPS):
-            shares = shared_out(self._curves, requested)
+            shares = shared_out(self._curves, before_training(requested, last))
             if _steps(shares) not in tried:
                 return shares, requested
             if self._intent.kind != "max_drop":
@@ -248,8 +258,9 @@ class _Vote:
             votes.append(probabilities(source, decoded, source.data().validation))
         total = sum(votes[1:], votes[0])
         drop = Drop.between(reference.argmax(axis=1), total.argmax(axis=1), labels)
-        size = sum(len(making.done[-1].packed.file) for making in self._making)
-        return Outcome(requested, size, drop, max(making.done[-1].outcome.epochs for making in self._making))
+        last = [making.done[-1].outcome for making in self._making]
+        predicted, size = sum(one.predicted for one in last), sum(one.bytes for one in last)
+        return Outcome(requested, predicted, size, drop, max(one.epochs for one in last))
 
     def _say(self, outcomes: Sequence[Outcome]) -> None:
         last = outcomes[-1]
