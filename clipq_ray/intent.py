@@ -2,8 +2,8 @@
 
 An intent is a promise on the file: at most so many bytes, or a top-1 on the validation images at most so many points below the reference
 (method, section 4). Fine-tuning goes in rounds: after each, the decoded file says whether the promise is kept, and `next_request` whether
-another size is worth a round: smaller ones while it is kept, larger ones while it is not; of a size that was promised, what is left of it. What is asked for is
-always the file; `before_training` says how many bytes to plan for it. A lambda of the user's own promises nothing and takes one round. Not covered: which layers give the bytes (`search`), and training (`rounds`).
+another size is worth a round: smaller ones while it is kept, larger ones while it is not. What is asked for is always the file; `before_training` says how
+many bytes to plan for it. A lambda of the user's own promises nothing and takes one round. Not covered: which layers give the bytes (`search`), and training (`rounds`).
 """
 
 from __future__ import annotations
@@ -154,9 +154,7 @@ def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int) -> in
         return None
     last = outcomes[-1]
     if intent.kind == "bytes":
-        # what is left of the size is worth a round where something was lost
-        spent = last.bytes * CLOSE >= intent.value or last.drop.points <= 0
-        return None if keeps(intent, last) and spent else max(1, math.floor(intent.value * SPARE))
+        return None if keeps(intent, last) else max(1, math.floor(intent.value * SPARE))
     kept = [outcome.bytes for outcome in outcomes if keeps(intent, outcome)]
     broken = [outcome.bytes for outcome in outcomes if not keeps(intent, outcome)]
     if not broken:
