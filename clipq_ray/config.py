@@ -20,7 +20,7 @@ INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
-    "dead_units": "keep", "vectors": "exact", "label_smoothing": 0.0, "distillation_weight": 0.0,
+    "dead_units": "keep", "vectors": "exact", "label_smoothing": 0.0,
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
@@ -210,15 +210,6 @@ class Config(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD (Nesterov)")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay of SGD")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the loss")
-    distillation_weight: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="part of fine-tuning's loss that is the distance from what the given network says of each image (knowledge distillation); 0: labels only, as published",
-    )
-    distillation_temperature: float = Field(
-        4.0, gt=0, le=100, description="softens the class probabilities of both in that part"
-    )
     ramp_share: float = Field(
         0.0,
         ge=0,

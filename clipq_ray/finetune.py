@@ -24,7 +24,6 @@ from clipq_ray import logs, seeds
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.distillation import Teacher
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.memory import ran_out
@@ -80,8 +79,7 @@ class Trainer:
     """One training of `model`, in place; after `run` the parameters hold full-precision weights.
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
-    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `feed` makes the batches. `teacher`: a network whose outputs
-    are targets too.
+    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `feed` makes the batches.
     """
 
     def __init__(
@@ -101,12 +99,11 @@ class Trainer:
         precision: str = "float32",
         ramp: Ramp | None = None,
         feed: Feed = batches,
-        teacher: Teacher | None = None,
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
         self.model = model.to(rank.device).to(memory_format=torch.channels_last)
         self.train_split, self.validation = train, validation
-        self.precision, self.feed, self.teacher = precision, feed, teacher
+        self.precision, self.feed = precision, feed
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
         self.checkpoints, self.deadline = checkpoints, deadline
         self.evaluation_batch_size = evaluation_batch_size
@@ -325,9 +322,8 @@ class Trainer:
         reduced = self.precision == "bfloat16"
         with torch.autocast(self.rank.device.type, torch.bfloat16, enabled=reduced):
             output = logits(model(images))
-            target = self.teacher.logits(images) if self.teacher else output
         loss: Tensor = self.loss(output.float(), labels)
-        return self.teacher.mixed(loss, output.float(), target.float()) if self.teacher else loss
+        return loss
 
     def _fitting_micro_batch(self) -> int:
         """The largest micro-batch that fits all ranks' memory, found by one step without effect before training."""

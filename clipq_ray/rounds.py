@@ -290,7 +290,7 @@ def _round(making: Making, choice: search.Choice, requested: int | None, rungs_l
     schedule = _schedule(run.config, number, rungs_left)
     tuned = stages.trained(
         run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
-        1 / (1 + rungs_left), given.weights,
+        1 / (1 + rungs_left),
     )  # fmt: skip
     with run.reporter.stage(f"pack round {number}"):
         packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256)

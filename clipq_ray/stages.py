@@ -22,7 +22,6 @@ from clipq_ray import identity, models
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
-from clipq_ray.distillation import Distillation
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.finetune import Schedule
@@ -199,13 +198,10 @@ def trained(
     number: int = 1,
     ramp: Ramp | None = None,
     time_share: float = 1.0,
-    teacher: Store | None = None,
 ) -> Store:
     """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind.
-    `time_share`: of the time that such a training may take before a deadline; `teacher`: the weights that teach beside the labels, where the configuration
-    wants that."""
+    `time_share`: of the time that such a training may take before a deadline."""
     config, architecture = run.config, run.source.architecture()
-    taught = _distillation(config, teacher)
     inputs = {
         "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
         "weights": models.weights_sha256(read_state(initial)) if initial else None,
@@ -213,13 +209,12 @@ def trained(
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
         **({"ramp": asdict(ramp)} if ramp else {}),
         **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),
-        **({"distillation": [models.weights_sha256(read_state(teacher)), taught.weight, taught.temperature]} if teacher and taught else {}),
     }  # fmt: skip
 
     def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp, taught,
+            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)
@@ -227,12 +222,6 @@ def trained(
     store = run.stage(stage, inputs, CURVE, make)
     run.notes += json.loads(store.read(CURVE))["notes"]
     return store
-
-
-def _distillation(config: Config, teacher: Store | None) -> Distillation | None:
-    if teacher is None or not config.distillation_weight:
-        return None
-    return Distillation(teacher.uri, config.distillation_weight, config.distillation_temperature)
 
 
 def deadline_of(run: Run, stage: str, share: float = 1.0) -> float | None:

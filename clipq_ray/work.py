@@ -28,7 +28,6 @@ from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, batches, open_data
 from clipq_ray.data.listing import few
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.distillation import Distillation, Teacher
 from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
 from clipq_ray.finetune import Progress, Rank, Schedule, Trainer
@@ -215,7 +214,6 @@ class TrainTask:
     checkpoints: str
     deadline: float | None = None
     ramp: Ramp | None = None
-    distillation: Distillation | None = None
 
 
 def train(
@@ -250,7 +248,6 @@ def train(
         precision=config.precision,
         ramp=task.ramp,
         feed=feed,
-        teacher=_teacher(task, rank),
     )
     trainer.run(progress, report)
     if rank.rank == 0:
@@ -265,15 +262,6 @@ def train(
         recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
         content = {"curve": rows, "notes": trainer.notes, "recovery": recovery}
         output.write(CURVE, json.dumps(content).encode())
-
-
-def _teacher(task: TrainTask, rank: Rank) -> Teacher | None:
-    """The network that teaches, with its weights."""
-    if task.distillation is None:
-        return None
-    network = task.source.network()
-    network.load_state_dict(read_state(Store(task.distillation.teacher)))
-    return Teacher(network, task.distillation, rank.device)
 
 
 @dataclass(frozen=True)

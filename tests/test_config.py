@@ -111,7 +111,6 @@ def test_values_on_the_border_are_taken(options: dict[str, Any]) -> None:
 def test_the_paper_switches_off_what_goes_beyond_it() -> None:
     made = make(paper=True)
     assert (made.vectors, made.dead_units, made.ramp_share, made.rungs) == ("exact", "keep", 0.0, 1)
-    assert made.distillation_weight == 0.0
     assert make(paper=True, ramp_share=0.0, vectors="exact") == made
     assert make().vectors == "auto"
 

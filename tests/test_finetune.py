@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from pathlib import Path
@@ -17,9 +16,7 @@ from clipq_ray import finetune
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
-from clipq_ray.distillation import Distillation, Teacher
 from clipq_ray.errors import RunError
-from clipq_ray.evaluate import evaluate
 from clipq_ray.finetune import Rank, Schedule, Trainer
 from clipq_ray.operator import Ramp, make_plan
 from clipq_ray.plan import Plan, Theta
@@ -192,46 +189,6 @@ def test_the_seed_and_the_stage_decide_the_training(tmp_path: Path) -> None:
     assert same(models[0], models[1])
     assert not same(models[0], models[2])
     assert not same(models[0], models[3])
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_student_says_what_its_teacher_says_and_a_killed_one_too(precision: str, tmp_path: Path) -> None:
-    plan, given = make_plan(network(), PLAN), Distillation("", 0.9, 2.0)
-    taught = trainer(tmp_path / "teacher")
-    run(taught)
-    with torch.no_grad():  # always one class further than the label
-        for name in ("head.weight", "head.bias"):
-            value = taught.model.get_parameter(name)
-            value.copy_(value.roll(1, 0))
-
-    def student(name: str) -> Trainer:
-        teacher = Teacher(copy.deepcopy(taught.model), given, torch.device("cpu"))
-        return trainer(tmp_path / name, plan=plan, teacher=teacher, precision=precision)
-
-    whole = student("whole")
-    assert run(whole)[-1]["validation_top1_percent"] < 20
-    found = evaluate(whole.model, images(40, 1), batch_size=40, device=torch.device("cpu"))
-    assert float((found.predictions == (images(40, 1).labels + 1) % 4).mean()) > 0.6
-    with pytest.raises(Killed):
-        run(student("killed"), killed_after=2)
-    again = student("killed")
-    run(again)
-    assert same(again.model, whole.model)
-
-
-def test_the_loss_of_a_student_is_that_of_hinton_2015() -> None:
-    class Says(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return torch.tensor([[2.0, 0.0, -1.0]]).expand(len(images), 3)
-
-    teacher = Teacher(Says(), Distillation("", 0.25, 3.0), torch.device("cpu"))
-    output = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 3.0]], requires_grad=True)
-    target = teacher.logits(torch.zeros(2, 1, 8, 8))
-    soft, says = (output / 3).softmax(1), (target / 3).softmax(1)
-    divergence = (says * (says / soft).log()).sum(1).mean()
-    found = teacher.mixed(torch.tensor(0.8), output, target)
-    assert found.item() == pytest.approx(0.75 * 0.8 + 0.25 * 9 * divergence.item(), rel=1e-5)
-    assert not target.requires_grad
 
 
 def test_the_rate_warms_up_then_falls_to_zero(tmp_path: Path) -> None:

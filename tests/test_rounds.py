@@ -118,18 +118,6 @@ def test_rising_rates_are_recorded_and_keep_the_promise(
     assert Store(other.uri).read("model.clq") != Store(result.uri).read("model.clq")
 
 
-def test_a_distilled_round_is_another_training_of_the_same_plan(promised: tuple[Path, Result]) -> None:
-    plain = run(promised[0], target_bytes=6000)
-    taught = run(promised[0], target_bytes=6000, distillation_weight=0.5)
-    assert taught.kept
-    assert taught.manifest["config"]["distillation_weight"] == 0.5
-    made = [stage["stage"] for stage in taught.manifest["stages"] if not stage["reused"]]
-    assert set(made) == {"finetune"}  # the given network is not taught
-    first, other = (one.manifest["promise"]["rounds"][0] for one in (plain, taught))
-    assert first["predicted_bytes"] == other["predicted_bytes"]
-    assert Store(plain.uri).read("model.clq") != Store(taught.uri).read("model.clq")
-
-
 RUNGS: dict[str, Any] = {
     "target_bytes": 4000, "rungs": 3, "rung_epochs": 1, "search_again": True, "ramp_share": 0.5,
 }  # fmt: skip

@@ -26,11 +26,10 @@ from clipq_ray.config import Config, make
 from clipq_ray.data import batches, open_data
 from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.distillation import Distillation
 from clipq_ray.errors import ConfigError, DataError
 from clipq_ray.finetune import Schedule
 from clipq_ray.storage import Store
-from clipq_ray.work import WEIGHTS, Source, TrainTask, write_state
+from clipq_ray.work import WEIGHTS, Source, TrainTask
 
 pytest_plugins = ["s3_server"]
 pytestmark = pytest.mark.slow
@@ -195,14 +194,12 @@ def options(uri: str, **changes: Any) -> Config:
 
 
 def trained(engine: Engine, config: Config, place: Path, watch: Callable[[], None] = lambda: None) -> bytes:
-    """The weights that two epochs make, where a teacher has its say; `watch` is called again and again meanwhile."""
+    """The weights that two epochs make; `watch` is called again and again meanwhile."""
     schedule = Schedule(2, config.batch_size, 0.05, 0.0, 0.9, 0.0, 0.0)
-    output, teacher = Store(place / "output"), Store(place / "teacher")
-    write_state(teacher, WEIGHTS, Source(config.model_copy(update={"seed": 1})).network().state_dict())
+    output = Store(place / "output")
     task = TrainTask(
-        Source(config), "baseline", None, None, schedule, output.uri, Store(place / "checkpoints").uri,
-        distillation=Distillation(teacher.uri, 0.3, 2.0),
-    )  # fmt: skip
+        Source(config), "baseline", None, None, schedule, output.uri, Store(place / "checkpoints").uri
+    )
     with engine:
         engine.train(task, lambda done, total, words: watch())
     return output.read(WEIGHTS)
