@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,17 +20,20 @@ from ray.exceptions import AuthenticationError
 
 from clipq_ray.errors import ClipqError, ConfigError
 
+_FORGET_SECONDS = 5.0
 
-def connect(settings: dict[str, Any]) -> None:
-    """Join the cluster that `RAY_ADDRESS` names, else start a Ray of our own on this machine; `ConfigError` says what is wrong with the address, the
-    token or the version."""
+
+def connect(settings: dict[str, Any]) -> Path | None:
+    """Join the cluster that `RAY_ADDRESS` names, else start a Ray of our own on this machine, and give the folder in which that one keeps its logs; `ConfigError`
+    says what is wrong with the address, the token or the version."""
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**settings)
-        else:
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            ray.init(address="local", include_dashboard=False, **settings)
+            return None
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        found = ray.init(address="local", include_dashboard=False, **settings)
+        return Path(found.address_info["session_dir"])
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
         named = explained(error, os.environ.get("RAY_ADDRESS", ""))
         if named is None:
@@ -35,6 +42,18 @@ def connect(settings: dict[str, Any]) -> None:
     finally:  # Ray puts in one of its own, which ends the process with exit code 15
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
+
+
+def forget(session: Path) -> None:
+    """Remove what a Ray of our own that has ended keeps of itself on this machine."""
+    ended = time.monotonic() + _FORGET_SECONDS
+    while session.exists() and time.monotonic() < ended:  # its last processes may still write
+        shutil.rmtree(session, ignore_errors=True)
+        time.sleep(0.1)
+    latest = session.parent / "session_latest"
+    if latest.is_symlink() and not latest.exists():
+        with suppress(FileNotFoundError):
+            latest.unlink()
 
 
 def explained(error: BaseException, address: str) -> ClipqError | None:

@@ -3,7 +3,7 @@
 Training: one TorchTrainer (Train V2, DDP; NCCL on GPUs, gloo on CPUs), restarted from the last checkpoint in the store when a worker or a node is
 lost. The search is `ray_search`.
 
-Without a running cluster, Ray starts on this machine and ends with the job. Ray's own storage is a temporary folder on one machine, and on a
+Without a running cluster, Ray starts on this machine and ends with the job; its logs are kept where something failed. Ray's own storage is a temporary folder on one machine, and on a
 cluster `_work` of the run for trainings and `_ray` in the stage for a search, removed at its
 end; nothing that must last lies there, since Tune pickles. Not covered: several searches at a time on one cluster; the
 next job's waits.
@@ -18,8 +18,9 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -37,7 +38,7 @@ import torch.distributed as dist
 
 from clipq_ray import logs
 from clipq_ray.cluster import capacity, privacy, ray_data, ray_search, sight
-from clipq_ray.cluster.connection import connect
+from clipq_ray.cluster.connection import connect, forget
 from clipq_ray.cluster.engine import Done
 from clipq_ray.cluster.handout import PLACED_BY
 from clipq_ray.cluster.hangs import Limits, Worker
@@ -146,6 +147,8 @@ class RayEngine:
     def __init__(self, config: Config | None = None) -> None:
         self._config = config or make()
         self._own, self._before = False, dict[str, str | None]()
+        self._session: Path | None = None
+        self._failed = False
         self._reached: set[Store] = set()
         self._passed_on: set[str] = set()
         self._gpus: dict[str, bool] = {}
@@ -160,7 +163,7 @@ class RayEngine:
         if not ray.is_initialized():
             self._own = True
             settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-            connect(settings)
+            self._session = connect(settings)
         grows = bool(os.environ.get("RAY_ADDRESS")) or not self._own
         self._room = Room(_Cluster(), self._limit, self._config.search_parallel, grows=grows)
         return self
@@ -169,6 +172,8 @@ class RayEngine:
         self._room.close()
         if self._own:
             ray.shutdown()
+        if self._session is not None and not self._failed and error[0] is None:
+            forget(self._session)  # its logs are of use to whoever looks for a reason
         self._folder.cleanup()
         privacy.pass_on(self._passed_on)
         for name, value in self._before.items():
@@ -248,10 +253,11 @@ class RayEngine:
             with self._searching:
                 ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done)
 
-        if self._own:  # what goes on when this process leaves ends with its Ray
-            apart(run)
-        else:
-            run()
+        with self._noting():
+            if self._own:  # what goes on when this process leaves ends with its Ray
+                apart(run)
+            else:
+                run()
 
     def train(self, task: TrainTask, progress: Progress) -> float:
         """One TorchTrainer; gives the seconds that it waited to be let in."""
@@ -261,9 +267,18 @@ class RayEngine:
         ray_data.refuse_without_cpus(config)
         decoding = ray_data.counted(config, self.at_once)
         rank = (-task.source.priority,)
-        with self._room.training(worker, config.workers, rank, Amount(decoding)) as waited:
+        with self._noting(), self._room.training(worker, config.workers, rank, Amount(decoding)) as waited:
             self._trained(task, worker, decoding, progress)
         return waited
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """That something failed, so that Ray's logs of it are kept."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def _refuse_impossible(self, amount: Amount, count: int) -> None:
         """What could never be let in would wait for ever; with an autoscaler the cluster may still grow, so only our own Ray is checked."""

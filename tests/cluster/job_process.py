@@ -125,8 +125,8 @@ def started(arguments: list[str], errors: Path, **environment: str) -> Iterator[
         job.process.wait()
 
 
-def finished(arguments: list[str], errors: Path) -> Ended:
-    with started(arguments, errors) as job:
+def finished(arguments: list[str], errors: Path, **environment: str) -> Ended:
+    with started(arguments, errors, **environment) as job:
         return job.wait()
 
 

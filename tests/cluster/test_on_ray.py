@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,18 @@ def unfinished(storage: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_storage(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, with a name that is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_storage(tmp_path_factory: pytest.TempPathFactory, weights: Path, temporary: Path) -> Path:
     """The storage of a job with two workers that nothing disturbs."""
     place = tmp_path_factory.mktemp("undisturbed")
-    ended = finished(command(place / "s", weights), place / "errors")
+    folders = {"TMPDIR": str(temporary), "RAY_TMPDIR": str(temporary)}
+    ended = finished(command(place / "s", weights), place / "errors", **folders)
     assert ended == (0, [])
     return place / "s"
 
@@ -66,6 +76,13 @@ def undisturbed_storage(tmp_path_factory: pytest.TempPathFactory, weights: Path)
 def undisturbed(undisturbed_storage: Path) -> dict[str, Any]:
     """The manifest of that job."""
     return committed(undisturbed_storage)
+
+
+def test_a_job_that_ended_well_leaves_no_file_in_temporary_folders(
+    undisturbed_storage: Path, temporary: Path
+) -> None:
+    assert undisturbed_storage.exists()
+    assert [path for path in temporary.rglob("*") if not path.is_dir()] == []
 
 
 @pytest.fixture
