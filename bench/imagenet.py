@@ -65,7 +65,7 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
     return {
         "recipe": recipe.stem, "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20, "job_seconds": seconds,
         "epoch_seconds": last["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "bytes": metrics["bytes_after"],
-        "predicted_bytes": promise["predicted_bytes"], "epochs": total_epochs(options), "layers": metrics.get("layers"),
+        "predicted_bytes": promise["predicted_bytes"], "epochs": total_epochs(options),
     }  # fmt: skip
 
 
