@@ -48,7 +48,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ci: check test test-s3
+ci: check test test-s3 test-cluster
 
 # Benches write bench/results/NAME.json; `make bench` prints what falls short of its goal.
 bench: install

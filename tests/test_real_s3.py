@@ -12,12 +12,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
+from ray.cluster_utils import Cluster
 from s3_faults import KINDS, FaultyProxy, faulty
 from store_promises import exercise
 
@@ -277,14 +279,37 @@ def assert_clean(secret: str, ended: subprocess.CompletedProcess[str], storage: 
             assert secret.encode() not in texts(name, store.read(name)), name
 
 
+class Logged(NamedTuple):
+    address: str
+    folder: Path
+
+    def logs(self) -> list[Path]:
+        return [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+@contextmanager
+def logged_cluster() -> Iterator[Logged]:
+    """A Ray that outlives the job, so that what its processes wrote is still there to be read; a job's own Ray takes its files along."""
+    with tempfile.TemporaryDirectory(prefix="clipq-ray-") as own:  # short, since Ray's sockets lie in it
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "include_dashboard": False, "temp_dir": own},
+        )
+        try:
+            yield Logged(cluster.address, Path(own))
+        finally:
+            cluster.shutdown()
+
+
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_a_job_through_faults_leaves_the_bytes_that_it_leaves_in_a_folder(
     ceph: Ceph, failing: tuple[str, FaultyProxy], on_disk: str, engine: str
 ) -> None:
     uri, proxy = failing
-    with tempfile.TemporaryDirectory(prefix="clipq-ray-") as own:  # short, since Ray's sockets lie in it
-        ended = submitted(f"{uri}/runs", f"--engine={engine}", RAY_TMPDIR=own)
-        logs = [path for path in Path(own).rglob("*") if path.is_file() and not path.is_symlink()]
+    with logged_cluster() if engine == "ray" else nullcontext() as cluster:
+        where = {} if cluster is None else {"RAY_ADDRESS": cluster.address}
+        ended = submitted(f"{uri}/runs", f"--engine={engine}", **where)
+        logs = [] if cluster is None else cluster.logs()
         assert (len(logs) > 20) is (engine == "ray")
         assert [path for path in logs if ceph.owner.secret.encode() in path.read_bytes()] == []
     assert ended.returncode == 0, ended.stderr[-2000:]
