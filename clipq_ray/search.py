@@ -37,8 +37,8 @@ LADDER = (2.0, 8.0, 32.0)
 """The lambdas that share a search, whatever is wanted of it: around them lie the choices for 8- to 40-fold smaller networks (measured on
 ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda needs no other search."""
 
-LADDER_RATIO = 20.0
-"""What `LADDER` is meant for: the ratio in its middle."""
+LADDER_RATIO = 160.0
+"""Up to this ratio `LADDER` holds as it is: at 160- to 640-fold smaller LeNets the choices lay at 2.6 to 51 (bench/LOG.md)."""
 
 START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
 """The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be

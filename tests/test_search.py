@@ -369,8 +369,8 @@ def test_a_search_of_a_compressed_network_begins_where_that_is() -> None:
 
 
 def test_lambdas_grow_with_the_ratio_that_is_wanted() -> None:
-    assert ladder(5.0) == ladder(20.0) == LADDER
-    assert ladder(200.0) == tuple(10 * tradeoff for tradeoff in LADDER)
+    assert ladder(5.0) == ladder(160.0) == LADDER
+    assert ladder(1600.0) == tuple(10 * tradeoff for tradeoff in LADDER)
 
 
 def test_an_evaluation_that_cannot_win_ends_and_is_a_bound() -> None:
