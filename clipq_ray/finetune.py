@@ -239,7 +239,7 @@ class Trainer:
     def _epoch(self, epoch: int, progress: Progress) -> float:
         self.wrapped.train()
         steps = self._steps()
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         for step, (images, labels) in enumerate(self._batches(epoch)):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(epoch, step / steps)
@@ -259,13 +259,14 @@ class Trainer:
                 self.operator.check()
             except ModelError as error:
                 raise self._diverged(epoch, "weights NaN or infinite") from error
-        mean = total / steps
+        total /= steps
         if self.rank.world > 1:
-            dist.all_reduce(mean)
-            mean /= self.rank.world
+            dist.all_reduce(total)
+            total /= self.rank.world
+        mean = total.item()
         if not math.isfinite(mean):
-            raise self._diverged(epoch, f"loss {mean.item()}")
-        return mean.item()
+            raise self._diverged(epoch, f"loss {mean}")
+        return mean
 
     def _diverged(self, epoch: int, what: str) -> RunError:
         option = "--baseline-learning-rate" if self.stage == "baseline" else "--learning-rate"
@@ -293,8 +294,9 @@ class Trainer:
         warm = self.schedule.warmup_epochs
         return rate * min(1.0, (epoch + within + 0.01) / warm) if warm > 0 else rate
 
-    def _step(self, images: Tensor, labels: Tensor) -> float:
-        """One step over this rank's images, in micro-batches where memory asks for it; the mean loss."""
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step over this rank's images, in micro-batches where memory asks for it; the mean loss, float64 on the device: asking for
+        its value would wait for a GPU at every step."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(images, labels, self.micro_batch)
         try:
@@ -304,8 +306,8 @@ class Trainer:
             raise _NotFinite from error
         return loss
 
-    def _backward(self, images: Tensor, labels: Tensor, micro: int) -> float:
-        total, n = 0.0, len(images)
+    def _backward(self, images: Tensor, labels: Tensor, micro: int) -> Tensor:
+        total, n = torch.zeros((), dtype=torch.float64, device=self.rank.device), len(images)
         for start in range(0, n, micro):
             part = slice(start, start + micro)
             last = start + micro >= n
@@ -314,7 +316,7 @@ class Trainer:
                 share = len(labels[part]) / n
                 loss = self._loss(self.wrapped, images[part], labels[part]) * share
                 loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
 
     def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, batches, open_data
 from clipq_ray.data.listing import few
 from clipq_ray.data.prefetch import Feed
+from clipq_ray.data.resident import placed
 from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
 from clipq_ray.finetune import Progress, Rank, Schedule, Trainer
@@ -235,8 +236,8 @@ def train(
     data = task.source.data()
     trainer = Trainer(
         model,
-        data.train,
-        data.validation,
+        placed(data.train, rank.device),
+        placed(data.validation, rank.device),
         plan=task.plan,
         schedule=task.schedule,
         seed=config.seed,
@@ -333,8 +334,11 @@ class Searcher:
         self._until: float | None = None
         self._evaluator = LayerEvaluator(
             model,
-            search_images(
-                task.source.data().train, task.images, config.seed, shuffled=task.settings.early_stop
+            placed(
+                search_images(
+                    task.source.data().train, task.images, config.seed, shuffled=task.settings.early_stop
+                ),
+                device,
             ),
             task.network_bytes,
             batch_size=config.evaluation_batch_size,

@@ -1,7 +1,7 @@
 """Images and labels by name or URI, as batches that are a function of the generator given.
 
-`open_data` and `from_loaders` make a `Data`; its `Split`s give batches; `batches` prepares them in a background thread. Not covered:
-which images go to which step or rank (the training loop decides), and moving batches to a device.
+`open_data` and `from_loaders` make a `Data`; its `Split`s give batches; `batches` prepares them in a background thread; `resident.placed`
+puts decoded images onto a GPU. Not covered: which images go to which step or rank (the training loop decides).
 """
 
 from clipq_ray.data.loaders import from_loaders

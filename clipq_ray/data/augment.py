@@ -24,8 +24,7 @@ DRAWS = 4 * ATTEMPTS + 1
 def crop_and_flip(images: Images, padding: int, flip: bool, generator: torch.Generator) -> Images:
     """uint8 (B, c, h, w) -> uint8 (B, c, h, w): each image shifted by up to `padding` pixels in each direction, and mirrored or not."""
     count, _, height, width = images.shape
-    shifts = torch.randint(0, 2 * padding + 1, (2, count), generator=generator).numpy()
-    mirrored = torch.rand(count, generator=generator).numpy() < 0.5
+    shifts, mirrored = (one.numpy() for one in shifts_and_mirrors(count, padding, generator))
     padded = np.zeros((*images.shape[:2], height + 2 * padding, width + 2 * padding), dtype=np.uint8)
     padded[:, :, padding : padding + height, padding : padding + width] = images
     # One strided copy per image; an index per pixel costs several times as much.
@@ -34,6 +33,14 @@ def crop_and_flip(images: Images, padding: int, flip: bool, generator: torch.Gen
     if flip:
         result[mirrored] = result[mirrored][..., ::-1]
     return result
+
+
+def shifts_and_mirrors(
+    count: int, padding: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random choices of `crop_and_flip`: int64 (2, count), first row and column of each crop in 0..2 * padding, and bool (count,), whether to mirror."""
+    shifts = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
+    return shifts, torch.rand(count, generator=generator) < 0.5
 
 
 def draws(count: int, generator: torch.Generator) -> NDArray[np.float64]:

@@ -89,13 +89,13 @@ class Preprocessing:
         at_once = max(1, _AT_ONCE // math.prod(pixels.shape[2:]))
         for start in range(0, len(pixels), at_once):
             part = slice(start, start + at_once)
-            for channel, table in enumerate(_tables(self.mean, self.std)):
+            for channel, table in enumerate(tables(self.mean, self.std)):
                 np.take(table, pixels[part, channel], out=result[part, channel], mode="clip")
         return torch.from_numpy(result)
 
 
 @lru_cache(maxsize=8)
-def _tables(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+def tables(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
     """float32 (c, 256): what each pixel value becomes."""
     values = torch.arange(256, dtype=torch.float32).div_(255.0)
     return values.sub(torch.tensor(mean)[:, None]).div_(torch.tensor(std)[:, None]).numpy()

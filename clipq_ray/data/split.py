@@ -1,8 +1,7 @@
 """What every kind of data offers: labels, an order, batches, subsets.
 
-Kinds: `tensors.TensorSplit` (decoded, in memory), `encoded.EncodedSplit` (image files or Parquet, decoded batch by batch) and
-`loaders.LoaderSplit` (a user's own dataset). Randomness comes only from the generators given. Not covered: batches that travel to
-a device, and sampling with weights.
+Kinds: `tensors.TensorSplit` (decoded, in memory), `resident.ResidentSplit` (the same on a GPU), `encoded.EncodedSplit` (image files or Parquet, decoded batch by batch) and
+`loaders.LoaderSplit` (a user's own dataset). Randomness comes only from the generators given. Not covered: sampling with weights.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ threads. The fingerprint hashes every pixel and label. Not covered: images of di
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,6 +46,16 @@ class TensorSplit(Split):
         self.padding = preprocessing.input_shape[1] // 8 if padding is None else padding
         self._unreadable = unreadable
         self._rows: NDArray[np.int64] | None = None
+
+    @property
+    def pixels(self) -> Images:
+        """All images, uint8 (n, c, h, w); copied where this is a subset."""
+        return self.images if self._rows is None else self.images[self._rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images, with as many channels as the network takes."""
+        return len(self) * math.prod(self.images.shape[1:])
 
     def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """As `Split.batch`: crop with padding, and for colour images a flip; where images are resized, random resized crops."""
