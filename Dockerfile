@@ -2,8 +2,8 @@
 #     docker build -t your-registry/clipq_ray:0.1.0 . && docker push your-registry/clipq_ray:0.1.0
 FROM python:3.11-slim-bookworm
 
-# what KubeRay's probes and `ray` itself call
-RUN apt-get update && apt-get install -y --no-install-recommends wget procps && rm -rf /var/lib/apt/lists/* \
+# what KubeRay's probes and `ray` itself call, and a C compiler: Triton compiles the operator's kernels on the node
+RUN apt-get update && apt-get install -y --no-install-recommends wget procps gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 ray
 
 WORKDIR /home/ray/clipq_ray

@@ -1,7 +1,7 @@
 """The token of a cluster, for this shell: `eval "$(python deploy/connect.py cluster.yaml)"`, while `ray dashboard cluster.yaml` runs in another one.
 
 Fetches the token from the head through SSH into a file that only its owner reads, checks that the job server answers to it and runs the Ray that is installed
-here, and prints the three variables that `ray job` reads. What is wrong is one line with exit code 2, and then nothing is printed.
+here, and prints the commands that set the three variables which `ray job` reads. What is wrong is one line with exit code 2, and then nothing is printed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,27 @@ import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
 
 class Refused(Exception):
     """What is wrong, in one line."""
+
+
+def edited(cluster: str) -> None:
+    """`Refused` with the line where the file is no YAML, as long as it has a mark."""
+    try:
+        yaml.safe_load(Path(cluster).read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = (error.problem_mark.line if error.problem_mark else 0) + 1
+        raise Refused(f"{cluster}, line {line}: {error.problem}; edit the lines with an '@'") from error
 
 
 def fetched(cluster: str) -> Path:
     """The file with the token of the head of `cluster`, a cluster file."""
     if not Path(cluster).is_file():
         raise Refused(f"expected a cluster file, got {cluster!r}, which is none")
+    edited(cluster)
     name = hashlib.sha256(Path(cluster).resolve().as_posix().encode()).hexdigest()[:12]
     folder = Path.home() / ".ray" / "tokens"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -87,7 +99,11 @@ def main() -> int:
         "RAY_AUTH_TOKEN_PATH": os.fspath(path),
         "RAY_API_SERVER_ADDRESS": address,
     }
-    print("export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()))
+    # that variable would be taken before the file, and may be another cluster's
+    print(
+        "unset RAY_AUTH_TOKEN; export "
+        + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    )
     return 0
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the Python environment of a node, in the checkout: .venv with the versions of constraints.txt. Minutes the first time, nothing when they are there
-# already. CLIPQ_PYTHON names another interpreter; all nodes need the same minor version of Python.
+# already. CLIPQ_PYTHON names another interpreter; all nodes need the same Python, to the last digit: name it where hosts have several.
 set -eu
 cd "$(dirname "$0")/.."
 if ! cmp -s constraints.txt .venv/constraints.txt; then

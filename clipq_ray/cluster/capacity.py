@@ -93,7 +93,7 @@ def on_gpus(wanted: str) -> bool:
     """Whether work goes to GPUs, by the option --device and what the cluster has or may start; `ConfigError` where one is wanted and none can be."""
     if wanted == "cpu":
         return False
-    one = {"GPU": 1.0}
+    one = {"CPU": 1.0, "GPU": 1.0}  # a GPU whose node has no CPU for work is none
     # `auto` waits for the first host that works, since right after `ray up` there is none
     waited = _enough(one if wanted == "cuda" else {"CPU": 1.0}, 1)
     found = waited.room(one) >= 1

@@ -6,6 +6,7 @@ Codes and levels are those of `reference` to the bit. Not covered: the definitio
 from __future__ import annotations
 
 import functools
+import subprocess
 import warnings
 from collections.abc import Sequence
 from typing import Protocol
@@ -85,19 +86,33 @@ def requantizer(layers: Sequence[tuple[Theta, Share]], weights: Sequence[Tensor]
     if all(weight.device.type == "cpu" for weight in weights):
         return CpuRequantizer(layers, weights)
     if all(weight.device.type == "cuda" for weight in weights):
-        try:
+        if (why := _no_kernels(weights[0].device)) is None:
             from clipq_ray.quantizer.on_gpu import GpuRequantizer
-        except ImportError as error:
-            _warn_slow(str(error))
-        else:
+
             return GpuRequantizer(layers, weights)
+        _warn_slow(why)
     return PlainRequantizer(layers, weights)
+
+
+def _no_kernels(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on `device`: Triton is missing, or what it compiles with on this node; None where they do."""
+    try:
+        from clipq_ray.quantizer import on_gpu
+
+        on_gpu.try_out(device)
+    except (ImportError, subprocess.CalledProcessError) as error:
+        return str(error)
+    except RuntimeError as error:
+        if "compiler" not in str(error):
+            raise
+        return str(error)
+    return None
 
 
 @functools.cache
 def _warn_slow(why: str) -> None:
     warnings.warn(
-        f"the operator runs by plain torch, slowly, since Triton is missing ({why}); install triton",
+        f"the operator runs by plain torch, slowly, since Triton's kernels cannot be made here ({why}); install triton, gcc and Python's headers",
         stacklevel=3,
     )
 

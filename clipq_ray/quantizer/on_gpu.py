@@ -243,6 +243,17 @@ def _look_up(
         tl.store(pointer + offsets, level.to(DTYPE), mask=inside)
 
 
+@triton.jit
+def _one(out):
+    tl.store(out, 1)
+
+
+def try_out(device: torch.device) -> None:
+    """One small kernel on `device`: raises what Triton says where it finds nothing to compile its launcher with, which it does on the node at the first launch."""
+    with torch.device(device):
+        _one[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
 class GpuRequantizer:
     """Quantizes the same layers again and again; as `on_cpu.CpuRequantizer`, but NaN and infinity are only found by `check`.
 

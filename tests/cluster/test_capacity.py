@@ -68,7 +68,7 @@ def test_the_variable_of_the_cluster_file_is_read(monkeypatch: pytest.MonkeyPatc
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = yaml.safe_load((root / "cluster.yaml").read_text().replace(" @", " "))
+    config = yaml.safe_load((root / "cluster.yaml").read_text().replace("@", ""))
     monkeypatch.setenv(capacity.GROWTH, json.dumps(module.may_grow(config)))
     monkeypatch.setattr(
         capacity.ray,
@@ -79,6 +79,11 @@ def test_the_variable_of_the_cluster_file_is_read(monkeypatch: pytest.MonkeyPatc
     assert found.nodes == (HEAD,)
     assert found.room({"CPU": 1.0, "GPU": 1.0}) == 8
     assert found.room({"CPU": 1.0, "GPU": 0.25}) == 32
+
+
+def test_a_gpu_beside_no_cpu_for_work_is_none(there: Callable[..., list[Capacity]]) -> None:
+    there(Capacity(({"CPU": 0.0, "GPU": 1.0}, CPUS)))
+    assert not capacity.on_gpus("auto")
 
 
 def test_a_gpu_that_the_autoscaler_may_start_counts(there: Callable[..., list[Capacity]]) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,47 +116,71 @@ def test_the_working_directory_of_a_job_is_far_below_ray_s_limit(tmp_path: Path)
 
 @pytest.fixture
 def aws(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """An account as deploy/aws.yaml leaves it, in moto; the names of its security groups and instances are read through the client."""
+    """An account as deploy/aws.yaml leaves it, in moto, with a second network whose subnets come first; security groups and instances are read through the client."""
     from s3_server import environment
 
     for name, value in environment(s3_server).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
     monkeypatch.setenv("HOME", str(tmp_path))
-    parameters = {"Bucket": f"clipq-{os.urandom(6).hex()}", "SshFrom": "203.0.113.7/32"}
-    boto3.client("cloudformation", region_name="us-west-2").create_stack(
+    ec2 = boto3.client("ec2", region_name="us-west-2")
+    (vpc,) = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    parameters = {"Bucket": f"clipq-{os.urandom(6).hex()}", "SshFrom": "203.0.113.7/32", "Vpc": vpc["VpcId"]}
+    cloudformation = boto3.client("cloudformation", region_name="us-west-2")
+    cloudformation.create_stack(
         StackName="clipq", TemplateBody=(ROOT / "deploy" / "aws.yaml").read_text(), Capabilities=["CAPABILITY_NAMED_IAM"],
         Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in parameters.items()],
     )  # fmt: skip
-    yield boto3.client("ec2", region_name="us-west-2")
-    boto3.client("cloudformation", region_name="us-west-2").delete_stack(StackName="clipq")
+    yield ec2
+    cloudformation.delete_stack(StackName="clipq")
 
 
-@pytest.mark.slow
-def test_aws_takes_what_the_cluster_file_asks_for_and_nothing_is_open(aws: Any) -> None:
-    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+def told(name: str) -> str:
+    """An output of the stack, as its user copies it."""
+    (stack,) = boto3.client("cloudformation", region_name="us-west-2").describe_stacks(StackName="clipq")[
+        "Stacks"
+    ]
+    return next(one["OutputValue"] for one in stack["Outputs"] if one["OutputKey"] == name)
+
+
+@pytest.fixture
+def cluster(aws: Any) -> tuple[Any, dict[str, Any]]:
+    """Node provider and configuration as `ray up` makes them of the edited cluster.yaml."""
+    from ray.autoscaler._private.providers import _get_node_provider_cls
 
     config = edited("cluster.yaml")
     image = aws.describe_images()["Images"][0]["ImageId"]
     for kind in config["available_node_types"].values():
         assert kind["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/ami/")
         kind["node_config"]["ImageId"] = image  # moto does not resolve aliases
-    config = AWSNodeProvider.bootstrap_config(
-        AWSNodeProvider.fillout_available_node_types_resources(prepared(config))
-    )
-    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
-    for name in ("head", "gpu_spot", "gpu_on_demand"):
-        kind = config["available_node_types"][name]
-        node = {**config["head_node"], **kind["node_config"]} if name == "head" else kind["node_config"]
-        assert provider.create_node(node, {"ray-node-type": name, "ray-user-node-type": name}, 1)
-    found = [one for page in aws.describe_instances()["Reservations"] for one in page["Instances"]]
-    mine = {tag["Value"]: one for one in found for tag in one["Tags"] if tag["Key"] == "ray-user-node-type"}
+        kind["node_config"]["SecurityGroupIds"] = [told("SecurityGroup")]
+    made = _get_node_provider_cls(config["provider"])
+    config = made.bootstrap_config(made.fillout_available_node_types_resources(prepared(config)))
+    return made(config["provider"], config["cluster_name"]), config
+
+
+def started(aws: Any, cluster: tuple[Any, dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The instance that becomes of one node of `kind`, as EC2 describes it."""
+    provider, config = cluster
+    node = config["available_node_types"][kind]["node_config"]
+    node = {**config["head_node"], **node} if kind == "head" else node
+    (made,) = provider.create_node(node, {"ray-node-type": kind, "ray-user-node-type": kind}, 1)
+    (page,) = aws.describe_instances(InstanceIds=[made])["Reservations"]
+    instance: dict[str, Any] = page["Instances"][0]
+    return instance
+
+
+@pytest.mark.slow
+def test_aws_takes_what_the_cluster_file_asks_for_and_nothing_is_open(
+    aws: Any, cluster: tuple[Any, dict[str, Any]]
+) -> None:
+    mine = {kind: started(aws, cluster, kind) for kind in ("head", "gpu")}
     assert mine["head"]["InstanceType"] == "m7i.2xlarge"
-    assert mine["gpu_spot"]["InstanceLifecycle"] == "spot"
-    assert "InstanceLifecycle" not in mine["gpu_on_demand"]
+    assert "InstanceLifecycle" not in mine["head"]
+    assert mine["gpu"]["InstanceLifecycle"] == "spot"
     assert mine["head"]["IamInstanceProfile"]["Arn"].endswith("/clipq-head")
-    assert mine["gpu_spot"]["IamInstanceProfile"]["Arn"].endswith("/clipq-worker")
-    assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
+    assert mine["gpu"]["IamInstanceProfile"]["Arn"].endswith("/clipq-worker")
+    assert cluster[1]["available_node_types"]["head"]["resources"]["CPU"] == 0
     groups = {group["GroupId"] for one in mine.values() for group in one["SecurityGroups"]}
     (group,) = aws.describe_security_groups(GroupIds=sorted(groups))["SecurityGroups"]
     assert group["GroupName"] == "clipq-nodes"
@@ -165,22 +190,88 @@ def test_aws_takes_what_the_cluster_file_asks_for_and_nothing_is_open(aws: Any) 
     assert "0.0.0.0/0" not in json.dumps(group["IpPermissions"])
 
 
-def test_spot_comes_first_and_on_demand_when_spot_has_failed() -> None:
-    """By Ray's own scheduler, with the kinds of cluster.yaml."""
-    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
-    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-    from ray.autoscaler.v2.utils import ResourceRequestUtil
+@pytest.fixture
+def another_network(aws: Any) -> Any:
+    """A network with a public subnet in the first zone, as another team of the account may have."""
+    vpc = aws.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    subnet = aws.create_subnet(VpcId=vpc, CidrBlock="10.9.1.0/24", AvailabilityZone="us-west-2a")["Subnet"][
+        "SubnetId"
+    ]
+    aws.modify_subnet_attribute(SubnetId=subnet, MapPublicIpOnLaunch={"Value": True})
+    yield vpc
+    aws.delete_subnet(SubnetId=subnet)
+    aws.delete_vpc(VpcId=vpc)
 
-    config = AutoscalingConfig(edited("cluster.yaml"), skip_content_hash=True)
-    kinds = config.get_node_type_configs()
 
-    def launched(recoverable: dict[str, float]) -> list[str]:
-        request = SchedulingRequest(
-            node_type_configs=kinds, disable_launch_config_check=True, max_num_nodes=9, resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"GPU": 1, "CPU": 1})]),
-            recoverable_resource_availabilities=recoverable,
-        )  # fmt: skip
-        reply = ResourceDemandScheduler(None).schedule(request)
-        return [one.instance_type for one in reply.to_launch for _ in range(one.count)]
+@pytest.mark.slow
+def test_nodes_come_into_the_network_of_the_closed_group_whatever_others_there_are(
+    aws: Any, another_network: str, cluster: tuple[Any, dict[str, Any]]
+) -> None:
+    for kind in ("head", "gpu"):
+        assert started(aws, cluster, kind)["VpcId"] != another_network
+    groups = aws.describe_security_groups()["SecurityGroups"]
+    open_to_all = [one["GroupName"] for one in groups if "0.0.0.0/0" in json.dumps(one["IpPermissions"])]
+    assert open_to_all == []
 
-    assert launched({}) == ["gpu_spot"]
-    assert launched({"gpu_spot": 0.0}) == ["gpu_on_demand"]
+
+def refusing(provider: Any, code: str, when: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """EC2 refuses requests for which `when` holds with `code`; returns the list into which those go."""
+    from botocore.exceptions import ClientError
+
+    refused: list[dict[str, Any]] = []
+
+    def answer(params: dict[str, Any], **_: Any) -> None:
+        if when(params):
+            refused.append(params)
+            raise ClientError({"Error": {"Code": code, "Message": "none left"}}, "RunInstances")
+
+    provider.ec2_fail_fast.meta.client.meta.events.register("provide-client-params.ec2.RunInstances", answer)
+    return refused
+
+
+@pytest.mark.slow
+def test_a_worker_comes_on_demand_where_no_zone_has_spot_and_the_next_one_tries_spot_again(
+    aws: Any, cluster: tuple[Any, dict[str, Any]]
+) -> None:
+    empty = [True]
+    refused = refusing(
+        cluster[0],
+        "InsufficientInstanceCapacity",
+        lambda asked: empty[0] and "InstanceMarketOptions" in asked,
+    )
+    instance = started(aws, cluster, "gpu")
+    assert "InstanceLifecycle" not in instance
+    assert (instance["InstanceType"], instance["SecurityGroups"][0]["GroupName"]) == (
+        "g6.2xlarge",
+        "clipq-nodes",
+    )
+    assert len({asked["SubnetId"] for asked in refused}) > 1, "other zones were not asked for spot"
+    empty[0] = False
+    assert started(aws, cluster, "gpu")["InstanceLifecycle"] == "spot"
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_demand_too_is_said_by_its_name(
+    aws: Any, cluster: tuple[Any, dict[str, Any]]
+) -> None:
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
+
+    refused = refusing(cluster[0], "VcpuLimitExceeded", lambda asked: True)
+    for kind in ("gpu", "head"):
+        with pytest.raises(NodeLaunchException, match="VcpuLimitExceeded"):
+            started(aws, cluster, kind)
+    assert {"InstanceMarketOptions" in asked for asked in refused} == {True, False}
+
+
+def test_what_ray_looks_up_is_all_there_although_a_provider_with_a_module_has_no_defaults() -> None:
+    mine = edited("cluster.yaml")
+    by_ray = {**mine, "provider": {**mine["provider"], "type": "aws"}}
+    del by_ray["provider"]["module"]
+    assert set(prepared(by_ray)) <= set(prepared(mine))
+
+
+def test_the_provider_is_there_without_what_trains() -> None:
+    """`ray up` imports it on a machine that has Ray, boto3 and the checkout."""
+    code = "import sys, clipq_ray.cluster.spot; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "set()"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -178,11 +180,24 @@ def test_the_token_is_checked_with_the_job_server_and_so_is_its_version(
         module.check(server, TOKEN, "cluster.yaml")
 
 
-def test_a_cluster_file_that_is_none_is_one_line() -> None:
-    command = ["python3", str(ROOT / "deploy" / "connect.py"), "nothing.yaml"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+def connected(cluster: str) -> list[str]:
+    """What connect.py says of a mistake; it ends with 2 and prints nothing for the shell."""
+    command = [sys.executable, str(ROOT / "deploy" / "connect.py"), cluster]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr.splitlines() == [
+    return ended.stderr.splitlines()
+
+
+def test_a_cluster_file_that_is_none_is_one_line() -> None:
+    assert connected("nothing.yaml") == [
         "connect: expected a cluster file, got 'nothing.yaml', which is none"
     ]
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/on-premises.yaml"])
+def test_a_cluster_file_that_is_not_edited_is_one_line_with_the_number_of_the_line(name: str) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines, 1) if re.match(r"[^#]*[: \[]@", line))
+    (said,) = connected(name)
+    assert said.startswith(f"connect: {name}, line {first}: found character '@'")

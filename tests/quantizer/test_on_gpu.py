@@ -180,6 +180,13 @@ def the_number_of_launches_does_not_depend_on_the_layers_and_nothing_is_allocate
     assert len(quantizer._groups) == 1
 
 
+@check
+def the_trial_kernel_runs() -> None:
+    from clipq_ray.quantizer import on_gpu
+
+    on_gpu.try_out(torch.device("cpu"))
+
+
 @pytest.fixture(scope="module")
 def outcome() -> dict[str, str]:
     """What every check said: one process runs them all."""
@@ -198,17 +205,38 @@ def test_by_the_interpreter(name: str, outcome: dict[str, str]) -> None:
     assert outcome.get(name) == "ok"
 
 
-def test_without_triton_there_is_one_warning_and_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+class OnGpu:
+    """Stands for a tensor on a device that this machine lacks."""
+
+    device = torch.device("cuda")
+    shape = torch.Size([3])
+
+    def numel(self) -> int:
+        return 3
+
+
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "clipq_ray.quantizer.on_gpu", None)
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's launch ends in Triton's own look for a compiler, which finds none."""
+    from triton.runtime import build
+
+    from clipq_ray.quantizer import on_gpu
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(on_gpu, "try_out", lambda device: build._find_compiler("c"))
+
+
+@pytest.mark.parametrize("lack", [without_triton, without_compiler])
+def test_where_kernels_cannot_be_made_there_is_one_warning_and_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, lack: Callable[[pytest.MonkeyPatch], None]
+) -> None:
     from clipq_ray.quantizer import fast
 
-    class OnGpu:  # stands for a tensor on a device that this machine lacks
-        device = torch.device("cuda")
-        shape = torch.Size([3])
-
-        def numel(self) -> int:
-            return 3
-
-    monkeypatch.setitem(sys.modules, "clipq_ray.quantizer.on_gpu", None)
+    lack(monkeypatch)
     monkeypatch.setattr(fast, "PlainRequantizer", lambda layers, weights: "plain")
     fast._warn_slow.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
@@ -216,7 +244,18 @@ def test_without_triton_there_is_one_warning_and_plain_torch(monkeypatch: pytest
         made = [fast.requantizer([(Theta(0.5, 2), Share(1, 2))], [OnGpu()]) for _ in range(2)]  # type: ignore[list-item]
     assert made == ["plain", "plain"]
     assert len(caught) == 1
-    assert "Triton" in str(caught[0].message)
+    assert "gcc" in str(caught[0].message)
+
+
+def test_another_failure_of_a_gpu_is_not_taken_for_a_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clipq_ray.quantizer import fast, on_gpu
+
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(on_gpu, "try_out", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fast.requantizer([(Theta(0.5, 2), Share(1, 2))], [OnGpu()])  # type: ignore[list-item]
 
 
 if __name__ == "__main__":
