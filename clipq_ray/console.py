@@ -28,11 +28,9 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM: ends a run as an interrupt does, so that claims are given back and what was begun is left whole."""
-
-
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by this Ray's job server tells the process what it is
+_TERMINATED = threading.Event()
+"""Whether an interrupt is a SIGTERM's. A class of exception of its own would not say it: an interrupt within `ray.get` comes out as a new KeyboardInterrupt."""
 
 
 def run(program: str, main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
@@ -52,10 +50,11 @@ def run(program: str, main: Callable[[list[str]], int | None], arguments: list[s
 
 @contextmanager
 def _stopping() -> Iterator[None]:
-    """SIGTERM raises `Stopped`; afterwards it does what it did before."""
+    """SIGTERM ends a run as an interrupt does, so that claims are given back and what was begun is left whole; afterwards it does what it did before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    _TERMINATED.clear()
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield
@@ -65,7 +64,8 @@ def _stopping() -> Iterator[None]:
 
 def _stop(number: int, frame: Any) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)  # once is enough: what is being given back must not be interrupted
-    raise Stopped
+    _TERMINATED.set()
+    raise KeyboardInterrupt
 
 
 def _code(program: str, main: Callable[[list[str]], int | None], arguments: list[str] | None) -> int:
@@ -75,12 +75,10 @@ def _code(program: str, main: Callable[[list[str]], int | None], arguments: list
     except ClipqError as error:
         print(redacted(f"{program}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
         return error.exit_code
-    except Stopped:
-        print(f"{program}: stopped; run the same command again to continue", file=sys.stderr, flush=True)
-        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr, flush=True)
-        return 130
+        word, code = ("stopped", signal.SIGTERM) if _TERMINATED.is_set() else ("interrupted", signal.SIGINT)
+        print(f"{program}: {word}; run the same command again to continue", file=sys.stderr, flush=True)
+        return 128 + code
     except BrokenPipeError:
         # The reader has seen enough. Python flushes once more at exit, which must find an open end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

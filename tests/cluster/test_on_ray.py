@@ -165,13 +165,18 @@ def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
     assert sha256(after) == sha256(undisturbed)
 
 
-def test_an_interrupted_training_says_so(weights: Path, searched: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sign", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped")]
+)
+def test_an_interrupted_training_says_so(
+    weights: Path, searched: Path, tmp_path: Path, sign: signal.Signals, code: int, word: str
+) -> None:
     with started(command(searched, weights), tmp_path / "errors") as job:
         job.until(lambda: curve_so_far(searched))
-        os.kill(job.process.pid, signal.SIGINT)
+        os.kill(job.process.pid, sign)
         ended = job.wait()
-    assert ended.code == 130
-    assert ended.lines[-1] == "compress: interrupted; run the same command again to continue"
+    assert ended.code == code
+    assert ended.lines[-1] == f"compress: {word}; run the same command again to continue"
     assert unfinished(searched)
 
 

@@ -295,7 +295,7 @@ def test_a_job_that_is_stopped_gives_its_run_back(cluster: Cluster) -> None:
     assert stopped.returncode == 0
     assert cluster.status("first")["status"] == "STOPPED"
     lines = cluster.log("first").splitlines()
-    assert "compress: stopped; run the same command again to continue" in lines
+    assert "compress: stopped; run the same command again to continue" in lines, "\n".join(lines[-30:])
     assert "compress: exit code 143" in lines
     assert not [key for key in cluster.keys("faults/model=lenet5/") if "claim" in key]
 
