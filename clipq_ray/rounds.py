@@ -195,7 +195,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         started = time.monotonic()
         if done and requested is not None and run.config.search_again:
             making.search_again(requested, 1 / (1 + len(rungs)))
-        choice, requested = _other_choice(intent, making, requested)
+        choice, requested = _other_choice(intent, making, requested, on_the_way=bool(rungs))
         if not making.made(choice):
             making.make(choice, requested, len(rungs))
             seconds = time.monotonic() - started
@@ -256,16 +256,19 @@ def _mild(intent: Intent, searched: Searched, other: int) -> int:
     return (smallest or search.choose(searched.trials, 1e-4)).bytes + other
 
 
-def _choice(intent: Intent, making: Making, requested: int | None) -> search.Choice:
+def _choice(intent: Intent, making: Making, requested: int | None, on_the_way: bool = False) -> search.Choice:
     trials, planned = making.searched.trials, making.planned(requested)
     if planned is None:
         return search.choose(trials, intent.value)
-    return search.choose_for_bytes(trials, planned - making.other)
+    # a rung need not be met: a step that is too long costs accuracy that no later round brings back
+    return search.choose_for_bytes(trials, planned - making.other, nearest=on_the_way)
 
 
-def _other_choice(intent: Intent, making: Making, requested: int | None) -> tuple[search.Choice, int | None]:
+def _other_choice(
+    intent: Intent, making: Making, requested: int | None, on_the_way: bool = False
+) -> tuple[search.Choice, int | None]:
     """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
-    choice = _choice(intent, making, requested)
+    choice = _choice(intent, making, requested, on_the_way)
     sides = {keeps(intent, one.outcome) for one in making.done}
     if requested is None or intent.kind != "max_drop" or len(sides) != 1:
         return choice, requested

@@ -37,8 +37,11 @@ LADDER = (2.0, 8.0, 32.0)
 """The lambdas that share a search, whatever is wanted of it: around them lie the choices for 8- to 40-fold smaller networks (measured on
 ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda needs no other search."""
 
+STEEP = (128.0, 512.0)
+"""Further ones where a file is to be more than `LADDER_RATIO` times smaller: there the choices of one run lie between 3 and 330 (bench/LOG.md)."""
+
 LADDER_RATIO = 160.0
-"""Up to this ratio `LADDER` holds as it is: at 160- to 640-fold smaller LeNets the choices lay at 2.6 to 51 (bench/LOG.md)."""
+"""Up to this ratio `LADDER` suffices."""
 
 START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
 """The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
@@ -89,8 +92,8 @@ class Settings:
 
 def ladder(ratio: float) -> tuple[float, ...]:
     """The lambdas for a network that is to be `ratio` times smaller: where files are so many times smaller, the same share of a file is so many times fewer
-    of the network's bits, and lambda, which prices these, so much larger."""
-    return tuple(tradeoff * max(1.0, ratio / LADDER_RATIO) for tradeoff in LADDER)
+    of the network's bits, and lambda, which prices these, so much larger for the layers that have most of what is left."""
+    return LADDER if ratio <= LADDER_RATIO else LADDER + STEEP
 
 
 @dataclass(frozen=True)
@@ -373,10 +376,11 @@ def choose(trials: Mapping[str, Sequence[Trial]], tradeoff: float) -> Choice:
     )
 
 
-def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int) -> Choice:
-    """The smallest lambda whose choice takes at most `budget` bytes; the largest lambda's where none does."""
+def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int, *, nearest: bool = False) -> Choice:
+    """The smallest lambda whose choice takes at most `budget` bytes; the largest lambda's where none does. `nearest`: where measured points leave a gap around
+    `budget`, the choice above it if that is nearer, by ratio."""
     low, high = 1e-4, 1e6
-    best = choose(trials, high)
+    best, above = choose(trials, high), choose(trials, low)
     if best.bytes > budget:
         return best
     for _ in range(60):
@@ -385,8 +389,10 @@ def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int) -> Choi
         if choice.bytes <= budget:
             best, high = choice, middle
         else:
-            low = middle
-    return _fill(best, trials, budget)
+            above, low = choice, middle
+    best = _fill(best, trials, budget)
+    # the product, since a ratio may be of 0 bytes
+    return above if nearest and budget**2 > above.bytes * best.bytes and above.bytes > budget else best
 
 
 def _fill(choice: Choice, trials: Mapping[str, Sequence[Trial]], budget: int) -> Choice:

@@ -172,6 +172,22 @@ def test_a_budget_is_met_with_the_smallest_lambda(budget: int) -> None:
     assert choose(TRIALS, choice.tradeoff * 0.999).bytes > budget
 
 
+@pytest.mark.parametrize(
+    ("budget", "taken"), [(1000, 1000), (1001, 1000), (1400, 1000), (1415, 2000), (1999, 2000)]
+)
+def test_where_points_leave_a_gap_the_nearer_side_by_ratio_is_taken_if_that_is_asked_for(
+    budget: int, taken: int
+) -> None:
+    gap = {"a": [replace(BASE, step=0, error=0.5, bytes=1000, saved=0.9), replace(BASE, step=1, error=0.1, bytes=2000, saved=0.8)]}  # fmt: skip
+    assert choose_for_bytes(gap, budget, nearest=True).bytes == taken
+    assert choose_for_bytes(gap, budget).bytes == 1000
+
+
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_outside_of_all_points_there_is_no_nearer_side(budget: int) -> None:
+    assert choose_for_bytes(TRIALS, budget, nearest=True) == choose_for_bytes(TRIALS, budget)
+
+
 def test_a_budget_above_all_takes_next_to_no_tradeoff() -> None:
     assert choose_for_bytes(TRIALS, 10**9).tradeoff == pytest.approx(1e-4, rel=1e-3)
 
@@ -368,9 +384,10 @@ def test_a_search_of_a_compressed_network_begins_where_that_is() -> None:
     assert all(one.saved >= trials[0].saved for one in trials[1:])
 
 
-def test_lambdas_grow_with_the_ratio_that_is_wanted() -> None:
+def test_a_network_that_is_to_be_hundreds_of_times_smaller_is_searched_at_larger_lambdas_too() -> None:
     assert ladder(5.0) == ladder(160.0) == LADDER
-    assert ladder(1600.0) == tuple(10 * tradeoff for tradeoff in LADDER)
+    assert ladder(161.0)[: len(LADDER)] == LADDER
+    assert min(ladder(161.0)[len(LADDER) :]) > max(LADDER)
 
 
 def test_an_evaluation_that_cannot_win_ends_and_is_a_bound() -> None:
