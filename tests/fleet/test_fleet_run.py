@@ -124,7 +124,9 @@ def test_a_second_submission_redoes_nothing_and_tries_what_failed(
 ) -> None:
     folder, _ = night
     before = {name: row["run"] for name, row in rows(folder).items()}
-    written = {path: path.stat().st_mtime_ns for path in (folder / "s").glob("model=*/run=*/*")}
+    written = {
+        path: path.stat().st_mtime_ns for path in (folder / "s").glob("model=*/run=*/*") if path.is_file()
+    }
     mended = {**BROKEN, "weights": "train"}
     ended = submitted(fleet(folder, [GOOD[0], mended, GOOD[1]]))
     assert (ended.returncode, [x for x in ended.stderr.splitlines() if x.startswith("compress")]) == (0, [])
