@@ -216,12 +216,12 @@ def run_rounds(run: Run, given: Given) -> Rounds:
 
 
 def _say_smallest(run: Run, made: Rounds) -> None:
-    """A note where the search had nothing as small as what was asked for."""
+    """A note where the search had nothing as small as what was asked for, or for a rung nothing as near."""
     number, outcome = made.all.index(made.best), made.best.outcome
     before = made.all[number - 1].outcome if number else None
     if outcome.requested is not None and outcome.predicted > before_training(outcome.requested, before):
         run.notes.append(
-            f"asked for {outcome.requested:,} bytes; the smallest that the search measured were taken, {outcome.predicted:,} bytes before training"
+            f"asked for {outcome.requested:,} bytes; the nearest that the search measured were taken, {outcome.predicted:,} bytes before training"
         )
         run.reporter.say(run.notes[-1])
 

@@ -31,7 +31,9 @@ def edited(cluster: str) -> None:
         yaml.safe_load(Path(cluster).read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark.line if error.problem_mark else 0) + 1
-        raise Refused(f"{cluster}, line {line}: {error.problem}; edit the lines with an '@'") from error
+        raise Refused(
+            f"{cluster}, line {line}: {error.problem}; mend that line (those with an '@' are yours to edit)"
+        ) from error
 
 
 def fetched(cluster: str) -> Path:

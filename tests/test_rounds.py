@@ -196,7 +196,7 @@ def test_a_promise_that_nothing_keeps_is_said_and_the_closest_round_committed(
     assert manifest.verify(Store(result.uri)) == []
     assert any("not kept" in note for note in result.manifest["notes"])
     assert any(
-        "asked for 10 bytes; the smallest that the search measured" in note
+        "asked for 10 bytes; the nearest that the search measured" in note
         for note in result.manifest["notes"]
     )
 
