@@ -24,6 +24,7 @@ from clipq_ray.groups import Group
 from clipq_ray.intent import (
     LARGER,
     SMALLER,
+    SPARE,
     Drop,
     Intent,
     Outcome,
@@ -237,7 +238,7 @@ def _requests(intent: Intent, searched: Searched, other: int, rungs: int) -> tup
     if intent.kind == "bytes":
         wanted = math.floor(intent.value)
         return (
-            (wanted,)
+            (max(1, math.floor(wanted * SPARE)),)
             if rungs < 2
             else rung_sizes(_mild(Intent("max_drop", 0.0), searched, other), wanted, rungs)
         )
