@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.record import RESULTS, Row, row, write
 from clipq_ray import codec, loading, models, network, packing, search
+from clipq_ray.choice import choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
 from clipq_ray.evaluate import evaluate
@@ -87,7 +88,7 @@ class Bench:
         LocalEngine().search([task], silent, lambda number, error: errors.append(error))
         if errors != [None]:
             raise errors[0]
-        return search.choose_for_bytes(read_trials(task), self.given.bytes - self.other).thetas(groups)
+        return choose_for_bytes(read_trials(task), self.given.bytes - self.other).thetas(groups)
 
     def bytes_of(self, thetas: dict[str, Theta]) -> int:
         """Of the layers, before training."""

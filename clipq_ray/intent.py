@@ -140,6 +140,11 @@ def rung_sizes(first: int, last: int, rungs: int) -> tuple[int, ...]:
     return (*(math.floor(one) for one in steps), last)
 
 
+def to_ask(intent: Intent) -> int:
+    """The bytes to ask a round for that is to keep a promised size."""
+    return max(1, math.floor(intent.value * SPARE))
+
+
 def before_training(requested: int, last: Outcome | None) -> int:
     """The bytes to plan for a file of `requested` bytes: units that die and codes that fall together while a network is trained make it smaller, as seen in
     the round before."""
@@ -155,7 +160,7 @@ def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int) -> in
         return None
     last = outcomes[-1]
     if intent.kind == "bytes":
-        return None if keeps(intent, last) else max(1, math.floor(intent.value * SPARE))
+        return None if keeps(intent, last) else to_ask(intent)
     kept = [outcome.bytes for outcome in outcomes if keeps(intent, outcome)]
     broken = [outcome.bytes for outcome in outcomes if not keeps(intent, outcome)]
     if not broken:

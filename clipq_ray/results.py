@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipq_ray import codec, report, search, tables
+from clipq_ray.choice import Choice
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, by_layer
 from clipq_ray.network import Inventory
@@ -69,7 +70,7 @@ def _metrics(scores: Scores) -> dict[str, Any]:
 
 def document(
     *, name: str, run_id: str, run: Mapping[str, Any], identity: Mapping[str, Any], inventory: Inventory,
-    choice: search.Choice, packed: PackedNetwork, scores: Scores, curves: Mapping[str, Any], promise: Mapping[str, Any], together: Mapping[str, Any],
+    choice: Choice, packed: PackedNetwork, scores: Scores, curves: Mapping[str, Any], promise: Mapping[str, Any], together: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest without its list of files."""
     size = len(packed.file)
@@ -98,7 +99,7 @@ def document(
 
 
 def files(
-    document: dict[str, Any], packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: search.Choice,
+    document: dict[str, Any], packed: PackedNetwork, inventory: Inventory, plan: Plan, choice: Choice,
     groups: Sequence[Group], searches: Mapping[int, Searched], searched: Searched, scores: Scores,
     recovery: Mapping[str, Mapping[str, int]],
 ) -> dict[str, bytes]:  # fmt: skip
@@ -182,9 +183,7 @@ def _layer_rows(
     return rows
 
 
-def _trial_rows(
-    searches: Mapping[int, Searched], searched: Searched, choice: search.Choice
-) -> list[dict[str, Any]]:
+def _trial_rows(searches: Mapping[int, Searched], searched: Searched, choice: Choice) -> list[dict[str, Any]]:
     return [
         {
             "layer": trial.layer,

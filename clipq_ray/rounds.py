@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from clipq_ray import packing, search, stages
+from clipq_ray import packing, stages
+from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.finetune import Schedule
@@ -24,7 +25,6 @@ from clipq_ray.groups import Group
 from clipq_ray.intent import (
     LARGER,
     SMALLER,
-    SPARE,
     Drop,
     Intent,
     Outcome,
@@ -33,6 +33,7 @@ from clipq_ray.intent import (
     keeps,
     next_request,
     rung_sizes,
+    to_ask,
 )  # fmt: skip
 from clipq_ray.network import Inventory
 from clipq_ray.operator import Ramp, make_plan, mildest_rates
@@ -54,7 +55,7 @@ class Round:
     """One round: the search that it is from, the plan and what became of it."""
 
     searched: Searched
-    choice: search.Choice
+    choice: Choice
     plan: Plan
     tuned: Store
     packed: packing.PackedNetwork
@@ -147,7 +148,7 @@ class Making:
         self.searched = given.searched
         self.done: list[Round] = []
 
-    def made(self, choice: search.Choice) -> bool:
+    def made(self, choice: Choice) -> bool:
         """Whether a round of this choice was made."""
         return any(_thetas(choice) == _thetas(one.choice) for one in self.done)
 
@@ -164,7 +165,7 @@ class Making:
             self.run, last.tuned, last.plan, self.given.inventory, self.given.groups, ratio, time_share
         )
 
-    def make(self, choice: search.Choice, requested: int | None, rungs_left: int = 0) -> Round:
+    def make(self, choice: Choice, requested: int | None, rungs_left: int = 0) -> Round:
         """The next round; `requested`: the bytes of the file that were asked for; `rungs_left`: how many rounds are to follow it on the way to a size."""
         one = _round(self, choice, requested, rungs_left)
         self.done.append(one)
@@ -221,13 +222,14 @@ def _say_smallest(run: Run, made: Rounds) -> None:
     number, outcome = made.all.index(made.best), made.best.outcome
     before = made.all[number - 1].outcome if number else None
     if outcome.requested is not None and outcome.predicted > before_training(outcome.requested, before):
+        asked = math.floor(made.intent.value) if made.intent.kind == "bytes" else outcome.requested
         run.notes.append(
-            f"asked for {outcome.requested:,} bytes; the nearest that the search measured were taken, {outcome.predicted:,} bytes before training"
+            f"asked for {asked:,} bytes; the nearest that the search measured were taken, {outcome.predicted:,} bytes before training"
         )
         run.reporter.say(run.notes[-1])
 
 
-def _thetas(choice: search.Choice) -> list[Any]:
+def _thetas(choice: Choice) -> list[Any]:
     return [trial.theta for trial in choice.trials.values()]
 
 
@@ -238,7 +240,7 @@ def _requests(intent: Intent, searched: Searched, other: int, rungs: int) -> tup
     if intent.kind == "bytes":
         wanted = math.floor(intent.value)
         return (
-            (max(1, math.floor(wanted * SPARE)),)
+            (to_ask(intent),)
             if rungs < 2
             else rung_sizes(_mild(Intent("max_drop", 0.0), searched, other), wanted, rungs)
         )
@@ -250,24 +252,24 @@ def _mild(intent: Intent, searched: Searched, other: int) -> int:
     allowed = START_ERROR + 5 * intent.value / 100
     smallest = None
     for tradeoff in np.geomspace(1e-4, 1e6, 200):
-        choice = search.choose(searched.trials, float(tradeoff))
+        choice = choose(searched.trials, float(tradeoff))
         if added(choice, searched.error) <= allowed:
             smallest = choice
     # where even lambda's mildest points cost more, the mildest are the start
-    return (smallest or search.choose(searched.trials, 1e-4)).bytes + other
+    return (smallest or choose(searched.trials, 1e-4)).bytes + other
 
 
-def _choice(intent: Intent, making: Making, requested: int | None, on_the_way: bool = False) -> search.Choice:
+def _choice(intent: Intent, making: Making, requested: int | None, on_the_way: bool = False) -> Choice:
     trials, planned = making.searched.trials, making.planned(requested)
     if planned is None:
-        return search.choose(trials, intent.value)
+        return choose(trials, intent.value)
     # a rung need not be met: a step that is too long costs accuracy that no later round brings back
-    return search.choose_for_bytes(trials, planned - making.other, nearest=on_the_way)
+    return choose_for_bytes(trials, planned - making.other, nearest=on_the_way)
 
 
 def _other_choice(
     intent: Intent, making: Making, requested: int | None, on_the_way: bool = False
-) -> tuple[search.Choice, int | None]:
+) -> tuple[Choice, int | None]:
     """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
     choice = _choice(intent, making, requested, on_the_way)
     sides = {keeps(intent, one.outcome) for one in making.done}
@@ -282,7 +284,7 @@ def _other_choice(
     return choice, requested
 
 
-def _round(making: Making, choice: search.Choice, requested: int | None, rungs_left: int) -> Round:
+def _round(making: Making, choice: Choice, requested: int | None, rungs_left: int) -> Round:
     run, given, before = making.run, making.given, making.done
     number, predicted = len(before) + 1, choice.bytes + making.other
     run.reporter.say(

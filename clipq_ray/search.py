@@ -7,7 +7,7 @@ quantizer and the encoder alone; the first points come from there, and only the 
 maximised over the grid of all b and of p in steps of 0.01, finer near 1, so no point is measured twice; a layer may end when too little of it is left. One
 suggestion is a pure function of (seed, layer, step, points so far, weights): a search that was cut off goes on as if it had not been.
 
-Steps take turns over a ladder of lambdas, and the lambda that meets an intent is found afterwards from the measured points (`choose`): error and
+Steps take turns over a ladder of lambdas, and the lambda that meets an intent is found afterwards from the measured points (`choice`): error and
 size per point do not depend on lambda, so another lambda needs no new evaluation. Layers that share one theta (`groups`) are searched as
 one. With `early_stop` there is one lambda, an evaluation ends as soon as it cannot win any more, and its error is a bound that no choice takes.
 Not covered: how evaluations are made cheap (`prefix`).
@@ -28,7 +28,7 @@ from torch import nn
 from clipq_ray import codec, seeds
 from clipq_ray.acquisition import Candidates, Point, propose, start_point
 from clipq_ray.data import Split
-from clipq_ray.groups import Group, by_layer
+from clipq_ray.groups import Group
 from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 from clipq_ray.prefix import LayerScores
 from clipq_ray.quantizer import decide_share, quantize
@@ -341,73 +341,3 @@ def step_group(
     )  # fmt: skip
     trials.append(trial)
     return trial
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A point for every group of layers at one lambda, and the bytes that the layers take together before fine-tuning."""
-
-    tradeoff: float
-    trials: Mapping[str, Trial]
-
-    @property
-    def bytes(self) -> int:
-        """Sum over layers, as the codec writes them."""
-        return sum(trial.bytes for trial in self.trials.values())
-
-    def thetas(self, groups: Sequence[Group]) -> dict[str, Theta]:
-        """Theta of every layer of `groups`, in the order of the network."""
-        return {layer: trial.theta for layer, trial in by_layer(groups, self.trials).items()}
-
-
-def _whole(points: Sequence[Trial]) -> list[Trial]:
-    """Those that were measured on all images; a bound says nothing at another lambda and has lost at its own."""
-    return [point for point in points if not point.bound]
-
-
-def choose(trials: Mapping[str, Sequence[Trial]], tradeoff: float) -> Choice:
-    """The measured points that minimise the objective at lambda = `tradeoff`; of equals the smallest."""
-    return Choice(
-        tradeoff,
-        {
-            layer: min(_whole(points), key=lambda t: (t.objective(tradeoff), t.bytes, t.step))
-            for layer, points in trials.items()
-        },
-    )
-
-
-def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int, *, nearest: bool = False) -> Choice:
-    """The smallest lambda whose choice takes at most `budget` bytes; the largest lambda's where none does. `nearest`: where measured points leave a gap around
-    `budget`, the choice above it if that is nearer, by ratio."""
-    low, high = 1e-4, 1e6
-    best, above = choose(trials, high), choose(trials, low)
-    if best.bytes > budget:
-        return best
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        choice = choose(trials, middle)
-        if choice.bytes <= budget:
-            best, high = choice, middle
-        else:
-            above, low = choice, middle
-    best = _fill(best, trials, budget)
-    # the product, since a ratio may be of 0 bytes
-    return above if nearest and budget**2 > above.bytes * best.bytes and above.bytes > budget else best
-
-
-def _fill(choice: Choice, trials: Mapping[str, Sequence[Trial]], budget: int) -> Choice:
-    """Spend what a jump between two lambdas leaves of the budget: the most error removed per byte first."""
-    chosen = dict(choice.trials)
-    left = budget - choice.bytes
-    while True:
-        steps = [
-            ((chosen[layer].error - point.error) / max(point.bytes - chosen[layer].bytes, 1), layer, point)
-            for layer, points in trials.items()
-            for point in _whole(points)
-            if point.error < chosen[layer].error and point.bytes - chosen[layer].bytes <= left
-        ]
-        if not steps:
-            return Choice(choice.tradeoff, chosen)
-        _, layer, point = max(steps, key=lambda step: (step[0], -step[2].step))
-        left -= point.bytes - chosen[layer].bytes
-        chosen[layer] = point

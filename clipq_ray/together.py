@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from clipq_ray.choice import Choice, choose
 from clipq_ray.data import Split
 from clipq_ray.evaluate import evaluate
 from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
-from clipq_ray.search import Choice, Trial, choose
+from clipq_ray.search import Trial
 
 _TRADEOFFS = np.geomspace(1e-4, 1e6, 400)
 

@@ -98,7 +98,7 @@ def test_a_size_that_is_missed_is_asked_for_again() -> None:
     intent = Intent("bytes", 1000)
     assert next_request(intent, [outcome(1000, 0.5)], 3) is None
     assert next_request(intent, [outcome(800, 0.5)], 3) is None
-    assert next_request(intent, [outcome(1100)], 3) == 990
+    assert next_request(intent, [outcome(1100)], 3) == 985
     assert next_request(intent, [outcome(1100)] * 3, 3) is None
 
 

@@ -15,6 +15,7 @@ import pytest
 import clipq_ray
 from clipq_ray import loading, manifest, rounds, tables
 from clipq_ray.batch import compress
+from clipq_ray.choice import choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
@@ -22,7 +23,6 @@ from clipq_ray.evaluate import evaluate
 from clipq_ray.intent import Drop, Intent, Outcome
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
-from clipq_ray.search import choose_for_bytes
 from clipq_ray.storage import Store
 from clipq_ray.work import Source
 
@@ -229,7 +229,7 @@ def test_the_job_ends_with_1_and_says_why_where_the_promise_is_not_kept(
 @pytest.mark.parametrize(("points", "further"), [(1.4, 1), (-1.0, -1)])
 def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, further: int) -> None:
     """Found by a user: rounds were left, and larger points too, and the job gave up."""
-    from test_search import TRIALS
+    from test_choice import TRIALS
 
     tried = choose_for_bytes(TRIALS, 900)
 

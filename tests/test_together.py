@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_search import BASE, TRIALS, images
+from test_choice import TRIALS
+from test_search import BASE, images
 from torch import nn
 
 from clipq_ray import together
+from clipq_ray.choice import choose
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Theta
-from clipq_ray.search import choose
 
 
 def test_no_point_of_the_front_is_beaten_and_every_choice_of_a_lambda_is_matched() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipq_ray import loading, logs, search, stages
+from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.errors import ClipqError, DataError, RunError
 from clipq_ray.fleet.ensembles import probabilities
 from clipq_ray.fleet.file import Ensemble
@@ -31,6 +32,7 @@ from clipq_ray.intent import (
     best,
     keeps,
     next_request,
+    to_ask,
 )
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
 from clipq_ray.rounds import START_ERROR, STEPS, Making, Rounds, Shared
@@ -55,7 +57,7 @@ class Curves:
 class Share:
     """What a member gets: a point for each of its groups, and the bytes that its file then takes before training."""
 
-    choice: search.Choice
+    choice: Choice
     bytes: int
     added: float
 
@@ -70,7 +72,7 @@ class Share:
 def shared_out(members: Sequence[Curves], budget: int) -> list[Share]:
     """Each member's share of `budget` bytes, by one lambda for a bit whomever it belongs to; the smallest shares where the budget is too small."""
     left = budget - sum(one.other for one in members)
-    return _split(members, search.choose_for_bytes(_pooled(members), left))
+    return _split(members, choose_for_bytes(_pooled(members), left))
 
 
 def _pooled(members: Sequence[Curves]) -> dict[str, list[search.Trial]]:
@@ -85,7 +87,7 @@ def _pooled(members: Sequence[Curves]) -> dict[str, list[search.Trial]]:
     }
 
 
-def _split(members: Sequence[Curves], choice: search.Choice) -> list[Share]:
+def _split(members: Sequence[Curves], choice: Choice) -> list[Share]:
     found = []
     for number, one in enumerate(members):
         steps = {group: choice.trials[f"{number} {group}"].step for group in one.trials}
@@ -94,7 +96,7 @@ def _split(members: Sequence[Curves], choice: search.Choice) -> list[Share]:
 
 
 def _share(one: Curves, steps: Mapping[str, int], tradeoff: float) -> Share:
-    mine = search.Choice(tradeoff, {group: one.trials[group][step] for group, step in steps.items()})
+    mine = Choice(tradeoff, {group: one.trials[group][step] for group, step in steps.items()})
     added = sum(trial.error - one.error for trial in mine.trials.values())
     return Share(mine, mine.bytes + one.other, added)
 
@@ -102,14 +104,14 @@ def _share(one: Curves, steps: Mapping[str, int], tradeoff: float) -> Share:
 def first_budget(intent: Intent, members: Sequence[Curves]) -> int:
     """The bytes to begin with: those that are wanted, or the fewest that add no more error per member than one network would begin with."""
     if intent.kind == "bytes":
-        return math.floor(intent.value)
+        return to_ask(intent)
     allowed, pooled = START_ERROR + 5 * intent.value / 100, _pooled(members)
     smallest = None
     for tradeoff in np.geomspace(1e-4, 1e6, 200):
-        shares = _split(members, search.choose(pooled, float(tradeoff)))
+        shares = _split(members, choose(pooled, float(tradeoff)))
         if sum(one.added for one in shares) / len(shares) <= allowed:
             smallest = shares
-    return sum(one.bytes for one in smallest or _split(members, search.choose(pooled, 1e-4)))
+    return sum(one.bytes for one in smallest or _split(members, choose(pooled, 1e-4)))
 
 
 def finish_ensemble(ensemble: Ensemble, members: Sequence[Prepared | Result], parallel: bool) -> list[Result]:
