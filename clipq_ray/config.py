@@ -20,7 +20,7 @@ INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
-    "dead_units": "keep", "vectors": "exact", "label_smoothing": 0.0,
+    "dead_units": "keep", "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
@@ -162,6 +162,11 @@ class Config(BaseModel):
     dead_units: Literal["drop", "keep"] = Field(
         "drop",
         description="weights and biases that no output needs, of units that feed nothing or say the same for every image; drop: they are zero in the file",
+    )
+
+    unit_order: Literal["sorted", "given"] = Field(
+        "sorted",
+        description="units that lead to one next layer only; sorted: those with most weights first, as they take the fewest bytes; given: as they are. The network's function is the same",
     )
 
     # Search

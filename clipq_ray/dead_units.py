@@ -9,41 +9,17 @@ function of the network stays the same up to the rounding of sums. Not covered: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from clipq_ray import codec
-from clipq_ray.evaluate import evaluating, logits
+from clipq_ray.chains import FLAT, MAX_POOL, NOTHING, RELU, Chain, chains, changed
 
-_UNITS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_RELU: tuple[Any, ...] = (nn.ReLU, F.relu, torch.relu, "relu", torch.relu_, "relu_")
-_SAME: tuple[Any, ...] = (
-    nn.Dropout,
-    nn.Identity,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    F.max_pool1d,
-    F.max_pool2d,
-    F.max_pool3d,
-)
-"""Of a map that has one value everywhere they give that value."""
-_FLAT: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten")
-_CLOSE = 1e-4  # of the largest output
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """Modules by name; `relu`: whether a ReLU lies between them."""
-
-    first: str
-    second: str
-    relu: bool
+_THROUGH = (*RELU, *MAX_POOL, *NOTHING, *FLAT)
+"""Besides ReLU they give one value where there is one value everywhere."""
 
 
 @torch.no_grad()
@@ -53,22 +29,15 @@ def drop(
     """Take dead units out of `model`, whose weights are those of `layers` (by parameter name), in place; the layers then, and how many units went.
 
     `sample`: float32 (n, c, h, w); where the outputs for it are not the same afterwards, everything is as it was."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with evaluating(model):
-        wanted = logits(model(sample))
-        chains = [
-            one
-            for one in _chains(model)
-            if f"{one.first}.weight" in layers and f"{one.second}.weight" in layers
-        ]
-        gone: set[tuple[str, int]] = set()
-        while found := [(chain.first, unit) for chain in chains for unit in _dead(model, chain)]:
-            gone |= set(found)
-        found_now = logits(model(sample))
-    if not gone:
-        return dict(layers), 0
-    if not torch.allclose(wanted, found_now, rtol=0, atol=_CLOSE * float(wanted.abs().max())):
-        model.load_state_dict(before)
+    pairs = chains(model, _THROUGH, layers)
+    gone: set[tuple[str, int]] = set()
+
+    def remove() -> bool:
+        while found := [(chain.first, unit) for chain in pairs for unit in _dead(model, chain)]:
+            gone.update(found)
+        return bool(gone)
+
+    if not changed(model, sample, remove):
         return dict(layers), 0
     return {name: _masked(layer, model.get_parameter(name)) for name, layer in layers.items()}, len(gone)
 
@@ -78,68 +47,7 @@ def _masked(layer: codec.CodedLayer, weight: Tensor) -> codec.CodedLayer:
     return codec.CodedLayer.from_quantized(codes, layer.levels, layer.negative)
 
 
-def _chains(model: nn.Module) -> list[_Chain]:
-    """All pairs of layers that follow each other and nothing else; none in a network that cannot be traced."""
-    try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception:  # control flow on values, and whatever else a network does
-        return []
-    modules = dict(model.named_modules(remove_duplicate=False))
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    often = {node.target for node in calls if sum(one.target == node.target for one in calls) > 1}
-    owners = [id(value) for _, value in model.named_parameters(remove_duplicate=False)]
-    found = []
-    for node in calls:
-        chain = _followed(node, modules) if isinstance(modules[node.target], _UNITS) else None
-        if chain is None or {chain.first, chain.second} & often:
-            continue
-        weights = [
-            value for name in (chain.first, chain.second) for value in modules[name].parameters(recurse=False)
-        ]
-        if all(owners.count(id(value)) == 1 for value in weights):
-            found.append(chain)
-    return found
-
-
-def _followed(node: fx.Node, modules: Mapping[str, nn.Module]) -> _Chain | None:
-    """From a layer's call to the next layer's, if nothing else sees what lies between."""
-    first, relu = str(node.target), False
-    while len(node.users) == 1:
-        (node,) = node.users
-        what = type(modules[str(node.target)]) if node.op == "call_module" else node.target
-        if node.op not in ("call_module", "call_function", "call_method") or not node.args:
-            return None
-        if what in _UNITS:
-            second = str(node.target)
-            return _Chain(first, second, relu) if _fits(modules[first], modules[second]) else None
-        if what in _RELU:
-            relu = True
-        elif what in _FLAT:
-            if not _from_channels(node, modules):
-                return None
-        elif what not in _SAME:
-            return None
-    return None
-
-
-def _from_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a flattening leaves the batch alone and takes all else."""
-    if node.op == "call_module":
-        module: Any = modules[str(node.target)]
-        return bool((module.start_dim, module.end_dim) == (1, -1))
-    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)
-
-
-def _fits(first: Any, second: Any) -> bool:
-    """Whether the second layer's inputs belong to units of the first in equal parts."""
-    units = first.weight.shape[0]
-    if isinstance(second, nn.Linear):
-        return bool(second.in_features % units == 0)
-    return bool(second.groups == 1 and second.in_channels == units)
-
-
-def _dead(model: nn.Module, chain: _Chain) -> list[int]:
+def _dead(model: nn.Module, chain: Chain) -> list[int]:
     """Units of the first layer that can go now; they are gone afterwards."""
     first: Any = model.get_submodule(chain.first)
     second: Any = model.get_submodule(chain.second)

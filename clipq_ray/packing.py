@@ -1,6 +1,6 @@
 """From a fine-tuned network to the bytes of its file.
 
-Weights are quantized for good, what units leave behind that feed nothing goes (`dead_units`), batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
+Weights are quantized for good, what units leave behind that feed nothing goes (`dead_units`), units are brought into the order that takes the fewest bytes (`unit_order`), batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
 batch norm folded and put on the coarsest grids that change nothing measured on validation images, and all is encoded. What a choice costs is measured on
 the decoded file. Not covered: the format (`codec`) and the report.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clipq_ray import codec, dead_units, folding, loading
+from clipq_ray import codec, dead_units, folding, loading, unit_order
 from clipq_ray.data import Data
 from clipq_ray.evaluate import Evaluation, evaluate, reestimate_batch_norm
 from clipq_ray.intent import Drop
@@ -67,10 +67,10 @@ def pack(
         layers = {name: layer.halved() for name, layer in layers.items()}
         for name, layer in layers.items():
             model.get_parameter(name).data.copy_(torch.from_numpy(layer.values()))
-    gone = 0
-    if config.dead_units == "drop":
-        sample = data.validation.batch(torch.arange(min(_SAMPLE, len(data.validation))), None)[0]
-        layers, gone = dead_units.drop(model, layers, sample)
+    sample = data.validation.batch(torch.arange(min(_SAMPLE, len(data.validation))), None)[0]
+    layers, gone = dead_units.drop(model, layers, sample) if config.dead_units == "drop" else (layers, 0)
+    if config.unit_order == "sorted":
+        layers = unit_order.sort(model, layers, sample)
     model.to(device)
     words, exact = _batch_norm(model, source, data)
     packed = codec.Packed(

@@ -73,7 +73,7 @@ def test_grids_make_the_file_smaller_and_no_validation_image_worse(
 
 
 def test_exact_vectors_are_the_networks_own(tmp_path: Path, digits_weights: dict[str, torch.Tensor]) -> None:
-    made = packed(tmp_path, lenet(digits_weights), vectors="exact")
+    made = packed(tmp_path, lenet(digits_weights), vectors="exact", unit_order="given")
     after = codec.arrays(made.file)
     for name, value in digits_weights.items():
         if value.dim() == 1:
@@ -83,7 +83,7 @@ def test_exact_vectors_are_the_networks_own(tmp_path: Path, digits_weights: dict
 def test_levels_are_float16_and_the_layers_are_those_of_the_quantizer(
     tmp_path: Path, digits_weights: dict[str, torch.Tensor]
 ) -> None:
-    made = packed(tmp_path, lenet(digits_weights))
+    made = packed(tmp_path, lenet(digits_weights), unit_order="given")
     layers = [one for one in codec.entries(made.file) if one.name in made.quantized]
     assert len(layers) == len(made.quantized)
     assert all(one.coder.endswith("h") for one in layers)

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from clipq_ray.codec import coders, plain
+from clipq_ray.codec import coders, plain, varint
 from clipq_ray.codec.coders import Profile
 from clipq_ray.errors import ArtifactError
 from clipq_ray.plan import Share
 from clipq_ray.quantizer import Quantized
 
-CODERS = tuple(letter + half for letter in coders.LETTERS for half in ("", "h"))
-"""With "h", levels are float16."""
+CODERS = tuple(letter + trim + half for letter in coders.LETTERS for trim in ("", "t") for half in ("", "h"))
+"""With "t", rows and columns at the end that hold zeros only are left out; with "h", levels are float16."""
+_SIDE_BITS = 48
 _PIECE = 1 << 15
 """Codes that become values at a time: their indices stay in the cache."""
 
@@ -87,8 +88,27 @@ def layer_bytes(layer: CodedLayer, profile: Profile = "fast") -> int:
 def smallest(layer: CodedLayer, profile: Profile = "fast") -> tuple[str, bytes]:
     """The coder that takes fewest bytes for `layer`, float16 levels where they are exact, and its blob without checksum."""
     letter, codes = coders.smallest(layer.codes, layer.negative, layer.positive, profile)
+    part = _trimmed(layer.codes)
+    if part.size < layer.codes.size:
+        other, rest = coders.smallest(part, layer.negative, layer.positive, profile)
+        if len(_sides(part)) + len(rest) < len(codes):
+            letter, codes = other + "t", _sides(part) + rest
     coder = letter + ("h" if _are_half(layer.levels) else "")
     return coder, _levels(layer, coder) + codes
+
+
+def _trimmed(codes: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
+    """The leading rows and columns (the first two dimensions) up to the last ones that hold anything but zeros."""
+    used = codes != 0
+    for axis in range(min(codes.ndim, 2)):
+        found = np.flatnonzero(used.any(tuple(other for other in range(codes.ndim) if other != axis)))
+        codes = np.take(codes, range(found[-1] + 1 if len(found) else 0), axis)
+    return codes
+
+
+def _sides(part: npt.NDArray[np.int16]) -> bytes:
+    """How many rows and columns are there."""
+    return b"".join(varint.write(side) for side in part.shape[:2])
 
 
 def _are_half(levels: npt.NDArray[np.float32]) -> bool:
@@ -105,7 +125,11 @@ def _levels(layer: CodedLayer, coder: str) -> bytes:
 
 def write(layer: CodedLayer, coder: str = "q") -> bytes:
     """The blob of `layer` by `coder`, one of `CODERS`, without checksum."""
-    return _levels(layer, coder) + coders.encode(coder[0], layer.codes, layer.negative, layer.positive)
+    codes, sides = layer.codes, b""
+    if "t" in coder:
+        codes = _trimmed(codes)
+        sides = _sides(codes)
+    return _levels(layer, coder) + sides + coders.encode(coder[0], codes, layer.negative, layer.positive)
 
 
 def read(blob: bytes, shape: tuple[int, ...], coder: str = "q") -> CodedLayer:
@@ -118,4 +142,16 @@ def read(blob: bytes, shape: tuple[int, ...], coder: str = "q") -> CodedLayer:
     if len(blob) < at:
         raise ArtifactError("a level table is cut off")
     levels = np.insert(np.frombuffer(blob[2:at], kind).astype(np.float32), negative, np.float32(0.0))
-    return CodedLayer(coders.decode(coder[0], blob[at:], shape, negative, positive), levels, negative)
+    part = list(shape)
+    for axis in range(min(len(shape), 2) if "t" in coder else 0):
+        part[axis], at = varint.read(blob, at, _SIDE_BITS)
+        if part[axis] > shape[axis]:
+            raise ArtifactError(
+                f"expected at most {shape[axis]} of a layer's rows or columns, got {part[axis]}"
+            )
+    codes = coders.decode(coder[0], blob[at:], tuple(part), negative, positive)
+    if tuple(part) != shape:
+        whole = np.zeros(shape, np.int16)
+        whole[tuple(slice(side) for side in part)] = codes
+        codes = whole
+    return CodedLayer(codes, levels, negative)

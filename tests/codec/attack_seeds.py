@@ -137,10 +137,25 @@ def _file(
 
 def files() -> list[bytes]:
     """Small valid files: every coder, every plain type, both versions, norms, vectors, a hash, borders."""
-    shapes = ((3, 2, 3, 3), (5, 6), (2, 2, 9), (7,), (4, 9), (2, 2, 2, 2, 2))
+    shapes = (
+        (3, 2, 3, 3),
+        (5, 6),
+        (4, 3, 2),
+        (9,),
+        (2, 2, 9),
+        (7,),
+        (3, 3, 2, 2),
+        (6, 5),
+        (4, 9),
+        (2, 2, 2, 2, 2),
+        (5, 4, 2),
+        (7, 3),
+    )
     found = []
     for number, (coder, shape) in enumerate(zip(layers.CODERS, shapes, strict=True)):
-        one = _layer(shape, number % 3, 2 + 5 * number, number)
+        one = _layer(shape, number % 3, 2 + 5 * (number // 2), number)
+        if "t" in coder:
+            one.codes[-2:] = 0
         if coder.endswith("h"):
             one = one.halved()
         bias = (shape[:1], *plain.write(np.ones(shape[0], np.float32)))

@@ -1,4 +1,4 @@
-"""Writes tests/golden/v2-every-coder.clq, the file of version 2 that every later version must open.
+"""Writes v2-every-coder.clq and v2-trimmed.clq in tests/golden, the files of version 2 that every later version must open.
 
 `python tests/codec/make_golden.py` makes the same bytes each time: all values stand here or follow from integers, none are drawn. Run it
 only for a new version of the format, under a new name; a golden file in the repository never changes. v1-small.clq beside it was
@@ -18,7 +18,9 @@ import numpy.typing as npt
 from clipq_ray import codec
 from clipq_ray.codec import header, layers, plain, vectors
 
-PATH = Path(__file__).resolve().parents[1] / "golden" / "v2-every-coder.clq"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+WHOLE = ("q", "qh", "a", "ah", "m", "mh")
+"""Coders that write all rows and columns."""
 METADATA: dict[str, Any] = {
     "architecture": {"name": "lenet5", "kwargs": {"num_classes": 3}},
     "classes": 3,
@@ -67,10 +69,34 @@ def coded() -> dict[str, tuple[codec.CodedLayer, str]]:
         "m, three sides": (layer((4, 3, 7), 2, 0, 8, 64), "mh"),
         "m, 140 levels": (layer((40,), 0, 140, 2, 8), "mh"),
         "m, no side": (layer((), 1, 1, 0, 64), "mh"),
-        **{f"constant {coder}": (constant(), coder) for coder in layers.CODERS},
-        **{f"empty {coder}": (layer((0, 4), 0, 0, 0, 1), coder) for coder in layers.CODERS[::2]},
+        **{f"constant {coder}": (constant(), coder) for coder in WHOLE},
+        **{f"empty {coder}": (layer((0, 4), 0, 0, 0, 1), coder) for coder in WHOLE[::2]},
         "nur Nullen ä": (layer((3, 4), 0, 0, 16, 1), "q"),
     }
+
+
+def trimmed() -> dict[str, tuple[codec.CodedLayer, str]]:
+    """Layers that end in zeros, and their coders, by name: rows, columns, both, neither, all."""
+    whole = layer((7, 5, 3, 3), 2, 3, 8, 64)
+    return {
+        "rows": (ending(whole, 4, 5), "mth"),
+        "columns": (ending(whole, 7, 2), "ath"),
+        "both": (ending(whole, 3, 2), "qth"),
+        "neither": (layer((6, 4, 3, 3), 1, 2, 4, 1000), "mt"),
+        "a matrix": (ending(layer((300, 200), 2, 2, 9, 1000), 140, 130), "at"),
+        "one side": (ending(layer((40,), 2, 2, 3, 1000), 9, 0), "qt"),
+        "all": (ending(layer((3, 4), 0, 0, 16, 1), 0, 0), "qt"),
+        "no side": (layer((), 1, 1, 0, 1000), "mt"),
+    }
+
+
+def ending(one: codec.CodedLayer, rows: int, columns: int) -> codec.CodedLayer:
+    """The same with zeros behind so many rows and columns."""
+    codes = one.codes.copy()
+    codes[rows:] = 0
+    if codes.ndim > 1:
+        codes[:, columns:] = 0
+    return codec.CodedLayer(codes, one.levels, one.negative)
 
 
 def constant() -> codec.CodedLayer:
@@ -103,11 +129,8 @@ def grids() -> dict[str, codec.Vector]:
 
 
 def build() -> bytes:
-    """The file; `codec.encode` would choose the coders by size."""
-    rows, blobs = [], []
-    for name, (one, coder) in coded().items():
-        rows.append((name, one.shape, coder))
-        blobs.append(layers.write(one, coder))
+    """v2-every-coder.clq; `codec.encode` would choose the coders by size."""
+    rows, blobs = _rows(coded())
     for name, array in plain_tensors().items():
         coder, blob = plain.write(array)
         rows.append((name, array.shape, coder))
@@ -117,11 +140,30 @@ def build() -> bytes:
     names = [header.norm_names(module)[0] for module in NORMS]
     others = [(name, one.shape) for name, one in list(vector.items())[2 * len(NORMS) :]]
     norms = [(module, vector[name].codes.size) for module, name in zip(NORMS, names, strict=True)]
-    table = header.Table(rows, norms, others, letter)
-    checked = (struct.pack("<I", zlib.crc32(one)) + one for one in (*blobs, blob))
-    return header.build(METADATA, table, map(len, (*blobs, blob))) + b"".join(checked)
+    return _file(METADATA, header.Table(rows, norms, others, letter), [*blobs, blob])
 
+
+def build_trimmed() -> bytes:
+    """v2-trimmed.clq."""
+    rows, blobs = _rows(trimmed())
+    return _file({}, header.Table(rows, [], [], ""), blobs)
+
+
+def _rows(
+    found: dict[str, tuple[codec.CodedLayer, str]],
+) -> tuple[list[tuple[str, tuple[int, ...], str]], list[bytes]]:
+    rows = [(name, one.shape, coder) for name, (one, coder) in found.items()]
+    return rows, [layers.write(one, coder) for one, coder in found.values()]
+
+
+def _file(metadata: dict[str, Any], table: header.Table, blobs: list[bytes]) -> bytes:
+    checked = (struct.pack("<I", zlib.crc32(one)) + one for one in blobs)
+    return header.build(metadata, table, map(len, blobs)) + b"".join(checked)
+
+
+FILES = {"v2-every-coder.clq": build, "v2-trimmed.clq": build_trimmed}
 
 if __name__ == "__main__":
-    PATH.write_bytes(build())
-    print(f"{PATH}: {PATH.stat().st_size} bytes")
+    for path, data in ((GOLDEN / name, make()) for name, make in FILES.items()):
+        path.write_bytes(data)
+        print(f"{path}: {len(data)} bytes")

@@ -21,6 +21,8 @@ SPEC = Path(__file__).resolve().parents[2] / "clipq_ray" / "codec" / "SPEC.md"
 DICTIONARIES = [block.replace("\n", "").encode("ascii") for block in SPEC.read_text().split("```\n")[1::2]]
 PLAIN = {"f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "b1": "B"}
 
+LAYERS = {letter + trim + half for letter in CODERS for trim in ("", "t") for half in ("", "h")}
+
 
 @dataclass
 class Tensor:
@@ -138,7 +140,7 @@ def _check(header: dict[str, Any], length: int) -> None:
     demand(not odd, "a name with control characters")
     _check_metadata(header["m"], set(names))
     for coder in header["c"]:
-        known = isinstance(coder, str) and coder in {*PLAIN, *CODERS, *(letter + "h" for letter in CODERS)}
+        known = isinstance(coder, str) and coder in {*PLAIN, *LAYERS}
         demand(known, f"coder {coder!r} is unknown")
     demand(header["k"] in CODERS or not (header["b"] or header["v"]), f"coder {header['k']!r} is unknown")
     elements = sum(map(math.prod, shapes)) + 4 * sum(channels for _, channels in header["b"])
@@ -178,11 +180,36 @@ def _tensor(blob: bytes, shape: tuple[int, ...], coder: str) -> Tensor:
         return Tensor(shape, "f4" if coder == "f2" else coder, values)
     cursor = Cursor(blob)
     negative, positive = cursor.take(2)
-    kind = f"<{negative + positive}{'e' if coder[1:] else 'f'}"
+    kind = f"<{negative + positive}{'e' if coder.endswith('h') else 'f'}"
     found = list(struct.unpack(kind, cursor.take(struct.calcsize(kind))))
     levels = [*found[:negative], 0.0, *found[negative:]]
-    codes = coded(coder[0], cursor.rest(), shape, (negative, positive))
+    if "t" in coder:
+        there = tuple(cursor.leb128(48) for _ in shape[:2])
+        demand(
+            all(side <= whole for side, whole in zip(there, shape, strict=False)),
+            "more rows or columns than the layer has",
+        )
+        codes = _widened(
+            coded(coder[0], cursor.rest(), there + shape[2:], (negative, positive)), there, shape
+        )
+    else:
+        codes = coded(coder[0], cursor.rest(), shape, (negative, positive))
     return Tensor(shape, "layer", [levels[code + negative] for code in codes], codes, levels)
+
+
+def _widened(codes: list[int], there: tuple[int, ...], shape: tuple[int, ...]) -> list[int]:
+    """The codes of a layer of which the leading rows and columns are given."""
+    inner = math.prod(shape[2:])
+    rows, columns = (*shape, 1, 1)[:2]
+    rows_there, columns_there = (*there, 1, 1)[:2]
+    found = [0] * (rows * columns * inner)
+    for row in range(rows_there):
+        for column in range(columns_there):
+            for place in range(inner):
+                found[(row * columns + column) * inner + place] = codes[
+                    (row * columns_there + column) * inner + place
+                ]
+    return found
 
 
 NORM = ("weight", "bias", "running_mean", "running_var")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SHA256 = {
     "v1-small.clq": "31451774bd5ee918784c9be27f3bc454bc629a4b133e496c29d36e85cc89a461",
     "v2-every-coder.clq": "c6683d7816437fc356edd51c49485966b223083fb14a5ab40f702a12163cd22e",
+    "v2-trimmed.clq": "2a1ce7d314a41ea6e923cc8d63243816a5ae8db928824e85b1c00b2ad6e7feb1",
 }
 CONSTANT = bytes((1, 1)) + struct.pack("<2f", -1, 1) + b"\x00\x80\x80\x01"
 """A coder-q blob in which every code is 0."""
@@ -46,6 +48,10 @@ CONSTANT = bytes((1, 1)) + struct.pack("<2f", -1, 1) + b"\x00\x80\x80\x01"
         ([0], "q", bytes(3)),
         ([0], "a", bytes(3)),
         ([0], "m", bytes(3)),
+        ([4], "qt", bytes((1, 1)) + struct.pack("<2f", -1, 1) + b"\5\x80\x80\x01"),
+        ([4], "qt", bytes((1, 1)) + struct.pack("<2f", -1, 1)),
+        ([4, 4], "qt", bytes((1, 1)) + struct.pack("<2f", -1, 1) + b"\1"),
+        ([4, 4], "qt", bytes((1, 1)) + struct.pack("<2f", -1, 1) + b"\xff" * 9 + b"\x80\x80\x01"),
         ([4], "q", CONSTANT + b"x"),
         ([4], "q", b""),
         ([2**34, 2], "q", CONSTANT),
@@ -198,16 +204,27 @@ def test_a_golden_file_never_changes(name: str) -> None:
     assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == SHA256[name]
 
 
+def take_equal(found: dict[str, Any], made: dict[str, tuple[codec.CodedLayer, str]]) -> None:
+    """Take from `found` the layers of `made`, which it holds."""
+    for name, (before, _) in made.items():
+        one = found.pop(name)
+        assert isinstance(one, codec.CodedLayer)
+        assert one.negative == before.negative
+        np.testing.assert_array_equal(one.codes, before.codes)
+        np.testing.assert_array_equal(one.levels, before.levels)
+
+
+def test_the_golden_file_of_trimmed_layers_opens_forever() -> None:
+    found = codec.decode((GOLDEN / "v2-trimmed.clq").read_bytes()).tensors
+    take_equal(found, make_golden.trimmed())
+    assert not found
+
+
 def test_the_golden_file_of_version_2_opens_forever() -> None:
     after = codec.decode((GOLDEN / "v2-every-coder.clq").read_bytes())
     assert after.metadata == make_golden.METADATA
     assert after.norms == make_golden.NORMS
-    for name, (before, _) in make_golden.coded().items():
-        found = after.tensors.pop(name)
-        assert isinstance(found, codec.CodedLayer)
-        assert found.negative == before.negative
-        np.testing.assert_array_equal(found.codes, before.codes)
-        np.testing.assert_array_equal(found.levels, before.levels)
+    take_equal(after.tensors, make_golden.coded())
     for name, vector in make_golden.grids().items():
         found = after.tensors.pop(name)
         assert isinstance(found, codec.Vector)
@@ -217,11 +234,20 @@ def test_the_golden_file_of_version_2_opens_forever() -> None:
     assert not after.tensors
 
 
-def test_the_golden_file_of_version_2_is_written_the_same_forever() -> None:
+@pytest.mark.parametrize(("name", "build"), make_golden.FILES.items())
+def test_the_golden_files_of_version_2_are_written_the_same_forever(
+    name: str, build: Callable[[], bytes]
+) -> None:
     """The blobs; how far zlib packs a header is its own affair."""
-    data, again = (GOLDEN / "v2-every-coder.clq").read_bytes(), make_golden.build()
+    data, again = (GOLDEN / name).read_bytes(), build()
     assert again[header.extent(again) :] == data[header.extent(data) :]
-    assert {entry.coder for entry in codec.entries(data)} >= {*layers.CODERS, "f2", "f4", "f8", "i8", "b1"}
+
+
+def test_the_golden_files_hold_every_coder() -> None:
+    found = {
+        entry.coder for name in make_golden.FILES for entry in codec.entries((GOLDEN / name).read_bytes())
+    }
+    assert found >= {*layers.CODERS, "f2", "f4", "f8", "i8", "b1"}
 
 
 def test_the_golden_file_of_version_1_opens_forever() -> None:

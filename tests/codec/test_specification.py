@@ -22,7 +22,10 @@ from clipq_ray.errors import FormatError
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.clq"))
-BLOBS = {f"{coder} {one.shape}": (one, coder) for one, coder in make_golden.coded().values()}
+BLOBS = {
+    f"{coder} {one.shape}": (one, coder)
+    for one, coder in (*make_golden.coded().values(), *make_golden.trimmed().values())
+}
 EDGES = [
     ((2, 1, 33, 33), 0, 1, "m"),
     ((1, 1024, 1, 1), 3, 3, "a"),

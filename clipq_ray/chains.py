@@ -1,0 +1,130 @@
+"""Layers that follow each other and nothing else: whose units may be changed without any other part of a network seeing it.
+
+A linear layer or a convolution leads to a next one through nothing but modules and functions of given kinds, as `torch.fx` sees it: in a straight line, with
+no other user of what lies between, each called once, and no weight shared. Not covered: branches and residual sums; networks that cannot be traced have no chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from clipq_ray.evaluate import evaluating, logits
+
+_CLOSE = 1e-4  # of the largest output
+_UNITS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RELU: tuple[Any, ...] = (nn.ReLU, F.relu, torch.relu, "relu", torch.relu_, "relu_")
+MAX_POOL: tuple[Any, ...] = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+)  # fmt: skip
+NOTHING: tuple[Any, ...] = (nn.Dropout, nn.Identity)
+"""In inference."""
+FLAT: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten")
+"""From the channels on, all into one dimension."""
+NORM: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BY_CHANNEL: tuple[Any, ...] = (
+    nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    F.relu6, F.silu, F.gelu, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, torch.sigmoid, torch.tanh,
+)  # fmt: skip
+"""What treats every channel by itself and all alike, beside the kinds above."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Modules by name; `relu`: whether a ReLU lies between them; `norms`: the batch norms that do."""
+
+    first: str
+    second: str
+    relu: bool
+    norms: tuple[str, ...] = ()
+
+
+def changed(model: nn.Module, sample: Tensor, change: Callable[[], bool]) -> bool:
+    """Whether `change` says that it changed weights of `model`; where outputs for `sample`, float32 (n, c, h, w), are others afterwards, the weights are as
+    they were, and the answer is no."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with evaluating(model):
+        wanted = logits(model(sample))
+        if not change():
+            return False
+        found = logits(model(sample))
+    if torch.allclose(wanted, found, rtol=0, atol=_CLOSE * float(wanted.abs().max())):
+        return True
+    model.load_state_dict(before)
+    return False
+
+
+def chains(model: nn.Module, through: Collection[Any], weights: Collection[str]) -> list[Chain]:
+    """All pairs of layers whose weights (parameter names) are among `weights` and that follow each other through kinds in `through` only; none in a network
+    that cannot be traced."""
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception:  # control flow on values, and whatever else a network does
+        return []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    often = {node.target for node in calls if sum(one.target == node.target for one in calls) > 1}
+    owners = [id(value) for _, value in model.named_parameters(remove_duplicate=False)]
+    found = []
+    for node in calls:
+        chain = _followed(node, modules, through) if isinstance(modules[node.target], _UNITS) else None
+        if chain is None or {chain.first, chain.second, *chain.norms} & often:
+            continue
+        if not {f"{chain.first}.weight", f"{chain.second}.weight"} <= set(weights):
+            continue
+        owned = [
+            value
+            for name in (chain.first, chain.second, *chain.norms)
+            for value in modules[name].parameters(recurse=False)
+        ]
+        if all(owners.count(id(value)) == 1 for value in owned):
+            found.append(chain)
+    return found
+
+
+def _followed(node: fx.Node, modules: Mapping[str, nn.Module], through: Collection[Any]) -> Chain | None:
+    """From a layer's call to the next layer's, if nothing else sees what lies between."""
+    first, relu = str(node.target), False
+    norms: list[str] = []
+    units = cast(Any, modules[first]).weight.shape[0]
+    while len(node.users) == 1:
+        (node,) = node.users
+        what = type(modules[str(node.target)]) if node.op == "call_module" else node.target
+        if node.op not in ("call_module", "call_function", "call_method") or not node.args:
+            return None
+        if what in _UNITS:
+            second = str(node.target)
+            return (
+                Chain(first, second, relu, tuple(norms)) if _fits(modules[first], modules[second]) else None
+            )
+        if what not in through or (what in FLAT and not _from_channels(node, modules)):
+            return None
+        relu = relu or what in RELU
+        if what in NORM:
+            norms.append(str(node.target))
+            if cast(Any, modules[norms[-1]]).num_features != units:
+                return None
+    return None
+
+
+def _from_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a flattening leaves the batch alone and takes all else."""
+    if node.op == "call_module":
+        module: Any = modules[str(node.target)]
+        return bool((module.start_dim, module.end_dim) == (1, -1))
+    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)
+
+
+def _fits(first: Any, second: Any) -> bool:
+    """Whether the second layer's inputs belong to units of the first in equal parts."""
+    units = first.weight.shape[0]
+    if isinstance(second, nn.Linear):
+        return bool(second.in_features % units == 0)
+    return bool(second.groups == 1 and second.in_channels == units)
