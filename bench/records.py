@@ -70,9 +70,13 @@ TARGETS = (
 
 
 def total_epochs(options: dict[str, Any]) -> int:
-    """Epochs on the way to the size and in the last round."""
+    """Epochs on the way to the size and in the last round, those of its levels included."""
     rungs = options.get("rungs", 1) - 1
-    return int(options["epochs"] + rungs * options.get("rung_epochs", math.ceil(options["epochs"] / 2)))
+    return int(
+        options["epochs"]
+        + options.get("level_epochs", 0)
+        + rungs * options.get("rung_epochs", math.ceil(options["epochs"] / 2))
+    )
 
 
 def published(options: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
-    "dead_units": "keep", "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
+    "dead_units": "keep", "level_epochs": 0, "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
@@ -224,6 +224,12 @@ class Config(BaseModel):
     batch_norm_images: int = Field(
         4096, ge=2, description="training images that re-estimate batch norm after fine-tuning"
     )
+    level_epochs: int = Field(
+        0,
+        ge=0,
+        description="further epochs in which codes are fixed, and levels, biases and batch norm are trained; kept where validation images like that better",
+    )
+    level_learning_rate: float = Field(1e-3, gt=0, description="peak rate of these epochs, by Adam")
     baseline_epochs: int = Field(
         10, ge=1, description="epochs of training when the weights are trained first"
     )

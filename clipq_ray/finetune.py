@@ -3,7 +3,7 @@
 The same function trains a network first (no plan, random start), fine-tunes it with CLIP-Q (a plan) and makes the dense control (no
 plan, the given weights). It knows rank and world size through `torch.distributed`, not who started it. Every random choice is a
 function of (seed, stage, epoch, step, rank), and a checkpoint after every epoch holds all else, so a run that was killed goes on as if
-it had not been. Not covered: optimizers other than SGD, and float16 with loss scaling.
+it had not been. Not covered: other optimizers (`optimizers`), and float16 with loss scaling.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipq_ray import logs, seeds
+from clipq_ray import logs, optimizers, seeds
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
+from clipq_ray.levels import Levels
 from clipq_ray.memory import ran_out
 from clipq_ray.operator import Operator, Ramp, Recovery
 from clipq_ray.plan import Plan
@@ -79,7 +80,8 @@ class Trainer:
     """One training of `model`, in place; after `run` the parameters hold full-precision weights.
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
-    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `feed` makes the batches.
+    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `fixed_codes`: with a plan, codes stay those of the given weights, and
+    levels are trained by Adam. `feed` makes the batches.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Trainer:
         deadline: float | None = None,
         precision: str = "float32",
         ramp: Ramp | None = None,
+        fixed_codes: bool = False,
         feed: Feed = batches,
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
@@ -112,20 +115,18 @@ class Trainer:
         self.notes: list[str] = []
         self.progressed = 0.0  # the part of the schedule that is done, 0..1
         self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
+        # codes follow from the weights with which the training began
+        fixed = Levels(model, plan) if plan and fixed_codes else None
         found = checkpoints.latest()
         if found:
             self._load_model(found[0])
         self.plan, self.ramp = plan, ramp
         self.rates = ramp.rates(plan, found[1]["progressed"] if found else 0.0) if plan and ramp else None
-        self.operator = Operator(model, plan, self.rates) if plan else None
-        self.recovery: dict[str, Recovery] = {}
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=schedule.learning_rate,
-            momentum=schedule.momentum,
-            weight_decay=schedule.weight_decay,
-            nesterov=schedule.momentum > 0,
+        self.operator: Operator | Levels | None = fixed or (
+            Operator(model, plan, self.rates) if plan else None
         )
+        self.recovery: dict[str, Recovery] = {}
+        self.optimizer = optimizers.adam(model, schedule) if fixed else optimizers.sgd(model, schedule)
         if found:
             self._load_progress(*found)
             if self.operator:
@@ -143,20 +144,14 @@ class Trainer:
     def _load_progress(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.curve = [Epoch(**row) for row in state["curve"]]
         self.notes, self.epochs, self.progressed = state["notes"], state["epochs"], state["progressed"]
-        for name, parameter in self.model.named_parameters():
-            if f"momentum/{name}" in tensors:
-                buffer = tensors[f"momentum/{name}"].to(parameter.device)
-                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        optimizers.load_state(self.model, self.optimizer, tensors)
 
     def _save(self) -> None:
         if self.rank.rank:
             return
         with self.operator.reading_full_precision() if self.operator else nullcontext():
             tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-            for name, parameter in self.model.named_parameters():
-                buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if buffer is not None:
-                    tensors[f"momentum/{name}"] = buffer
+            tensors |= optimizers.state(self.model, self.optimizer)
             if self.operator:
                 tensors |= {f"operator/{name}": tensor for name, tensor in self.operator.state().items()}
             state = {
@@ -269,7 +264,9 @@ class Trainer:
         return mean
 
     def _diverged(self, epoch: int, what: str) -> RunError:
-        option = "--baseline-learning-rate" if self.stage == "baseline" else "--learning-rate"
+        option = {"baseline": "--baseline-learning-rate", "levels": "--level-learning-rate"}.get(
+            self.stage, "--learning-rate"
+        )
         return RunError(
             f"{self.stage} diverged in epoch {epoch + 1} ({what}); lower {option} "
             f"(now {self.schedule.learning_rate}) or raise --warmup-epochs"
@@ -281,7 +278,7 @@ class Trainer:
 
     def _ramp(self, done: float) -> bool:
         """The pruning rates for when a part `done` of the schedule is over, from the next quantization on; whether they are others than before."""
-        if self.operator is None or self.ramp is None or self.plan is None:
+        if self.ramp is None or self.plan is None or not isinstance(self.operator, Operator):
             return False
         rates, before = self.ramp.rates(self.plan, done), self.rates
         if rates != before:

@@ -22,7 +22,7 @@ from clipq_ray.errors import StorageError
 from clipq_ray.storage import MANIFEST, Store, run_store
 from clipq_ray.work import Source
 
-STAGE_VERSIONS = {"baseline": 2, "search": 7, "finetune": 3, "control": 2}
+STAGE_VERSIONS = {"baseline": 2, "search": 7, "finetune": 3, "levels": 1, "control": 2}
 """Raised when a change of the code changes what a stage makes of the same inputs."""
 
 _DECIDES_NOTHING = {

@@ -1,6 +1,6 @@
 """From a fine-tuned network to the bytes of its file.
 
-Weights are quantized for good, what units leave behind that feed nothing goes (`dead_units`), units are brought into the order that takes the fewest bytes (`unit_order`), batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
+Weights are quantized for good (with levels that were trained, where there are some and validation images like them better), what units leave behind that feed nothing goes (`dead_units`), units are brought into the order that takes the fewest bytes (`unit_order`), batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
 batch norm folded and put on the coarsest grids that change nothing measured on validation images, and all is encoded. What a choice costs is measured on
 the decoded file. Not covered: the format (`codec`) and the report.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clipq_ray import codec, dead_units, folding, loading, unit_order
+from clipq_ray import codec, dead_units, folding, levels, loading, unit_order
 from clipq_ray.data import Data
 from clipq_ray.evaluate import Evaluation, evaluate, reestimate_batch_norm
 from clipq_ray.intent import Drop
@@ -42,6 +42,7 @@ class PackedNetwork:
     file: bytes
     quantized: dict[str, Quantized]
     full_norms: dict[str, tuple[float, float]]
+    levels: str
     batch_norm: str
     vectors: str
     dead_units: int
@@ -49,14 +50,23 @@ class PackedNetwork:
 
 
 def pack(
-    source: Source, tuned: Store, plan: Plan, inventory: Inventory, data: Data, source_sha256: str
+    source: Source,
+    tuned: Store,
+    plan: Plan,
+    inventory: Inventory,
+    data: Data,
+    source_sha256: str,
+    fitted: Store | None = None,
 ) -> PackedNetwork:
-    """The packed form of the network whose full-precision weights lie in `tuned`."""
+    """The packed form of the network whose full-precision weights lie in `tuned`; `fitted`: the same with levels that were trained."""
     config, device = source.config, source.device()
     model = source.network()
     model.load_state_dict(read_state(tuned))
     full = {layer.layer: model.get_parameter(layer.layer).detach().double().clone() for layer in plan.layers}
     quantized = bake(model, plan)
+    levels_words = "means"
+    if fitted is not None:
+        quantized, levels_words = _fitted(model, source, data, plan, quantized, fitted)
     norms = {
         name: (float((weight - quantized[name].values.double()).norm()), float(weight.norm()))
         for name, weight in full.items()
@@ -77,7 +87,25 @@ def pack(
         _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
     )
     file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
-    return PackedNetwork(file, quantized, norms, words, vectors, gone, found)
+    return PackedNetwork(file, quantized, norms, levels_words, words, vectors, gone, found)
+
+
+def _fitted(
+    model: nn.Module, source: Source, data: Data, plan: Plan, quantized: dict[str, Quantized], fitted: Store
+) -> tuple[dict[str, Quantized], str]:
+    """Trained levels in `model`, where validation images like them better than the means; the layers then, and what was taken."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    means = _score(source, model.to(source.device()), data)
+    weights = read_state(fitted)
+    layers = levels.fitted(quantized, weights, plan)
+    model.load_state_dict({**weights, **{name: one.values for name, one in layers.items()}})
+    found = _score(source, model, data)
+    kept = (found.top1, -found.loss) > (means.top1, -means.loss)
+    model.cpu()
+    if kept:
+        return layers, "fitted"
+    model.load_state_dict(before)
+    return quantized, "means"
 
 
 def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:

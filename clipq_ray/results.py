@@ -87,6 +87,7 @@ def document(
             "bytes_before": inventory.bytes_before,
             "bytes_after": size,
             "ratio": inventory.bytes_before / size,
+            "levels": packed.levels,
             "batch_norm": packed.batch_norm,
             "vectors": packed.vectors,
             "dead_units": packed.dead_units,

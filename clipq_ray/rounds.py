@@ -298,14 +298,34 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
         run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
         1 / (1 + rungs_left),
     )  # fmt: skip
+    fitted = (
+        _fitted(run, tuned, plan, given.work, number) if run.config.level_epochs and not rungs_left else None
+    )
     with run.reporter.stage(f"pack round {number}"):
-        packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256)
+        packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256, fitted)
     drop = Drop.between(
         given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
     )
-    trained = schedule.epochs + (before[-1].outcome.epochs if before else 0)
+    trained = (
+        schedule.epochs
+        + (run.config.level_epochs if fitted else 0)
+        + (before[-1].outcome.epochs if before else 0)
+    )
     outcome = Outcome(requested, predicted, len(packed.file), drop, trained)
     return Round(making.searched, choice, plan, tuned, packed, outcome)
+
+
+def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:
+    """The weights of a round with levels that were trained, their codes fixed."""
+    config = run.config
+    # codes that cannot change need no decay, and Adam's first steps are small by themselves
+    schedule = replace(
+        stages.schedule_of(config, config.level_epochs, config.level_learning_rate),
+        warmup_epochs=0.0,
+        momentum=0.0,
+        weight_decay=0.0,
+    )
+    return stages.trained(run, "levels", schedule, tuned, plan, work, number)
 
 
 def _schedule(config: Config, number: int, rungs_left: int) -> Schedule:

@@ -32,7 +32,7 @@ from clipq_ray.redaction import redacted, redacted_json
 from clipq_ray.storage import USES, Store, stage_store
 from clipq_ray.work import CURVE, Source, TrainTask, prepare_process, read_state
 
-_DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7}
+_DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7, "levels": 0.5}
 """Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""
 _TAIL_SECONDS = 60.0  # kept free before a deadline for packing, verification and commit
 
@@ -214,7 +214,7 @@ def trained(
     def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp,
+            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp, stage == "levels",
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)

@@ -204,7 +204,7 @@ def here(deadline: float | None, store: Store) -> float | None:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """One training: `stage` is "baseline", "finetune" or "control"; URIs name stores. `deadline`: by the clock of the storage [s since 1970]."""
+    """One training: `stage` is "baseline", "finetune", "levels" (`fixed_codes`: codes are those of the given weights) or "control"; URIs name stores. `deadline`: by the clock of the storage [s since 1970]."""
 
     source: Source
     stage: str
@@ -215,6 +215,7 @@ class TrainTask:
     checkpoints: str
     deadline: float | None = None
     ramp: Ramp | None = None
+    fixed_codes: bool = False
 
 
 def train(
@@ -248,6 +249,7 @@ def train(
         deadline=here(task.deadline, Store(task.output)),
         precision=config.precision,
         ramp=task.ramp,
+        fixed_codes=task.fixed_codes,
         feed=feed,
     )
     trainer.run(progress, report)

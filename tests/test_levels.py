@@ -1,0 +1,154 @@
+"""Levels are fitted to the loss while codes stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_finetune import PLAN, Killed, network, run, same, schedule, trainer
+from test_packing import DIGITS, lenet
+from test_rounds import run as compressed
+from torch import nn
+
+from clipq_ray import codec, levels, packing
+from clipq_ray.config import make
+from clipq_ray.levels import Levels
+from clipq_ray.network import inventory
+from clipq_ray.operator import bake, make_plan
+from clipq_ray.plan import Plan, Theta
+from clipq_ray.quantizer import Quantized
+from clipq_ray.storage import Store
+from clipq_ray.work import WEIGHTS, Source, write_state
+
+FITTING: dict[str, Any] = {
+    "fixed_codes": True, "stage": "levels",
+    "schedule": schedule(epochs=8, learning_rate=2e-2, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0),
+}  # fmt: skip
+
+
+def plan_of(model: nn.Module) -> Plan:
+    return make_plan(model, PLAN)
+
+
+def codes_of(model: nn.Module, plan: Plan) -> dict[str, Quantized]:
+    """What `bake` makes of the weights in `model`, which stay."""
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    found = bake(model, plan)
+    model.load_state_dict(kept)
+    return found
+
+
+def test_a_levels_gradient_is_that_of_the_loss_by_the_level() -> None:
+    model = network()
+    plan = plan_of(model)
+    quantized = codes_of(model, plan)["head.weight"]
+    fixed = Levels(model, plan)
+    inputs, wanted = torch.randn(20, 96), torch.randint(0, 4, (20,))
+    table = quantized.levels.nan_to_num().requires_grad_()
+    weight = table[quantized.codes.long() + plan.layers[1].share.negative]
+    nn.functional.cross_entropy(inputs @ weight.T, wanted).backward()
+    head = model.get_parameter("head.weight")
+    nn.functional.cross_entropy(inputs @ head.T, wanted).backward()
+    assert table.grad is not None
+    with fixed.full_precision():
+        given = head.grad
+        assert given is not None
+        for code in quantized.codes.unique().tolist():
+            expected = table.grad[code + plan.layers[1].share.negative] if code else torch.zeros(())
+            torch.testing.assert_close(given[quantized.codes == code].unique(), expected[None])
+
+
+def test_weights_of_a_code_stay_equal_zeros_stay_zero_and_the_loss_falls(tmp_path: Path) -> None:
+    model = network()
+    plan = plan_of(model)
+    before = codes_of(model, plan)
+    rows = run(trainer(tmp_path, model, plan, **FITTING))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for name, one in before.items():
+        after = model.get_parameter(name).detach()
+        assert (after[one.codes == 0] == 0).all()
+        for code in one.codes.unique().tolist():
+            assert len(after[one.codes == code].unique()) == 1
+        assert not torch.equal(after, one.values)
+    assert not torch.equal(model.get_parameter("head.bias"), network().get_parameter("head.bias"))
+
+
+@pytest.mark.parametrize("epochs_before", [1, 7])
+def test_a_fitting_that_is_killed_goes_on_to_the_same_bits(epochs_before: int, tmp_path: Path) -> None:
+    plan = plan_of(network())
+    whole = network()
+    run(trainer(tmp_path / "whole", whole, plan, **FITTING))
+    with pytest.raises(Killed):
+        run(trainer(tmp_path / "cut", network(), plan, **FITTING), killed_after=epochs_before)
+    again = network()
+    assert len(run(trainer(tmp_path / "cut", again, plan, **FITTING))) == 8 - epochs_before
+    assert same(whole, again)
+
+
+def test_a_level_that_passed_zero_or_another_stands_in_order() -> None:
+    weight = torch.tensor([-0.9, -0.5, -0.4, 0.0, 0.3, 0.35, 0.8, 0.9])
+    plan = make_plan(nn.ParameterDict({"w": nn.Parameter(weight)}), {"w": Theta(0.1, 3)})
+    (one,) = bake(nn.ParameterDict({"w": nn.Parameter(weight.clone())}), plan).values()
+    negative = plan.layers[0].share.negative
+    low, high = one.codes == one.codes[one.codes > 0].min(), one.codes == one.codes.max()
+    below = one.codes == one.codes[one.codes < 0].max()
+    assert not torch.equal(low, high)
+    moved = torch.where(low, 2.0, torch.where(below, 0.25, one.values))
+    found = levels.fitted({"w": one}, {"w": moved}, plan)["w"]
+    there = found.levels[~found.levels.isnan()]
+    assert (there.diff() >= 0).all()
+    assert found.levels[negative] == 0
+    assert (found.values[low | high] == 2.0).all()
+    assert (found.values[below] == 0.0).all()
+    assert torch.equal(found.codes, one.codes)
+
+
+@pytest.mark.parametrize(("better", "words"), [(True, "fitted"), (False, "means")])
+def test_trained_levels_are_taken_where_validation_images_like_them_better(
+    better: bool, words: str, tmp_path: Path, digits_weights: dict[str, torch.Tensor]
+) -> None:
+    model = lenet(digits_weights)
+    source = Source(make(storage=str(tmp_path), engine="local", unit_order="given"), model, DIGITS)
+    plan = make_plan(
+        model,
+        {
+            one.name: Theta(0.5, 3)
+            for one in inventory(model, DIGITS.train.batch(torch.arange(2), None)[0]).layers
+        },
+    )
+    tuned, fitted = Store(tmp_path / "tuned"), Store(tmp_path / "fitted")
+    write_state(tuned, WEIGHTS, model.state_dict())
+    quantized = codes_of(model, plan)
+    changed = {**model.state_dict(), **{name: one.values for name, one in quantized.items()}}
+    # a smaller scale of all scores is a smaller certainty; a wrong bias is worse
+    last = list(changed)[-1]
+    changed[last] = changed[last] + (0.0 if better else 50.0 * torch.eye(10)[0])
+    if better:
+        changed = {name: value * (1.2 if name in quantized else 1.0) for name, value in changed.items()}
+    write_state(fitted, WEIGHTS, changed)
+    made = packing.pack(
+        source,
+        tuned,
+        plan,
+        inventory(model, DIGITS.train.batch(torch.arange(2), None)[0]),
+        DIGITS,
+        "0" * 64,
+        fitted,
+    )
+    assert made.levels == words
+    for name, one in quantized.items():
+        factor = 1.2 if better else 1.0
+        np.testing.assert_allclose(codec.arrays(made.file)[name], factor * one.values.numpy(), rtol=2**-9)
+
+
+def test_a_run_with_trained_levels_says_what_became_of_them(tmp_path: Path) -> None:
+    result = compressed(tmp_path, target_ratio=20.0, rounds=1, level_epochs=2)
+    assert result.manifest["metrics"]["levels"] in ("fitted", "means")
+    assert [one["epochs"] for one in result.manifest["promise"]["rounds"]] == [4]
+    assert [one["stage"] for one in result.manifest["stages"]][-1] == "levels"
+    assert (
+        compressed(tmp_path / "without", target_ratio=20.0, rounds=1).manifest["metrics"]["levels"] == "means"
+    )
