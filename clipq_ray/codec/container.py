@@ -51,12 +51,22 @@ class Packed:
 
 def encode(packed: Packed, profile: Profile = "fast") -> bytes:
     """The bytes of a .clq file; the same bytes for the same content and profile."""
+    try:
+        return _encoded(packed, profile, trim=True)
+    except ArtifactError:
+        # a file may be too small for what it says it holds; a network that is dead all over and trimmed is
+        return _encoded(packed, profile, trim=False)
+
+
+def _encoded(packed: Packed, profile: Profile, *, trim: bool) -> bytes:
     rows, blobs = [], []
     for name, tensor in packed.tensors.items():
         if isinstance(tensor, Vector):
             continue
         coder, blob = (
-            layers.smallest(tensor, profile) if isinstance(tensor, CodedLayer) else plain.write(tensor)
+            layers.smallest(tensor, profile, trim=trim)
+            if isinstance(tensor, CodedLayer)
+            else plain.write(tensor)
         )
         rows.append((name, tuple(tensor.shape), coder))
         blobs.append(blob)

@@ -137,3 +137,12 @@ def test_the_same_content_gives_the_same_bytes_in_every_version_of_the_code(
     checksum = zlib.crc32(data[12 : 12 + int.from_bytes(data[4:8], "little")])
     assert checksum == int.from_bytes(data[8:12], "little")
     assert hashlib.sha256(data).hexdigest() == sha256
+
+
+def test_a_network_that_is_dead_nearly_everywhere_is_written_so_that_it_can_be_read() -> None:
+    """Trimmed, the file would be too small for the elements that it says it holds, which every reader refuses."""
+    codes = np.zeros((2000, 2500), np.int16)
+    codes[np.arange(40), np.arange(40)] = 1
+    layer = codec.CodedLayer(codes, np.array([0.0, 0.5], np.float32), 0)
+    data = codec.encode(codec.Packed({}, {"w": layer}))
+    np.testing.assert_array_equal(codec.arrays(data)["w"], layer.values())
