@@ -31,6 +31,7 @@ class Precision:
         return f"scales to 1/{self.scale} of their mean, shifts to 1/{self.shift} of their root mean square"
 
 
+_DEAD = 1e-6  # of the eps beside it
 _COARSEST, _FEWEST = 16, 8  # steps of the mean and of the median scale
 LADDER = (
     Precision(16, 2),
@@ -83,9 +84,9 @@ def _folded(norm: Any, precision: Precision) -> tuple[codec.Vector, codec.Vector
         value.detach().cpu().double().numpy()
         for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
-    dead = (
-        variance == 0
-    )  # in training the channel was always its mean: its scale, large as it may be, did not count
+    # in training the channel was always its mean: its scale, large as it may be, did not count; an average that decays
+    # never comes to 0, it ends at the smallest float32 there is
+    dead = variance < norm.eps * _DEAD
     loaded = np.sqrt(1 + norm.eps)  # what the loaded network divides by, its variance being 1
     scale = _scale(np.where(dead, 0.0, loaded * weight / np.sqrt(variance + norm.eps)), precision)
     if scale is None:
