@@ -70,12 +70,14 @@ def test_a_folded_norm_has_no_statistics_and_takes_two_numbers_per_channel() -> 
     assert entry.bytes < 2.5 * (8 + 16 + 14 + 12)
 
 
-def test_a_dead_channel_keeps_its_constant_and_spoils_no_grid() -> None:
+@pytest.mark.parametrize("variance", [0.0, 5.6e-45])
+def test_a_dead_channel_keeps_its_constant_and_spoils_no_grid(variance: float) -> None:
+    """A running variance ends at the smallest float32, not at zero."""
     model = trained()
     conv, norm = model[0], model[1]
     with torch.no_grad():
         conv.weight[3], conv.bias[3] = 0.0, 0.25  # type: ignore[index]
-        norm.running_mean[3], norm.running_var[3] = 0.25, 0.0  # type: ignore[index]
+        norm.running_mean[3], norm.running_var[3] = 0.25, variance  # type: ignore[index]
     images = torch.randn(16, 3, 12, 12)
     assert "1" in through_a_file(model, FINE)[1].norms
     assert distance(model, through_a_file(model, FINE)[0], images) < 0.02

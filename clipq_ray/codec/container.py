@@ -51,22 +51,12 @@ class Packed:
 
 def encode(packed: Packed, profile: Profile = "fast") -> bytes:
     """The bytes of a .clq file; the same bytes for the same content and profile."""
-    try:
-        return _encoded(packed, profile, trim=True)
-    except ArtifactError:
-        # a file may be too small for what it says it holds; a network that is dead all over and trimmed is
-        return _encoded(packed, profile, trim=False)
-
-
-def _encoded(packed: Packed, profile: Profile, *, trim: bool) -> bytes:
     rows, blobs = [], []
     for name, tensor in packed.tensors.items():
         if isinstance(tensor, Vector):
             continue
         coder, blob = (
-            layers.smallest(tensor, profile, trim=trim)
-            if isinstance(tensor, CodedLayer)
-            else plain.write(tensor)
+            layers.smallest(tensor, profile) if isinstance(tensor, CodedLayer) else plain.write(tensor)
         )
         rows.append((name, tuple(tensor.shape), coder))
         blobs.append(blob)
@@ -76,7 +66,11 @@ def _encoded(packed: Packed, profile: Profile, *, trim: bool) -> bytes:
         letter, blob = vectors.write(grids, profile)
         blobs.append(blob)
     table = Table(rows, table.norms, table.vectors, letter)
-    head = header.build(packed.metadata, table, map(len, blobs))
+    sizes = [len(blob) for blob in blobs]
+    head = header.build(packed.metadata, table, sizes)
+    lacking = header.fewest_bytes(table) - len(head) - sum(size + CHECKSUM for size in sizes)
+    if lacking > 0:
+        head = header.build(packed.metadata, table, sizes, pad=lacking)
     parts = (struct.pack("<I", zlib.crc32(blob)) + blob for blob in blobs)
     data = b"".join((head, *parts))
     header.parse(head, len(data))  # what a reader would refuse is not written

@@ -5,6 +5,7 @@ The layout is in SPEC.md. Every damage is an `ArtifactError`, and nothing is pro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -117,8 +118,15 @@ def norm_names(module: str) -> tuple[str, ...]:
     return tuple(f"{module}.{name}" if module else name for name in NORM)
 
 
-def build(described: Mapping[str, Any], table: Table, sizes: Iterable[int]) -> bytes:
-    """Prefix and header; `described` is the metadata; `sizes` are those of the blobs without checksums."""
+def fewest_bytes(table: Table) -> int:
+    """The bytes that a file needs so that a reader believes what `table` says it holds."""
+    shapes = [shape for _, shape, _ in table.tensors] + [shape for _, shape in table.vectors]
+    elements = sum(map(math.prod, shapes)) + sum(len(NORM) * channels for _, channels in table.norms)
+    return -(-(elements - ELEMENTS_FREE) // ELEMENTS_PER_BYTE)
+
+
+def build(described: Mapping[str, Any], table: Table, sizes: Iterable[int], pad: int = 0) -> bytes:
+    """Prefix and header; `described` is the metadata; `sizes` are those of the blobs without checksums; `pad`: at least so many bytes more, without meaning."""
     names, shapes, coders = zip(*table.tensors, strict=True) if table.tensors else ((), (), ())
     source = described.get("source")
     binary = isinstance(source, str) and bool(_SOURCE.fullmatch(source))
@@ -126,6 +134,8 @@ def build(described: Mapping[str, Any], table: Table, sizes: Iterable[int]) -> b
         "n": names, "s": shapes, "c": coders, "b": table.norms, "v": table.vectors, "k": table.coder,
         "m": {key: value for key, value in described.items() if not (binary and key == "source")},
     }  # fmt: skip
+    if pad:  # what no packer makes smaller than half a byte for each digit
+        content["pad"] = hashlib.shake_256(b"").hexdigest(pad)
     kept = {key: value for key, value in content.items() if value or key == "m"}
     text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     if len(text) > JSON_LIMIT:

@@ -85,12 +85,11 @@ def layer_bytes(layer: CodedLayer, profile: Profile = "fast") -> int:
     return len(smallest(layer, profile)[1]) + 4
 
 
-def smallest(layer: CodedLayer, profile: Profile = "fast", *, trim: bool = True) -> tuple[str, bytes]:
-    """The coder that takes fewest bytes for `layer`, float16 levels where they are exact, and its blob without checksum; `trim`: whether rows and columns of zeros
-    at the end may be left out."""
+def smallest(layer: CodedLayer, profile: Profile = "fast") -> tuple[str, bytes]:
+    """The coder that takes fewest bytes for `layer`, float16 levels where they are exact, and its blob without checksum."""
     letter, codes = coders.smallest(layer.codes, layer.negative, layer.positive, profile)
     part = _trimmed(layer.codes)
-    if trim and part.size < layer.codes.size:
+    if part.size < layer.codes.size:
         other, rest = coders.smallest(part, layer.negative, layer.positive, profile)
         if len(_sides(part)) + len(rest) < len(codes):
             letter, codes = other + "t", _sides(part) + rest

@@ -139,9 +139,12 @@ def test_the_same_content_gives_the_same_bytes_in_every_version_of_the_code(
     assert hashlib.sha256(data).hexdigest() == sha256
 
 
-def test_a_network_that_is_dead_nearly_everywhere_is_written_so_that_it_can_be_read() -> None:
-    """Trimmed, the file would be too small for the elements that it says it holds, which every reader refuses."""
-    codes = np.zeros((2000, 2500), np.int16)
+@pytest.mark.parametrize("shape", [(2000, 2500), (3000, 6000)])
+def test_a_network_that_is_dead_nearly_everywhere_is_written_so_that_it_can_be_read(
+    shape: tuple[int, int],
+) -> None:
+    """Without padding the file would be too small for the elements that it says it holds, which every reader refuses."""
+    codes = np.zeros(shape, np.int16)
     codes[np.arange(40), np.arange(40)] = 1
     layer = codec.CodedLayer(codes, np.array([0.0, 0.5], np.float32), 0)
     data = codec.encode(codec.Packed({}, {"w": layer}))
