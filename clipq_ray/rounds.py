@@ -303,6 +303,9 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     )
     with run.reporter.stage(f"pack round {number}"):
         packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256, fitted)
+    if fitted is not None:
+        words = "taken" if packed.levels == "fitted" else "not taken, validation images like the means better"
+        run.reporter.say(f"levels that were trained: {words}")
     drop = Drop.between(
         given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
     )
