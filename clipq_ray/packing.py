@@ -59,14 +59,27 @@ def pack(
     fitted: Store | None = None,
 ) -> PackedNetwork:
     """The packed form of the network whose full-precision weights lie in `tuned`; `fitted`: the same with levels that were trained."""
-    config, device = source.config, source.device()
     model = source.network()
     model.load_state_dict(read_state(tuned))
     full = {layer.layer: model.get_parameter(layer.layer).detach().double().clone() for layer in plan.layers}
     quantized = bake(model, plan)
-    levels_words = "means"
-    if fitted is not None:
-        quantized, levels_words = _fitted(model, source, data, plan, quantized, fitted)
+    made = _made(source, model, full, plan, quantized, inventory, data, source_sha256, "means")
+    if fitted is None:
+        return made
+    weights, model = read_state(fitted), source.network()
+    trained = levels.fitted(quantized, weights, plan)
+    model.load_state_dict({**weights, **{name: one.values for name, one in trained.items()}})
+    other = _made(source, model, full, plan, trained, inventory, data, source_sha256, "fitted")
+    # of equals the means
+    return max(made, other, key=lambda one: (one.validation.top1, -one.validation.loss))
+
+
+def _made(
+    source: Source, model: nn.Module, full: dict[str, torch.Tensor], plan: Plan, quantized: dict[str, Quantized], inventory: Inventory, data: Data,
+    source_sha256: str, levels_words: str,
+) -> PackedNetwork:  # fmt: skip
+    """The packed form of `model`, whose planned weights are those of `quantized` and were those of `full`."""
+    config = source.config
     norms = {
         name: (float((weight - quantized[name].values.double()).norm()), float(weight.norm()))
         for name, weight in full.items()
@@ -81,31 +94,13 @@ def pack(
     layers, gone = dead_units.drop(model, layers, sample) if config.dead_units == "drop" else (layers, 0)
     if config.unit_order == "sorted":
         layers = unit_order.sort(model, layers, sample)
-    model.to(device)
+    model.to(source.device())
     words, exact = _batch_norm(model, source, data)
     packed = codec.Packed(
         _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
     )
     file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
     return PackedNetwork(file, quantized, norms, levels_words, words, vectors, gone, found)
-
-
-def _fitted(
-    model: nn.Module, source: Source, data: Data, plan: Plan, quantized: dict[str, Quantized], fitted: Store
-) -> tuple[dict[str, Quantized], str]:
-    """Trained levels in `model`, where validation images like them better than the means; the layers then, and what was taken."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    means = _score(source, model.to(source.device()), data)
-    weights = read_state(fitted)
-    layers = levels.fitted(quantized, weights, plan)
-    model.load_state_dict({**weights, **{name: one.values for name, one in layers.items()}})
-    found = _score(source, model, data)
-    kept = (found.top1, -found.loss) > (means.top1, -means.loss)
-    model.cpu()
-    if kept:
-        return layers, "fitted"
-    model.load_state_dict(before)
-    return quantized, "means"
 
 
 def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:
