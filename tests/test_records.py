@@ -24,7 +24,7 @@ def test_every_target_has_a_recipe_of_its_size_and_a_published_twin(target: reco
     twin = make(**records.published(options))
     assert twin.paper
     assert twin.target_bytes == config.target_bytes
-    assert twin.epochs == config.epochs + (config.rungs - 1) * (config.rung_epochs or 0)
+    assert twin.epochs == config.epochs + config.level_epochs + (config.rungs - 1) * (config.rung_epochs or 0)
     assert all(getattr(twin, name) == value for name, value in PAPER.items())
 
 

@@ -41,7 +41,8 @@ def run(storage: Path, **changes: Any) -> Result:
 @pytest.fixture(scope="module")
 def promised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     storage = tmp_path_factory.mktemp("promised")
-    return storage, run(storage, max_drop=3.0)
+    # sorted units make so small a file smaller than any prediction
+    return storage, run(storage, max_drop=3.0, unit_order="given")
 
 
 def test_the_smallest_round_that_keeps_the_promise_is_committed(promised: tuple[Path, Result]) -> None:
