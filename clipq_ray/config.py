@@ -302,9 +302,10 @@ class Config(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     evaluation_batch_size: int = Field(250, ge=1, description="images per batch without gradients")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
-        description="of training's forward and backward passes (autocast); weights, levels and evaluation are float32",
+        description="of training's forward and backward passes (autocast); auto: bfloat16 where the device computes in it, float32 where it would only "
+        "emulate it; weights, levels and evaluation are float32",
     )
     max_failures: int = Field(
         3,

@@ -30,6 +30,7 @@ from clipq_ray.levels import Levels
 from clipq_ray.memory import ran_out
 from clipq_ray.operator import Operator, Ramp, Recovery
 from clipq_ray.plan import Plan
+from clipq_ray.precision import autocast_dtype
 
 log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
@@ -106,7 +107,7 @@ class Trainer:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
         self.model = model.to(rank.device).to(memory_format=torch.channels_last)
         self.train_split, self.validation = train, validation
-        self.precision, self.feed = precision, feed
+        self.autocast, self.feed = autocast_dtype(precision, rank.device), feed
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
         self.checkpoints, self.deadline = checkpoints, deadline
         self.evaluation_batch_size = evaluation_batch_size
@@ -318,8 +319,8 @@ class Trainer:
 
     def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
-        reduced = self.precision == "bfloat16"
-        with torch.autocast(self.rank.device.type, torch.bfloat16, enabled=reduced):
+        reduced = self.autocast != torch.float32
+        with torch.autocast(self.rank.device.type, self.autocast if reduced else None, enabled=reduced):
             output = logits(model(images))
         loss: Tensor = self.loss(output.float(), labels)
         return loss

@@ -32,9 +32,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 ENDPOINT = f"http://{HOSTS['client']}:5000"
+# a search of half a minute of one host: the other one's processes take seconds to start, on a busy machine ten and more, and shall still find work
 OPTIONS = (
     "--model lenet5 --weights random --workers 2 --target-ratio 15 --rounds 1 --epochs 40 --batch-size 32 "
-    "--learning-rate 0.01 --control never --search-evaluations 10 --search-start 3 --search-images 60"
+    "--learning-rate 0.01 --control never --search-evaluations 40 --search-start 3 --search-images 1000"
 )
 LIMIT_SECONDS = 1200.0  # for any one thing; an idle machine of two cores needs a fraction of it for all
 _WAIT = 2.0
@@ -217,7 +218,7 @@ def test_a_cluster_comes_up_by_the_readme_and_its_job_runs_on_both_hosts(cluster
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-1000:]
     lines = [line for line in ended.stdout.splitlines() if line.strip() and "cli.py" not in line]
     assert lines[-1] == "compress: exit code 0"
-    assert any(re.match(r"\[\d+:\d\d\] search: .* of 50 steps", line) for line in lines), "no progress"
+    assert any(re.match(r"\[\d+:\d\d\] search: .* of 200 steps", line) for line in lines), "no progress"
     assert searched_on(cluster, "runs") <= {"worker1", "worker2"}
     assert not [key for key in cluster.keys("runs/") if "/_work/" in key and "claim" in key]
 
@@ -318,7 +319,7 @@ def test_it_goes_on_through_a_pulled_cable_and_a_dead_host_to_the_same_bytes(clu
     cluster.until(lambda: epoch() >= 2 and workers("worker1") == workers("worker2") == 1)
     speeds = cluster.until(lambda: metrics(cluster, "ray_clipq_images_per_second"), 60)
     assert any('stage="finetune"' in line and float(line.split()[-1]) > 0 for line in speeds)
-    assert sum(float(line.split()[-1]) for line in metrics(cluster, "ray_clipq_evaluations_total")) >= 20
+    assert sum(float(line.split()[-1]) for line in metrics(cluster, "ray_clipq_evaluations_total")) >= 80
     cluster.bed.cut("worker2")
     cluster.until(lambda: "worker2" not in cluster.alive())
     cluster.bed.mend("worker2")
@@ -336,8 +337,7 @@ def test_it_goes_on_through_a_pulled_cable_and_a_dead_host_to_the_same_bytes(clu
     assert details["driver_exit_code"] == 0
     assert committed(cluster, "faults")[1] == committed(cluster, "runs")[1]
     assert cluster.until(lambda: metrics(cluster, "ray_clipq_bytes_saved_total"), 60), "a total of a job that has ended"  # fmt: skip
-    # of one search a host that starts late may be left nothing, not of both
-    assert searched_on(cluster, "faults") | searched_on(cluster, "runs") == {"worker1", "worker2"}
+    assert searched_on(cluster, "faults") | searched_on(cluster, "runs") == {"worker1", "worker2"}, "a host was left no trial of two searches"  # fmt: skip
 
 
 def metrics(cluster: Cluster, name: str) -> list[str]:
