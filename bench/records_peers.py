@@ -24,12 +24,14 @@ from clipq_ray import codec, models, network, packing, seeds
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import PAPER, Config, make
 from clipq_ray.data import batches
-from clipq_ray.operator import Operator, Ramp, make_plan, mildest_rates
+from clipq_ray.operator import Operator, make_plan, mildest_rates
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.quantizer import decide_share, quantize, thresholds
+from clipq_ray.rates import Ramp
 from clipq_ray.stages import schedule_of
 from clipq_ray.storage import Store
-from clipq_ray.work import WEIGHTS, Source, TrainTask, layer_bytes, prepare_process, read_state, write_state
+from clipq_ray.training import TrainTask
+from clipq_ray.work import WEIGHTS, Source, layer_bytes, prepare_process, read_state, write_state
 
 BITS = (2, 3)
 SPARE = 1.01  # files grow by a hundredth or so while they are trained

@@ -34,11 +34,11 @@ from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.stages import schedule_of
 from clipq_ray.storage import Store
+from clipq_ray.training import TrainTask
 from clipq_ray.work import (
     WEIGHTS,
     SearchTask,
     Source,
-    TrainTask,
     layer_bytes,
     read_state,
     read_trials,

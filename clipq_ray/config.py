@@ -21,6 +21,7 @@ INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
     "dead_units": "keep", "level_epochs": 0, "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
+    "hold_size": False,
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
@@ -220,6 +221,10 @@ class Config(BaseModel):
         ge=0,
         le=0.9,
         description="part of each round in which pruning rates rise to the plan's, from mild ones or from those of the round before; 0: the plan's at once, as published",
+    )
+    hold_size: bool = Field(
+        True,
+        description="where a size is asked for: in the second half of the round that is to meet it, pruning rates follow what the file would take",
     )
     batch_norm_images: int = Field(
         4096, ge=2, description="training images that re-estimate batch norm after fine-tuning"

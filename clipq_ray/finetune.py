@@ -28,25 +28,14 @@ from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.levels import Levels
 from clipq_ray.memory import ran_out
-from clipq_ray.operator import Operator, Ramp, Recovery
+from clipq_ray.operator import Operator, Recovery
+from clipq_ray.optimizers import Schedule
 from clipq_ray.plan import Plan
 from clipq_ray.precision import autocast_dtype
+from clipq_ray.rates import Held, Ramp, Rates
 
 log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """SGD with Nesterov momentum, linear warm-up and one cosine to zero; `batch_size` is over all ranks."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    warmup_epochs: float
-    momentum: float
-    weight_decay: float
-    label_smoothing: float
 
 
 @dataclass(frozen=True)
@@ -81,8 +70,8 @@ class Trainer:
     """One training of `model`, in place; after `run` the parameters hold full-precision weights.
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
-    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `fixed_codes`: with a plan, codes stay those of the given weights, and
-    levels are trained by Adam. `feed` makes the batches.
+    should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `held`: with a plan, the size that pruning rates
+    hold the file at. `fixed_codes`: with a plan, codes stay those of the given weights, and levels are trained by Adam. `feed` makes the batches.
     """
 
     def __init__(
@@ -101,6 +90,7 @@ class Trainer:
         deadline: float | None = None,
         precision: str = "float32",
         ramp: Ramp | None = None,
+        held: Held | None = None,
         fixed_codes: bool = False,
         feed: Feed = batches,
     ) -> None:
@@ -121,10 +111,10 @@ class Trainer:
         found = checkpoints.latest()
         if found:
             self._load_model(found[0])
-        self.plan, self.ramp = plan, ramp
-        self.rates = ramp.rates(plan, found[1]["progressed"] if found else 0.0) if plan and ramp else None
+        done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
+        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and not fixed_codes else None
         self.operator: Operator | Levels | None = fixed or (
-            Operator(model, plan, self.rates) if plan else None
+            Operator(model, plan, self.rates.now) if plan and self.rates else None
         )
         self.recovery: dict[str, Recovery] = {}
         self.optimizer = optimizers.adam(model, schedule) if fixed else optimizers.sgd(model, schedule)
@@ -160,6 +150,7 @@ class Trainer:
                 "notes": self.notes,
                 "epochs": self.epochs,
                 "progressed": self.progressed,
+                "scale": self.rates.scale if self.rates else 1.0,
             }
             self.checkpoints.save(len(self.curve), tensors, state)
 
@@ -171,10 +162,9 @@ class Trainer:
             epoch = len(self.curve)
             loss = self._epoch(epoch, progress)
             self.progressed += (1.0 - self.progressed) / (self.epochs - epoch)
-            if (
-                self._ramp(self.progressed) and self.operator
-            ):  # as a process that starts from the checkpoint has them
-                self.operator.requantize()
+            self._follow_size()
+            if self._move_rates(self.progressed) and self.operator:
+                self.operator.requantize()  # as a process that starts from the checkpoint has them
             top1 = self._validate(progress)
             row = Epoch(epoch + 1, loss, top1, time.monotonic() - started, self.rank.world)
             self.curve.append(row)
@@ -238,8 +228,8 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         for step, (images, labels) in enumerate(self._batches(epoch)):
             for group in self.optimizer.param_groups:
-                group["lr"] = self._rate(epoch, step / steps)
-            self._ramp(self._done(epoch, (step + 1) / steps))
+                group["lr"] = self.schedule.rate(self._done(epoch, step / steps), epoch + step / steps)
+            self._move_rates(self._done(epoch, (step + 1) / steps))
             torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
             try:
                 total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
@@ -277,20 +267,25 @@ class Trainer:
         """The part of the schedule that is over, 0..1."""
         return self.progressed + (1.0 - self.progressed) / (self.epochs - epoch) * within
 
-    def _ramp(self, done: float) -> bool:
+    def _move_rates(self, done: float) -> bool:
         """The pruning rates for when a part `done` of the schedule is over, from the next quantization on; whether they are others than before."""
-        if self.ramp is None or self.plan is None or not isinstance(self.operator, Operator):
+        if self.rates is None or not isinstance(self.operator, Operator) or not self.rates.move(done):
             return False
-        rates, before = self.ramp.rates(self.plan, done), self.rates
-        if rates != before:
-            self.rates = rates
-            self.operator.set_rates(rates)
-        return rates != before
+        self.operator.set_rates(self.rates.now)
+        return True
 
-    def _rate(self, epoch: int, within: float) -> float:
-        rate = self.schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * self._done(epoch, within)))
-        warm = self.schedule.warmup_epochs
-        return rate * min(1.0, (epoch + within + 0.01) / warm) if warm > 0 else rate
+    def _follow_size(self) -> None:
+        """Rank 0 measures what the file would take by now; all ranks follow."""
+        if self.rates is None or self.operator is None or not self.rates.follows(self.progressed):
+            return
+        scale = torch.tensor(self.rates.scale, dtype=torch.float64, device=self.rank.device)
+        if self.rank.rank == 0:
+            with self.operator.reading_full_precision():
+                weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
+                scale.fill_(self.rates.scale_for(weights))
+        if self.rank.world > 1:
+            dist.broadcast(scale, src=0)
+        self.rates.scale = float(scale)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step over this rank's images, in micro-batches where memory asks for it; the mean loss, float64 on the device: asking for

@@ -32,25 +32,6 @@ _RATE_STEP = 1 / 32
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """Pruning rates that rise while a network is trained, by the cubic of Zhu and Gupta 2017, so that no step clips more than training can follow.
-
-    start: the first rates, one per layer of the plan; share: the part of the schedule, in (0, 1], that it takes to reach the plan's.
-    """
-
-    start: tuple[float, ...]
-    share: float
-
-    def rates(self, plan: Plan, done: float) -> list[float]:
-        """The rates when a part `done` (0..1) of the schedule is over."""
-        left = max(0.0, 1.0 - done / self.share) ** 3
-        return [
-            first * left + layer.theta.p * (1 - left)
-            for layer, first in zip(plan.layers, self.start, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
 class Recovery:
     """One layer: weights that the first pass clipped, how many of them are not clipped now, and how often any weight changed sides."""
 

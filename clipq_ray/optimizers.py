@@ -1,21 +1,37 @@
-"""What a training's gradients move weights by, and how much of that a checkpoint holds.
+"""What a training's gradients move weights by and at which rate, and how much of that a checkpoint holds.
 
-Source: Sutskever et al. 2013 (SGD with Nesterov momentum); Kingma and Ba 2015 (Adam). Not covered: rates over time (`finetune`).
+Source: Sutskever et al. 2013 (SGD with Nesterov momentum); Kingma and Ba 2015 (Adam). Not covered: the loop (`finetune`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from clipq_ray.finetune import Schedule
-
 _KEPT = {"momentum_buffer": "momentum", "exp_avg": "mean", "exp_avg_sq": "square", "step": "step"}
 """An optimizer's names for its tensors, and those in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """SGD with Nesterov momentum, linear warm-up and one cosine to zero; `batch_size` is over all ranks."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_epochs: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+
+    def rate(self, done: float, epoch: float) -> float:
+        """The learning rate when a part `done` (0..1) of the schedule is over, `epoch` epochs from the start."""
+        rate = self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+        return rate * min(1.0, (epoch + 0.01) / self.warmup_epochs) if self.warmup_epochs > 0 else rate
 
 
 def sgd(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:

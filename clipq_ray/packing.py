@@ -79,12 +79,25 @@ def _made(
     source_sha256: str, levels_words: str,
 ) -> PackedNetwork:  # fmt: skip
     """The packed form of `model`, whose planned weights are those of `quantized` and were those of `full`."""
-    config = source.config
     norms = {
         name: (float((weight - quantized[name].values.double()).norm()), float(weight.norm()))
         for name, weight in full.items()
     }
-    shares = {layer.layer: layer.share for layer in plan.layers}
+    layers, gone = _coded(source, model, plan, quantized, data)
+    model.to(source.device())
+    words, exact = _batch_norm(model, source, data)
+    packed = codec.Packed(
+        _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
+    )
+    file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
+    return PackedNetwork(file, quantized, norms, levels_words, words, vectors, gone, found)
+
+
+def _coded(
+    source: Source, model: nn.Module, plan: Plan, quantized: Mapping[str, Quantized], data: Data
+) -> tuple[dict[str, codec.CodedLayer], int]:
+    """The layers as the file has them, `model` with them; how many units went because they feed nothing."""
+    config, shares = source.config, {layer.layer: layer.share for layer in plan.layers}
     layers = {name: codec.coded(one, shares[name]) for name, one in quantized.items()}
     if config.vectors == "auto":
         layers = {name: layer.halved() for name, layer in layers.items()}
@@ -94,13 +107,17 @@ def _made(
     layers, gone = dead_units.drop(model, layers, sample) if config.dead_units == "drop" else (layers, 0)
     if config.unit_order == "sorted":
         layers = unit_order.sort(model, layers, sample)
-    model.to(source.device())
-    words, exact = _batch_norm(model, source, data)
-    packed = codec.Packed(
-        _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
-    )
-    file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
-    return PackedNetwork(file, quantized, norms, levels_words, words, vectors, gone, found)
+    return layers, gone
+
+
+def file_bytes(
+    source: Source, weights: Mapping[str, torch.Tensor], plan: Plan, inventory: Inventory, data: Data
+) -> int:
+    """Bytes of the file that a network of these full-precision weights would make by now, with the grids that most networks take: nothing is evaluated."""
+    model = source.network()
+    model.load_state_dict(weights)
+    layers, _ = _coded(source, model, plan, bake(model, plan), data)
+    return _bytes(source, model, inventory, data, layers)
 
 
 def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:
@@ -169,11 +186,18 @@ def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Da
     """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them."""
     empty = codec.CodedLayer(np.zeros(0, np.int16), np.zeros(1, np.float32), 0)
     blobs = {layer.name: empty for layer in inventory.layers}
-    packed = codec.Packed(_metadata(source, inventory, data, "0" * 64), _tensors(model, inventory, blobs))
+    # an empty layer still has two bytes, and its shape and size in the header are shorter than real ones
+    return _bytes(source, model, inventory, data, blobs) + 2 * len(blobs)
+
+
+def _bytes(
+    source: Source, model: nn.Module, inventory: Inventory, data: Data, layers: Mapping[str, codec.CodedLayer]
+) -> int:
+    """Bytes of a file of these layers and the rest of `model`."""
+    packed = codec.Packed(_metadata(source, inventory, data, "0" * 64), _tensors(model, inventory, layers))
     if source.config.vectors == "auto":
         packed = _on_grids(model, inventory, packed, folding.USUAL)
-    # an empty layer still has two bytes, and its shape and size in the header are shorter than real ones
-    return len(codec.encode(packed, source.config.profile)) + 2 * len(blobs)
+    return len(codec.encode(packed, source.config.profile))
 
 
 def _tensors(

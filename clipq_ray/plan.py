@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clipq_ray.errors import ConfigError, FormatError
@@ -63,6 +64,15 @@ class Plan:
     """All layers of one network, in the order of its state dict."""
 
     layers: tuple[LayerPlan, ...]
+
+    def at(self, rates: Sequence[float]) -> Plan:
+        """The same with these pruning rates, one per layer."""
+        return Plan(
+            tuple(
+                replace(layer, theta=replace(layer.theta, p=p))
+                for layer, p in zip(self.layers, rates, strict=True)
+            )
+        )
 
     def to_json(self) -> str:
         """The plan as JSON, the same bytes for the same plan."""

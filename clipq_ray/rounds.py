@@ -20,7 +20,6 @@ from clipq_ray import packing, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
-from clipq_ray.finetune import Schedule
 from clipq_ray.groups import Group
 from clipq_ray.intent import (
     LARGER,
@@ -36,12 +35,15 @@ from clipq_ray.intent import (
     to_ask,
 )  # fmt: skip
 from clipq_ray.network import Inventory
-from clipq_ray.operator import Ramp, make_plan, mildest_rates
+from clipq_ray.operator import make_plan, mildest_rates
+from clipq_ray.optimizers import Schedule
 from clipq_ray.plan import Plan
+from clipq_ray.rates import Ramp
 from clipq_ray.searching import Searched, search_again
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
 from clipq_ray.together import added
+from clipq_ray.training import Size, plan_after
 from clipq_ray.work import read_state
 
 STEPS = 40  # of a third or a quarter each: further than any network
@@ -139,8 +141,8 @@ class Given:
 class Making:
     """The rounds of one network, made one after another, each from the weights of the one before."""
 
-    def __init__(self, run: Run, given: Given) -> None:
-        self.run, self.given = run, given
+    def __init__(self, run: Run, given: Given, intent: Intent) -> None:
+        self.run, self.given, self._intent = run, given, intent
         self._model = run.source.network()
         self._model.load_state_dict(read_state(given.weights))
         # what the file holds besides layers: predicted, then as in the last round
@@ -172,6 +174,12 @@ class Making:
         self.other = packing.other_bytes_of(one.packed)
         return one
 
+    def size(self, requested: int | None, rungs_left: int) -> Size | None:
+        """What a round for `requested` bytes is held at: a promised size; one on the way to it need not be met, and where a drop is promised a smaller file is welcome."""
+        if requested is None or rungs_left or self._intent.kind != "bytes" or not self.run.config.hold_size:
+            return None
+        return Size(requested, self.given.inventory)
+
     def initial(self) -> nn.Module:
         """The network with the weights from which the next round starts."""
         self._model.cpu().load_state_dict(read_state(self.start))
@@ -185,8 +193,9 @@ class Making:
 
 def run_rounds(run: Run, given: Given) -> Rounds:
     """At least one round, and as many as the intent, `--rounds` and the deadline leave."""
-    making = Making(run, given)
-    intent, done = Intent.of(run.config, given.inventory.bytes_before), making.done
+    intent = Intent.of(run.config, given.inventory.bytes_before)
+    making = Making(run, given, intent)
+    done = making.done
     requested, *rungs = _requests(intent, given.searched, making.other, run.config.rungs)
     climbed, seconds = len(rungs), 0.0
     while True:
@@ -296,8 +305,9 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     schedule = _schedule(run.config, number, rungs_left)
     tuned = stages.trained(
         run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
-        1 / (1 + rungs_left),
+        1 / (1 + rungs_left), making.size(requested, rungs_left),
     )  # fmt: skip
+    plan = plan_after(tuned, plan)
     fitted = (
         _fitted(run, tuned, plan, given.work, number) if run.config.level_epochs and not rungs_left else None
     )

@@ -24,13 +24,14 @@ from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation, evaluate
-from clipq_ray.finetune import Schedule
-from clipq_ray.operator import Ramp
+from clipq_ray.optimizers import Schedule
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
+from clipq_ray.rates import Ramp
 from clipq_ray.redaction import redacted, redacted_json
 from clipq_ray.storage import USES, Store, stage_store
-from clipq_ray.work import CURVE, Source, TrainTask, prepare_process, read_state
+from clipq_ray.training import Size, TrainTask
+from clipq_ray.work import CURVE, Source, prepare_process, read_state
 
 _DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7, "levels": 0.5}
 """Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""
@@ -198,9 +199,10 @@ def trained(
     number: int = 1,
     ramp: Ramp | None = None,
     time_share: float = 1.0,
+    size: Size | None = None,
 ) -> Store:
     """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind.
-    `time_share`: of the time that such a training may take before a deadline."""
+    `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at."""
     config, architecture = run.config, run.source.architecture()
     inputs = {
         "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
@@ -208,13 +210,15 @@ def trained(
         "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
         **({"ramp": asdict(ramp)} if ramp else {}),
+        **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order]} if size else {}),
         **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),
     }  # fmt: skip
 
     def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp, stage == "levels",
+            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp, size,
+            stage == "levels",
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)

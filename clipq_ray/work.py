@@ -1,7 +1,7 @@
-"""The units of work that an engine carries to where they run: a training on one rank, a search of one network's layers.
+"""What a job works on as a value that any process can rebuild network and data from, and the search of one network's layers as a unit of work.
 
-Tasks are values that any process can rebuild its network and data from; what they make lies in a store when they end, whole. The same
-functions run in the driver's process and on a cluster, so both engines give the same result. Not covered: who starts them (`cluster`).
+A task is a value; what it makes lies in a store when it ends, whole. The same functions run in the driver's process and on a cluster, so both engines give
+the same result. Not covered: who starts it (`cluster`), and training (`training`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError
@@ -23,17 +22,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from clipq_ray import codec, models, seeds
-from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.config import Config, make
-from clipq_ray.data import Data, Split, batches, open_data
-from clipq_ray.data.listing import few
-from clipq_ray.data.prefetch import Feed
+from clipq_ray.data import Data, Split, open_data
 from clipq_ray.data.resident import placed
 from clipq_ray.errors import ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
-from clipq_ray.finetune import Progress, Rank, Schedule, Trainer
 from clipq_ray.groups import Group
-from clipq_ray.operator import Ramp, bake_keeping
+from clipq_ray.operator import bake_keeping
 from clipq_ray.plan import Plan
 from clipq_ray.search import LayerEvaluator, Settings, Trial, step_group
 from clipq_ray.storage import Store
@@ -200,71 +195,6 @@ def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
 def here(deadline: float | None, store: Store) -> float | None:
     """A deadline by the clock of the storage as a time of this process's `time.monotonic()`, which no change of a clock moves afterwards."""
     return None if deadline is None else time.monotonic() + deadline - store.now()
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """One training: `stage` is "baseline", "finetune", "levels" (`fixed_codes`: codes are those of the given weights) or "control"; URIs name stores. `deadline`: by the clock of the storage [s since 1970]."""
-
-    source: Source
-    stage: str
-    initial: str | None
-    plan: Plan | None
-    schedule: Schedule
-    output: str
-    checkpoints: str
-    deadline: float | None = None
-    ramp: Ramp | None = None
-    fixed_codes: bool = False
-
-
-def train(
-    task: TrainTask,
-    rank: Rank,
-    progress: Progress,
-    report: Callable[[dict[str, Any]], None],
-    feed: Feed = batches,
-) -> None:
-    """Run `task` as one rank; rank 0 writes the full-precision weights, then the curve, which says that all is there.
-
-    `feed` makes the batches, as `batches` does and of the same bytes.
-    """
-    config = task.source.config
-    prepare_process(config.threads_per_worker)
-    model = task.source.network()
-    if task.initial is not None:
-        model.load_state_dict(read_state(Store(task.initial)))
-    data = task.source.data()
-    trainer = Trainer(
-        model,
-        placed(data.train, rank.device),
-        placed(data.validation, rank.device),
-        plan=task.plan,
-        schedule=task.schedule,
-        seed=config.seed,
-        stage=task.stage,
-        rank=rank,
-        checkpoints=Checkpoints(Store(task.checkpoints)),
-        evaluation_batch_size=config.evaluation_batch_size,
-        deadline=here(task.deadline, Store(task.output)),
-        precision=config.precision,
-        ramp=task.ramp,
-        fixed_codes=task.fixed_codes,
-        feed=feed,
-    )
-    trainer.run(progress, report)
-    if rank.rank == 0:
-        if data.train.unreadable:  # met while training; the driver has not read these images
-            trainer.notes.append(
-                f"{task.stage}: {len(data.train.unreadable)} unreadable images were replaced by their next ones: "
-                f"{few(data.train.unreadable)}"
-            )
-        output = Store(task.output)
-        write_state(output, WEIGHTS, model.state_dict())
-        rows = [asdict(row) for row in trainer.curve]
-        recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
-        content = {"curve": rows, "notes": trainer.notes, "recovery": recovery}
-        output.write(CURVE, json.dumps(content).encode())
 
 
 @dataclass(frozen=True)

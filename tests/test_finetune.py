@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import RunError
-from clipq_ray.finetune import Rank, Schedule, Trainer
-from clipq_ray.operator import Ramp, make_plan
+from clipq_ray.finetune import Rank, Trainer
+from clipq_ray.operator import bake, make_plan
+from clipq_ray.optimizers import Schedule
 from clipq_ray.plan import Plan, Theta
+from clipq_ray.rates import Held, Ramp
 from clipq_ray.storage import Store
 
 PREPROCESSING = Preprocessing((1, 8, 8), None, (0.5,), (0.25,))
@@ -112,19 +115,31 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("how", ["with the operator", "with rising rates", "plainly"])
+def kept(weights: Mapping[str, Tensor], plan: Plan) -> int:
+    """Weights that are not zero, as if each were a byte."""
+    model = network()
+    model.load_state_dict(weights)
+    return sum(int(one.values.count_nonzero()) for one in bake(model, plan).values())
+
+
+@pytest.mark.parametrize("how", ["with the operator", "with rising rates", "held at a size", "plainly"])
 @pytest.mark.parametrize("epochs_before", [1, 3])
 def test_a_training_that_is_killed_goes_on_to_the_same_bits(
     how: str, epochs_before: int, tmp_path: Path
 ) -> None:
     plan = None if how == "plainly" else make_plan(network(), PLAN)
     ramp = Ramp((0.1, 0.2), 0.8) if how == "with rising rates" else None
-    whole = trainer(tmp_path / "whole", plan=plan, ramp=ramp)
+    given: dict[str, Any] = {
+        "plan": plan,
+        "ramp": ramp,
+        "held": Held(180, kept) if how == "held at a size" else None,
+    }
+    whole = trainer(tmp_path / "whole", **given)
     run(whole)
     with pytest.raises(Killed):
-        run(trainer(tmp_path / "cut", plan=plan, ramp=ramp), killed_after=epochs_before)
+        run(trainer(tmp_path / "cut", **given), killed_after=epochs_before)
     torch.manual_seed(999)  # the new process has another history
-    resumed = trainer(tmp_path / "cut", plan=plan, ramp=ramp)
+    resumed = trainer(tmp_path / "cut", **given)
     rows = run(resumed)
     assert [row["epoch"] for row in rows] == list(range(epochs_before + 1, 5))
     assert same(resumed.model, whole.model)
@@ -339,7 +354,8 @@ def one_of_two(rank: int, folder: str, differing: bool) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = network()
     plan = make_plan(model, PLAN)
-    made = trainer(Path(folder) / "c", model, plan, rank=Rank(rank, 2, torch.device("cpu")))
+    held = Held(180, kept)
+    made = trainer(Path(folder) / "c", model, plan, rank=Rank(rank, 2, torch.device("cpu")), held=held)
     if differing and rank:  # after DDP has made the ranks equal
         assert made.operator is not None
         with made.operator.full_precision(), torch.no_grad():
@@ -368,13 +384,26 @@ def test_rising_rates_end_at_the_plans_and_make_another_network(tmp_path: Path) 
         trainer(tmp_path / "a", plan=plan),
         trainer(tmp_path / "b", plan=plan, ramp=Ramp((0.0, 0.1), 0.6)),
     )
-    assert rising.rates == [0.0, 0.1]
+    assert rising.rates is not None
+    assert rising.rates.now == [0.0, 0.1]
     for made in (at_once, rising):
         run(made)
-    assert rising.rates == [layer.theta.p for layer in plan.layers]
+    assert rising.rates.now == [layer.theta.p for layer in plan.layers]
     assert not same(at_once.model, rising.model)
     assert rising.curve[-1].validation_top1_percent is not None
     assert rising.curve[-1].validation_top1_percent > 90
+
+
+@pytest.mark.parametrize("asked", [190, 260])
+def test_a_training_ends_at_the_size_that_it_is_held_at(asked: int, tmp_path: Path) -> None:
+    plan = make_plan(network(), PLAN)
+    made = trainer(tmp_path, plan=plan, held=Held(asked, kept), schedule=schedule(epochs=16))
+    run(made)
+    assert made.rates is not None
+    assert kept(made.model.state_dict(), plan) not in range(asked - 5, asked + 6), (
+        "what the plan gives by itself"
+    )
+    assert kept(made.model.state_dict(), made.rates.plan) == pytest.approx(asked, abs=6)
 
 
 def test_recovery_of_a_killed_training_is_that_of_an_undisturbed_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipq_ray.errors import ModelError
-from clipq_ray.operator import Operator, Ramp, bake, make_plan, mildest_rates
+from clipq_ray.operator import Operator, bake, make_plan, mildest_rates
 from clipq_ray.plan import LayerPlan, Plan, Share, Theta
 from clipq_ray.quantizer import quantize
 
@@ -240,15 +240,6 @@ def stepped(model: nn.Module, operator: Operator, steps: range, rate: float = 0.
         loss_of(model, step).backward()
         with operator.full_precision():
             optimizer.step()
-
-
-def test_rates_rise_from_the_first_to_the_plans_and_stay() -> None:
-    plan = make_plan(network(), THETAS)
-    ramp = Ramp((0.1, 0.3), 0.5)
-    assert ramp.rates(plan, 0.0) == [0.1, 0.3]
-    middle = ramp.rates(plan, 0.25)
-    assert middle == pytest.approx([0.5 - 0.4 / 8, 0.3])
-    assert ramp.rates(plan, 0.5) == ramp.rates(plan, 1.0) == [0.5, 0.3]
 
 
 def test_the_parameters_are_quantized_at_the_rates_that_were_set() -> None:

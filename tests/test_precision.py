@@ -15,7 +15,9 @@ def test_what_is_asked_for_is_taken(name: str, dtype: torch.dtype) -> None:
     assert autocast_dtype(name, CPU) == dtype
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs the kernel's list of a CPU's instructions")
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists(), reason="needs the kernel's list of a CPU's instructions"
+)
 def test_auto_is_what_the_kernel_says_of_this_cpu() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split())
     native = flags & {"avx512_bf16", "amx_bf16", "bf16"}

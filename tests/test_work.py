@@ -18,10 +18,12 @@ from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.errors import ConfigError, FormatError
-from clipq_ray.finetune import Rank, Schedule
+from clipq_ray.finetune import Rank
 from clipq_ray.groups import grouped
+from clipq_ray.optimizers import Schedule
 from clipq_ray.search import Settings, Trial
 from clipq_ray.storage import Store
+from clipq_ray.training import TrainTask, train
 from clipq_ray.work import (
     CURVE,
     LATE,
@@ -29,12 +31,10 @@ from clipq_ray.work import (
     Searcher,
     SearchTask,
     Source,
-    TrainTask,
     partial_name,
     read_state,
     read_trials,
     search_images,
-    train,
     write_state,
 )
 

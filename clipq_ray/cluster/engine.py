@@ -1,6 +1,6 @@
 """The interface between the pipeline and whatever runs its work, and the in-process engine.
 
-Both engines call the same functions of `work`, so both give the same result (byte for byte at one worker). Not covered: Ray, which is
+Both engines call the same functions (`work`, `training`), so both give the same result (byte for byte at one worker). Not covered: Ray, which is
 `cluster.on_ray`.
 """
 
@@ -16,7 +16,8 @@ from clipq_ray.errors import ClipqError
 from clipq_ray.finetune import Progress, Rank
 from clipq_ray.memory import OutOfMemory
 from clipq_ray.storage import Store
-from clipq_ray.work import Searcher, SearchTask, TrainTask, train
+from clipq_ray.training import TrainTask, train
+from clipq_ray.work import Searcher, SearchTask
 
 log = logs.logger(__name__)
 

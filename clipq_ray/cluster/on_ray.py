@@ -51,7 +51,8 @@ from clipq_ray.errors import ClipqError, ConfigError, RunError, StorageError
 from clipq_ray.finetune import Progress, Rank
 from clipq_ray.memory import Attempts
 from clipq_ray.storage import Store
-from clipq_ray.work import SearchTask, TrainTask, train
+from clipq_ray.training import TrainTask, train
+from clipq_ray.work import SearchTask
 
 log = logs.logger(__name__)
 

@@ -27,9 +27,10 @@ from clipq_ray.data import batches, open_data
 from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ConfigError, DataError
-from clipq_ray.finetune import Schedule
+from clipq_ray.optimizers import Schedule
 from clipq_ray.storage import Store
-from clipq_ray.work import WEIGHTS, Source, TrainTask
+from clipq_ray.training import TrainTask
+from clipq_ray.work import WEIGHTS, Source
 
 pytest_plugins = ["s3_server"]
 pytestmark = pytest.mark.slow

@@ -1,0 +1,117 @@
+"""One training as a unit of work that an engine carries to where it runs, on one rank.
+
+A task is a value that any process can rebuild its network and data from; what it makes lies in a store when it ends, whole. The same function runs in the
+driver's process and on a cluster, so both engines give the same result. Not covered: who starts it (`cluster`), the loop (`finetune`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clipq_ray.checkpoints import Checkpoints
+from clipq_ray.data import Data, batches
+from clipq_ray.data.listing import few
+from clipq_ray.data.prefetch import Feed
+from clipq_ray.data.resident import placed
+from clipq_ray.finetune import Progress, Rank, Trainer
+from clipq_ray.network import Inventory
+from clipq_ray.optimizers import Schedule
+from clipq_ray.packing import file_bytes
+from clipq_ray.plan import Plan
+from clipq_ray.rates import Held, Ramp
+from clipq_ray.storage import Store
+from clipq_ray.work import CURVE, WEIGHTS, Source, here, prepare_process, read_state, write_state
+
+
+@dataclass(frozen=True)
+class Size:
+    """The `bytes` of the file that a training is to end at; `inventory`: what of the network the file holds."""
+
+    bytes: int
+    inventory: Inventory
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One training: `stage` is "baseline", "finetune", "levels" (`fixed_codes`: codes are those of the given weights) or "control"; URIs name stores.
+    `deadline`: by the clock of the storage [s since 1970]."""
+
+    source: Source
+    stage: str
+    initial: str | None
+    plan: Plan | None
+    schedule: Schedule
+    output: str
+    checkpoints: str
+    deadline: float | None = None
+    ramp: Ramp | None = None
+    size: Size | None = None
+    fixed_codes: bool = False
+
+
+def train(
+    task: TrainTask,
+    rank: Rank,
+    progress: Progress,
+    report: Callable[[dict[str, Any]], None],
+    feed: Feed = batches,
+) -> None:
+    """Run `task` as one rank; rank 0 writes the full-precision weights, then the curve, which says that all is there.
+
+    `feed` makes the batches, as `batches` does and of the same bytes.
+    """
+    config = task.source.config
+    prepare_process(config.threads_per_worker)
+    model = task.source.network()
+    if task.initial is not None:
+        model.load_state_dict(read_state(Store(task.initial)))
+    data = task.source.data()
+    trainer = Trainer(
+        model,
+        placed(data.train, rank.device),
+        placed(data.validation, rank.device),
+        plan=task.plan,
+        schedule=task.schedule,
+        seed=config.seed,
+        stage=task.stage,
+        rank=rank,
+        checkpoints=Checkpoints(Store(task.checkpoints)),
+        evaluation_batch_size=config.evaluation_batch_size,
+        deadline=here(task.deadline, Store(task.output)),
+        precision=config.precision,
+        ramp=task.ramp,
+        held=_held(task, data),
+        fixed_codes=task.fixed_codes,
+        feed=feed,
+    )
+    trainer.run(progress, report)
+    if rank.rank == 0:
+        if data.train.unreadable:  # met while training; the driver has not read these images
+            trainer.notes.append(
+                f"{task.stage}: {len(data.train.unreadable)} unreadable images were replaced by their next ones: "
+                f"{few(data.train.unreadable)}"
+            )
+        output = Store(task.output)
+        write_state(output, WEIGHTS, model.state_dict())
+        rows = [asdict(row) for row in trainer.curve]
+        recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
+        content: dict[str, Any] = {"curve": rows, "notes": trainer.notes, "recovery": recovery}
+        if task.size is not None and trainer.rates is not None:
+            content["plan"] = trainer.rates.plan.to_json()
+        output.write(CURVE, json.dumps(content).encode())
+
+
+def _held(task: TrainTask, data: Data) -> Held | None:
+    if task.size is None:
+        return None
+    source, inventory = task.source, task.size.inventory
+    return Held(task.size.bytes, lambda weights, plan: file_bytes(source, weights, plan, inventory, data))
+
+
+def plan_after(trained: Store, plan: Plan) -> Plan:
+    """What became of `plan` in the training that lies in `trained`: other pruning rates where it was held at a size."""
+    made = json.loads(trained.read(CURVE)).get("plan")
+    return plan if made is None else Plan.from_json(made)
