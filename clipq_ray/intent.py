@@ -25,8 +25,8 @@ CLOSE = 1.05
 SMALLER, LARGER = 0.75, 1.4
 """Of the last size, while nothing on the other side is known."""
 SPARE = 0.985
-"""Of the bytes that a promised file may take, what to ask for where no rungs lead to it: files end a little beside their plan, and a further round for
-so little costs accuracy (bench/LOG.md)."""
+"""Of the bytes that a promised file may take, what to hold training at, and to ask for where no rungs lead to it: files end a little beside their plan, and
+a further round for so little costs accuracy (bench/LOG.md)."""
 MOST_SHRUNK = 1.5
 """A file that ends further from its plan than by this ratio says of the next one that it does so by this."""
 

@@ -178,7 +178,7 @@ class Making:
         """What a round for `requested` bytes is held at: a promised size; one on the way to it need not be met, and where a drop is promised a smaller file is welcome."""
         if requested is None or rungs_left or self._intent.kind != "bytes" or not self.run.config.hold_size:
             return None
-        return Size(requested, self.given.inventory)
+        return Size(min(requested, to_ask(self._intent)), self.given.inventory)
 
     def initial(self) -> nn.Module:
         """The network with the weights from which the next round starts."""
