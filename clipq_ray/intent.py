@@ -96,19 +96,20 @@ class Drop:
 @dataclass(frozen=True)
 class Outcome:
     """What one round gave: the bytes of the file that it was asked for (None: by lambda), those predicted before training, those of the file, its drop,
-    training epochs so far."""
+    training epochs so far; `scale`: of the planned weights, those that were kept to hold the size."""
 
     requested: int | None
     predicted: int
     bytes: int
     drop: Drop
     epochs: int
+    scale: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object for the manifest."""
         return {
             "requested_bytes": self.requested, "predicted_bytes": self.predicted, "bytes": self.bytes, "drop_points": self.drop.points,
-            "drop_low_points": self.drop.low, "drop_high_points": self.drop.high, "epochs": self.epochs,
+            "drop_low_points": self.drop.low, "drop_high_points": self.drop.high, "epochs": self.epochs, "kept_scale": self.scale,
         }  # fmt: skip
 
 

@@ -307,7 +307,9 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
         run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
         1 / (1 + rungs_left), making.size(requested, rungs_left),
     )  # fmt: skip
-    plan = plan_after(tuned, plan)
+    plan, scale = plan_after(tuned, plan)
+    if scale != 1.0:
+        run.reporter.say(f"pruning rates followed the size: {scale:.3f} of the planned weights")
     fitted = (
         _fitted(run, tuned, plan, given.work, number) if run.config.level_epochs and not rungs_left else None
     )
@@ -324,7 +326,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
         + (run.config.level_epochs if fitted else 0)
         + (before[-1].outcome.epochs if before else 0)
     )
-    outcome = Outcome(requested, predicted, len(packed.file), drop, trained)
+    outcome = Outcome(requested, predicted, len(packed.file), drop, trained, scale)
     return Round(making.searched, choice, plan, tuned, packed, outcome)
 
 

@@ -100,7 +100,7 @@ def train(
         recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
         content: dict[str, Any] = {"curve": rows, "notes": trainer.notes, "recovery": recovery}
         if task.size is not None and trainer.rates is not None:
-            content["plan"] = trainer.rates.plan.to_json()
+            content["held"] = {"plan": trainer.rates.plan.to_json(), "scale": trainer.rates.scale}
         output.write(CURVE, json.dumps(content).encode())
 
 
@@ -111,7 +111,8 @@ def _held(task: TrainTask, data: Data) -> Held | None:
     return Held(task.size.bytes, lambda weights, plan: file_bytes(source, weights, plan, inventory, data))
 
 
-def plan_after(trained: Store, plan: Plan) -> Plan:
-    """What became of `plan` in the training that lies in `trained`: other pruning rates where it was held at a size."""
-    made = json.loads(trained.read(CURVE)).get("plan")
-    return plan if made is None else Plan.from_json(made)
+def plan_after(trained: Store, plan: Plan) -> tuple[Plan, float]:
+    """What became of `plan` in the training that lies in `trained`, with other pruning rates where it was held at a size, and of the planned weights the
+    share that was kept then."""
+    held = json.loads(trained.read(CURVE)).get("held")
+    return (Plan.from_json(held["plan"]), float(held["scale"])) if held else (plan, 1.0)

@@ -109,6 +109,9 @@ def test_the_rates_of_a_held_size_are_those_in_the_statistics(promised: tuple[Pa
     searched = {row["layer"]: row["p"] for row in chosen}
     scales = {row["layer"]: (1 - row["p"]) / (1 - searched[row["layer"]]) for row in rows if row["p"] > 0}
     assert len({round(scale, 6) for scale in scales.values()}) == 1
+    assert result.manifest["promise"]["rounds"][0]["kept_scale"] == pytest.approx(
+        next(iter(scales.values())), abs=1e-5
+    )
     assert next(iter(scales.values())) != pytest.approx(1.0, abs=0.01)
 
 
