@@ -120,14 +120,16 @@ def test_trained_levels_are_taken_where_validation_images_like_them_better(
         },
     )
     tuned, fitted = Store(tmp_path / "tuned"), Store(tmp_path / "fitted")
-    write_state(tuned, WEIGHTS, model.state_dict())
     quantized = codes_of(model, plan)
-    changed = {**model.state_dict(), **{name: one.values for name, one in quantized.items()}}
-    # a smaller scale of all scores is a smaller certainty; a wrong bias is worse
-    last = list(changed)[-1]
-    changed[last] = changed[last] + (0.0 if better else 50.0 * torch.eye(10)[0])
-    if better:
+    given = model.state_dict()
+    changed = {**given, **{name: one.values for name, one in quantized.items()}}
+    if better:  # other levels, so that they can be told from the means
         changed = {name: value * (1.2 if name in quantized else 1.0) for name, value in changed.items()}
+    # the bias of one class out of all proportion is worse, whatever the network
+    worse = given if better else changed
+    last = list(given)[-1]
+    worse[last] = worse[last] + 50.0 * torch.eye(10)[0]
+    write_state(tuned, WEIGHTS, given)
     write_state(fitted, WEIGHTS, changed)
     made = packing.pack(
         source,
