@@ -174,9 +174,9 @@ class Making:
         self.other = packing.other_bytes_of(one.packed)
         return one
 
-    def size(self, requested: int | None, rungs_left: int) -> Size | None:
-        """What a round for `requested` bytes is held at: a promised size; one on the way to it need not be met, and where a drop is promised a smaller file is welcome."""
-        if requested is None or rungs_left or self._intent.kind != "bytes" or not self.run.config.hold_size:
+    def size(self, requested: int | None) -> Size | None:
+        """What a round for `requested` bytes is held at, where a size is promised; where a drop is, a smaller file is welcome."""
+        if requested is None or self._intent.kind != "bytes" or not self.run.config.hold_size:
             return None
         return Size(min(requested, to_ask(self._intent)), self.given.inventory)
 
@@ -305,7 +305,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     schedule = _schedule(run.config, number, rungs_left)
     tuned = stages.trained(
         run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
-        1 / (1 + rungs_left), making.size(requested, rungs_left),
+        1 / (1 + rungs_left), making.size(requested),
     )  # fmt: skip
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:
