@@ -255,7 +255,7 @@ def _files(opened: Opened, made: rounds.Rounds) -> tuple[dict[str, bytes], dict[
         scores = _scores(run, best, given.baseline, opened.dense)
     document = results.document(
         name=run.source.name, run_id=given.own.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
-        choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best.tuned, control),
+        choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best, control),
         promise=made.document("control" if control else "original"),
         together=_together(given, best),
     )  # fmt: skip
@@ -364,8 +364,9 @@ def _together(given: Prepared, best: rounds.Round) -> dict[str, Any]:
     return together.document(together.front(searched.trials, searched.error), found)
 
 
-def _curves(tuned: Store, control: Store | None) -> dict[str, Any]:
+def _curves(best: rounds.Round, control: Store | None) -> dict[str, Any]:
     def rows(store: Store | None) -> list[dict[str, Any]]:
         return json.loads(store.read(CURVE))["curve"] if store else []
 
-    return {"finetune": rows(tuned), "control": rows(control)}
+    taken = best.fitted if best.packed.levels == "fitted" else None
+    return {"finetune": rows(best.tuned), "levels": rows(taken), "control": rows(control)}

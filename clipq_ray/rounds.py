@@ -54,12 +54,13 @@ but 0.3 points; more by five times what may be lost. A start only: the rounds de
 
 @dataclass(frozen=True)
 class Round:
-    """One round: the search that it is from, the plan and what became of it."""
+    """One round: the search that it is from, the plan and what became of it; `fitted`: where levels were trained behind it."""
 
     searched: Searched
     choice: Choice
     plan: Plan
     tuned: Store
+    fitted: Store | None
     packed: packing.PackedNetwork
     outcome: Outcome
 
@@ -327,7 +328,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
         + (before[-1].outcome.epochs if before else 0)
     )
     outcome = Outcome(requested, predicted, len(packed.file), drop, trained, scale)
-    return Round(making.searched, choice, plan, tuned, packed, outcome)
+    return Round(making.searched, choice, plan, tuned, fitted, packed, outcome)
 
 
 def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:

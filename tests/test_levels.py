@@ -149,6 +149,8 @@ def test_trained_levels_are_taken_where_validation_images_like_them_better(
 def test_a_run_with_trained_levels_says_what_became_of_them(tmp_path: Path) -> None:
     result = compressed(tmp_path, target_ratio=20.0, rounds=1, level_epochs=2)
     assert result.manifest["metrics"]["levels"] in ("fitted", "means")
+    epochs = 2 if result.manifest["metrics"]["levels"] == "fitted" else 0
+    assert len(result.manifest["curves"]["levels"]) == epochs
     assert [one["epochs"] for one in result.manifest["promise"]["rounds"]] == [4]
     assert [one["stage"] for one in result.manifest["stages"]][-1] == "levels"
     assert (

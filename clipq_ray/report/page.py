@@ -24,6 +24,8 @@ from clipq_ray.summary import promise_line
 Json = Mapping[str, Any]
 
 _COLOURS = {"original": svg.ORIGINAL, "control": svg.CONTROL, "compressed": svg.COMPRESSED}
+_CURVES = {"compressed": "finetune", "its levels": "levels", "control": "control"}
+"""The lines of a curve, and what the manifest calls them."""
 _REFERENCES = {
     "original": "the original network",
     "control": "the dense control (same network, images and schedule, without compression)",
@@ -229,8 +231,9 @@ def _set(name: str, values: Json | None, data: Json) -> dict[str, Any]:
 
 
 def _finetune(curves: Json) -> dict[str, Any]:
-    """Loss and validation accuracy per epoch, with the control's where there is one."""
-    runs = {name: curves.get(key) or [] for name, key in (("compressed", "finetune"), ("control", "control"))}
+    """Loss and validation accuracy per epoch, behind it that of levels trained alone, and the control's, where there are such."""
+    runs = {name: curves.get(key) or [] for name, key in _CURVES.items()}
+    first = {name: len(runs["compressed"]) if name == "its levels" else 0 for name in runs}
     remarks = []
     if not runs["compressed"]:
         remarks.append("No fine-tuning: the run has no epochs.")
@@ -245,8 +248,12 @@ def _finetune(curves: Json) -> dict[str, Any]:
     for key, label in (("loss", "training loss"), ("validation_top1_percent", "validation top-1, %")):
         series = [
             charts.Series(
-                name, _COLOURS[name], name == "control", _epochs(rows), [row.get(key) for row in rows]
-            )
+                name,
+                _COLOURS.get(name, svg.MUTED),
+                name == "control",
+                [first[name] + epoch for epoch in _epochs(rows)],
+                [row.get(key) for row in rows],
+            )  # fmt: skip
             for name, rows in runs.items()
             if any(words.known(row.get(key)) for row in rows)
         ]

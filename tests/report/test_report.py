@@ -260,6 +260,23 @@ def test_a_number_that_was_not_measured_is_called_so() -> None:
     assert "The validation top-1 per epoch was not measured." in text
 
 
+def test_epochs_of_levels_stand_behind_those_of_the_weights() -> None:
+    manifest = example.manifest(example.layers(2))
+
+    def rows(n: int) -> list[dict[str, Any]]:
+        return [
+            {"epoch": 1 + one, "loss": 1.0 / (1 + one), "validation_top1_percent": 90.0, "seconds": 1.0}
+            for one in range(n)
+        ]
+
+    manifest["curves"] = {"finetune": rows(3), "levels": rows(2), "control": []}
+    text = small(manifest)
+    assert "Compressed: 3 epochs" in text
+    assert "its levels: 2 epochs" in text
+    manifest["curves"]["levels"] = []
+    assert "its levels" not in small(manifest)
+
+
 def test_hostile_names_are_text() -> None:
     evil = '<script>alert("$x_1$")</script><img src=x onerror=y>'
     table = example.layers(2)
