@@ -253,7 +253,7 @@ def _finetune(curves: Json) -> dict[str, Any]:
                 name == "control",
                 [first[name] + epoch for epoch in _epochs(rows)],
                 [row.get(key) for row in rows],
-            )  # fmt: skip
+            )
             for name, rows in runs.items()
             if any(words.known(row.get(key)) for row in rows)
         ]
