@@ -44,9 +44,14 @@ class PackedNetwork:
     full_norms: dict[str, tuple[float, float]]
     levels: str
     batch_norm: str
-    vectors: str
+    precision: folding.Precision | None
     dead_units: int
     validation: Evaluation
+
+    @property
+    def vectors(self) -> str:
+        """What the grids of vectors are."""
+        return "as they are" if self.precision is None else str(self.precision)
 
 
 def pack(
@@ -89,8 +94,8 @@ def _made(
     packed = codec.Packed(
         _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
     )
-    file, vectors, found = _smallest(source, model, inventory, data, packed, exact)
-    return PackedNetwork(file, quantized, norms, levels_words, words, vectors, gone, found)
+    file, precision, found = _smallest(source, model, inventory, data, packed, exact)
+    return PackedNetwork(file, quantized, norms, levels_words, words, precision, gone, found)
 
 
 def _coded(
@@ -110,14 +115,20 @@ def _coded(
     return layers, gone
 
 
+def usual(source: Source) -> folding.Precision | None:
+    """The grids that most networks take."""
+    return folding.USUAL if source.config.vectors == "auto" else None
+
+
 def file_bytes(
-    source: Source, weights: Mapping[str, torch.Tensor], plan: Plan, inventory: Inventory, data: Data
-) -> int:
-    """Bytes of the file that a network of these full-precision weights would make by now, with the grids that most networks take: nothing is evaluated."""
+    source: Source, weights: Mapping[str, torch.Tensor], plan: Plan, inventory: Inventory, data: Data,
+    precision: folding.Precision | None,
+) -> int:  # fmt: skip
+    """Bytes of the file that a network of these full-precision weights would make by now, with grids of `precision`: nothing is evaluated."""
     model = source.network()
     model.load_state_dict(weights)
     layers, _ = _coded(source, model, plan, bake(model, plan), data)
-    return _bytes(source, model, inventory, data, layers)
+    return _bytes(source, model, inventory, data, layers, precision)
 
 
 def _score(source: Source, model: nn.Module, data: Data) -> Evaluation:
@@ -149,7 +160,7 @@ def _smallest(
     data: Data,
     packed: codec.Packed,
     exact: Evaluation,
-) -> tuple[bytes, str, Evaluation]:
+) -> tuple[bytes, folding.Precision | None, Evaluation]:
     """The file with the coarsest grids that change nothing measured, what they are, and the decoded file's score."""
     profile = source.config.profile
     for precision in folding.LADDER if source.config.vectors == "auto" else ():
@@ -157,9 +168,9 @@ def _smallest(
         found = _decoded(source, file, data)
         drop = Drop.between(exact.predictions, found.predictions, np.asarray(data.validation.labels))
         if drop.points <= _DROP_POINTS + drop.error and found.loss <= exact.loss + _LOSS_NATS:
-            return file, str(precision), found
+            return file, precision, found
     file = codec.encode(packed, profile)
-    return file, "as they are", _decoded(source, file, data)
+    return file, None, _decoded(source, file, data)
 
 
 def _decoded(source: Source, file: bytes, data: Data) -> Evaluation:
@@ -187,16 +198,17 @@ def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Da
     empty = codec.CodedLayer(np.zeros(0, np.int16), np.zeros(1, np.float32), 0)
     blobs = {layer.name: empty for layer in inventory.layers}
     # an empty layer still has two bytes, and its shape and size in the header are shorter than real ones
-    return _bytes(source, model, inventory, data, blobs) + 2 * len(blobs)
+    return _bytes(source, model, inventory, data, blobs, usual(source)) + 2 * len(blobs)
 
 
 def _bytes(
-    source: Source, model: nn.Module, inventory: Inventory, data: Data, layers: Mapping[str, codec.CodedLayer]
-) -> int:
+    source: Source, model: nn.Module, inventory: Inventory, data: Data, layers: Mapping[str, codec.CodedLayer],
+    precision: folding.Precision | None,
+) -> int:  # fmt: skip
     """Bytes of a file of these layers and the rest of `model`."""
     packed = codec.Packed(_metadata(source, inventory, data, "0" * 64), _tensors(model, inventory, layers))
-    if source.config.vectors == "auto":
-        packed = _on_grids(model, inventory, packed, folding.USUAL)
+    if precision is not None:
+        packed = _on_grids(model, inventory, packed, precision)
     return len(codec.encode(packed, source.config.profile))
 
 

@@ -179,7 +179,8 @@ class Making:
         """What a round for `requested` bytes is held at, where a size is promised; where a drop is, a smaller file is welcome."""
         if requested is None or self._intent.kind != "bytes" or not self.run.config.hold_size:
             return None
-        return Size(min(requested, to_ask(self._intent)), self.given.inventory)
+        precision = self.done[-1].packed.precision if self.done else packing.usual(self.run.source)
+        return Size(min(requested, to_ask(self._intent)), self.given.inventory, precision)
 
     def initial(self) -> nn.Module:
         """The network with the weights from which the next round starts."""

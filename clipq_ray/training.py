@@ -17,6 +17,7 @@ from clipq_ray.data.listing import few
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.data.resident import placed
 from clipq_ray.finetune import Progress, Rank, Trainer
+from clipq_ray.folding import Precision
 from clipq_ray.network import Inventory
 from clipq_ray.optimizers import Schedule
 from clipq_ray.packing import file_bytes
@@ -28,10 +29,11 @@ from clipq_ray.work import CURVE, WEIGHTS, Source, here, prepare_process, read_s
 
 @dataclass(frozen=True)
 class Size:
-    """The `bytes` of the file that a training is to end at; `inventory`: what of the network the file holds."""
+    """The `bytes` of the file that a training is to end at; `inventory`: what of the network the file holds, its vectors on grids of `precision`."""
 
     bytes: int
     inventory: Inventory
+    precision: Precision | None
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,11 @@ def train(
 def _held(task: TrainTask, data: Data) -> Held | None:
     if task.size is None:
         return None
-    source, inventory = task.source, task.size.inventory
-    return Held(task.size.bytes, lambda weights, plan: file_bytes(source, weights, plan, inventory, data))
+    source, size = task.source, task.size
+    return Held(
+        size.bytes,
+        lambda weights, plan: file_bytes(source, weights, plan, size.inventory, data, size.precision),
+    )
 
 
 def plan_after(trained: Store, plan: Plan) -> tuple[Plan, float]:
