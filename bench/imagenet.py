@@ -46,7 +46,8 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         changes = {**CUT, "data": data, "storage": folder}
         words = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()] + [
-            "--no-search-again"
+            "--no-search-again",
+            "--no-hold-size",  # the planned (p, b), whatever its size
         ]
         started = time.monotonic()
         job = subprocess.Popen(
