@@ -224,7 +224,7 @@ class Config(BaseModel):
     )
     hold_size: bool = Field(
         True,
-        description="where a size is asked for: in the second half of each round pruning rates follow what the file would take",
+        description="where a size is asked for: in the second half of a round, behind its ramp, pruning rates follow what the file would take",
     )
     batch_norm_images: int = Field(
         4096, ge=2, description="training images that re-estimate batch norm after fine-tuning"

@@ -162,7 +162,7 @@ class Trainer:
             epoch = len(self.curve)
             loss = self._epoch(epoch, progress)
             self.progressed += (1.0 - self.progressed) / (self.epochs - epoch)
-            self._follow_size()
+            self._follow_size(progress)
             if self._move_rates(self.progressed) and self.operator:
                 self.operator.requantize()  # as a process that starts from the checkpoint has them
             top1 = self._validate(progress)
@@ -274,11 +274,13 @@ class Trainer:
         self.operator.set_rates(self.rates.now)
         return True
 
-    def _follow_size(self) -> None:
-        """Rank 0 measures what the file would take by now; all ranks follow."""
+    def _follow_size(self, progress: Progress) -> None:
+        """Rank 0 measures what the file would take by now, which can take minutes and is a sign of life before and after; all ranks follow."""
         if self.rates is None or self.operator is None or not self.rates.follows(self.progressed):
             return
         scale = torch.tensor(self.rates.scale, dtype=torch.float64, device=self.rank.device)
+        epoch, steps = len(self.curve) + 1, self._steps()
+        progress(epoch * steps, self.epochs * steps, f"epoch {epoch} of {self.epochs}")
         if self.rank.rank == 0:
             with self.operator.reading_full_precision():
                 weights = {name: value.cpu() for name, value in self.model.state_dict().items()}

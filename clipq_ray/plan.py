@@ -1,6 +1,6 @@
 """The plan of a network: theta = (p, b) and the share of intervals for every layer.
 
-A plan is a value: frozen, JSON in and out, decided once before fine-tuning. Not covered: how it is found (`search`) and what it
+A plan is a value: frozen, JSON in and out, decided before fine-tuning, which may scale its pruning rates to hold a size (`rates`). Not covered: how it is found (`search`) and what it
 does to a weight (`quantizer`).
 """
 

@@ -6,6 +6,8 @@ Not covered: weights, levels and evaluation, which are float32 everywhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _CPU_HAS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -22,5 +24,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
+    # releases before 2.11 do not say, and float32 is right everywhere
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name) for name in _CPU_HAS)

@@ -140,9 +140,9 @@ class Given:
 
 
 class Making:
-    """The rounds of one network, made one after another, each from the weights of the one before."""
+    """The rounds of one network, made one after another, each from the weights of the one before; `intent`: what is promised of it alone."""
 
-    def __init__(self, run: Run, given: Given, intent: Intent) -> None:
+    def __init__(self, run: Run, given: Given, intent: Intent | None = None) -> None:
         self.run, self.given, self._intent = run, given, intent
         self._model = run.source.network()
         self._model.load_state_dict(read_state(given.weights))
@@ -175,12 +175,14 @@ class Making:
         self.other = packing.other_bytes_of(one.packed)
         return one
 
-    def size(self, requested: int | None) -> Size | None:
+    def size(self, requested: int | None, rungs_left: int) -> Size | None:
         """What a round for `requested` bytes is held at, where a size is promised; where a drop is, a smaller file is welcome."""
-        if requested is None or self._intent.kind != "bytes" or not self.run.config.hold_size:
+        intent = self._intent
+        if requested is None or intent is None or intent.kind != "bytes" or not self.run.config.hold_size:
             return None
         precision = self.done[-1].packed.precision if self.done else packing.usual(self.run.source)
-        return Size(min(requested, to_ask(self._intent)), self.given.inventory, precision)
+        held = requested if rungs_left else min(requested, to_ask(intent))
+        return Size(held, self.given.inventory, precision)
 
     def initial(self) -> nn.Module:
         """The network with the weights from which the next round starts."""
@@ -307,7 +309,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     schedule = _schedule(run.config, number, rungs_left)
     tuned = stages.trained(
         run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
-        1 / (1 + rungs_left), making.size(requested),
+        1 / (1 + rungs_left), making.size(requested, rungs_left),
     )  # fmt: skip
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:

@@ -224,7 +224,8 @@ def trained(
             return run.engine.train(task, progress)
 
     store = run.stage(stage, inputs, CURVE, make)
-    run.notes += json.loads(store.read(CURVE))["notes"]
+    notes = json.loads(store.read(CURVE))["notes"]
+    run.notes += [note for note in notes if note not in run.notes]
     return store
 
 

@@ -96,6 +96,10 @@ def train(
                 f"{task.stage}: {len(data.train.unreadable)} unreadable images were replaced by their next ones: "
                 f"{few(data.train.unreadable)}"
             )
+        if config.precision == "auto":
+            trainer.notes.append(
+                f"{task.stage}: computed in {str(trainer.autocast).removeprefix('torch.')} (--precision auto)"
+            )
         output = Store(task.output)
         write_state(output, WEIGHTS, model.state_dict())
         rows = [asdict(row) for row in trainer.curve]

@@ -24,6 +24,11 @@ def test_auto_is_what_the_kernel_says_of_this_cpu() -> None:
     assert autocast_dtype("auto", CPU) == (torch.bfloat16 if native else torch.float32)
 
 
+def test_a_release_of_torch_that_does_not_say_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert autocast_dtype("auto", CPU) == torch.float32
+
+
 @pytest.mark.parametrize(
     ("found", "dtype"),
     [

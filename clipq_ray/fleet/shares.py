@@ -134,8 +134,7 @@ class _Vote:
         self._ensemble, self._members = ensemble, members
         self._turn, self._parallel = members[0].run.turn, parallel
         self._opened: list[Opened] = self._each(open_rounds, members)
-        self._intent = ensemble.intent_of(sum(one.prepared.inventory.bytes_before for one in self._opened))
-        self._making = [Making(one.prepared.run, one.given, self._intent) for one in self._opened]
+        self._making = [Making(one.prepared.run, one.given) for one in self._opened]
         self._curves = [
             Curves(
                 one.given.searched.trials,
@@ -145,6 +144,7 @@ class _Vote:
             )
             for one, making in zip(self._opened, self._making, strict=True)
         ]
+        self._intent = ensemble.intent_of(sum(one.bytes_before for one in self._curves))
 
     def _each(self, step: Callable[[Any], T], given: Sequence[Any]) -> list[T]:
         """What `step` makes of each member: one after the other in this process, side by side while they train."""
