@@ -223,7 +223,7 @@ class Config(BaseModel):
         description="part of each round in which pruning rates rise to the plan's, from mild ones or from those of the round before; 0: the plan's at once, as published",
     )
     hold_size: bool = Field(
-        True,
+        False,
         description="where a size is asked for: in the second half of a round, behind its ramp, pruning rates follow what the file would take",
     )
     batch_norm_images: int = Field(

@@ -88,7 +88,7 @@ def test_what_a_round_shrank_by_is_known_to_the_next(promised: tuple[Path, Resul
 
 def test_each_round_is_held_at_what_it_is_asked_for() -> None:
     def held(intent: Intent, requested: int, rungs_left: int, **options: Any) -> int | None:
-        source = SimpleNamespace(config=make(**options))
+        source = SimpleNamespace(config=make(**{"hold_size": True, **options}))
         making = rounds.Making.__new__(rounds.Making)
         making.run, making.given = (
             SimpleNamespace(config=source.config, source=source),
@@ -104,7 +104,7 @@ def test_each_round_is_held_at_what_it_is_asked_for() -> None:
     assert held(size, 1500, 0) == 1477
     assert held(size, 1400, 0) == 1400
     assert held(Intent("max_drop", 1.0), 1500, 0) is None
-    assert held(size, 1500, 0, paper=True) is None
+    assert held(size, 1500, 0, hold_size=False) is None
 
 
 @pytest.mark.parametrize("asked", [3000, 3600])
@@ -121,7 +121,7 @@ def test_a_size_is_held_while_training(promised: tuple[Path, Result], asked: int
 
 def test_the_rates_of_a_held_size_are_those_in_the_statistics(promised: tuple[Path, Result]) -> None:
     """What the file holds follows from the weights and the rates that are written beside them."""
-    result = run(promised[0], target_bytes=3600, epochs=12, rounds=1)
+    result = run(promised[0], target_bytes=3600, epochs=12, rounds=1, hold_size=True)
     rows = tables.from_bytes(Store(result.uri).read("layers.parquet")).to_pylist()
     chosen = [
         row
