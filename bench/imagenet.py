@@ -47,7 +47,6 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
         changes = {**CUT, "data": data, "storage": folder}
         words = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()] + [
             "--no-search-again",
-            "--no-hold-size",  # the planned (p, b), whatever its size
         ]
         started = time.monotonic()
         job = subprocess.Popen(

@@ -54,7 +54,7 @@ def configuration(given: argparse.Namespace, seed: int) -> Config:
     """What the job would have."""
     return make(
         model="resnet20", weights=given.weights, data=given.data, engine="local", seed=seed, epochs=given.epochs,
-        learning_rate=given.learning_rate, precision="bfloat16", search_evaluations=given.evaluations, validation_images=2500,
+        learning_rate=given.learning_rate, precision="auto", search_evaluations=given.evaluations, validation_images=2500,
     )  # fmt: skip
 
 

@@ -275,7 +275,7 @@ class Trainer:
         return True
 
     def _follow_size(self, progress: Progress) -> None:
-        """Rank 0 measures what the file would take by now, which can take minutes and is a sign of life before and after; all ranks follow."""
+        """Rank 0 measures what the file would take by now, which can take minutes, so with a sign of life before; all ranks follow."""
         if self.rates is None or self.operator is None or not self.rates.follows(self.progressed):
             return
         scale = torch.tensor(self.rates.scale, dtype=torch.float64, device=self.rank.device)

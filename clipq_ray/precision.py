@@ -24,6 +24,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # releases before 2.11 do not say, and float32 is right everywhere
+    # older releases of torch do not say, and float32 is right everywhere
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name) for name in _CPU_HAS)

@@ -35,7 +35,7 @@ ENDPOINT = f"http://{HOSTS['client']}:5000"
 # a search of half a minute of one host: the other one's processes take seconds to start, on a busy machine ten and more, and shall still find work
 OPTIONS = (
     "--model lenet5 --weights random --workers 2 --target-ratio 15 --rounds 1 --epochs 40 --batch-size 32 "
-    "--learning-rate 0.01 --control never --search-evaluations 40 --search-start 3 --search-images 1000"
+    "--learning-rate 0.01 --hold-size --control never --search-evaluations 40 --search-start 3 --search-images 1000"
 )
 LIMIT_SECONDS = 1200.0  # for any one thing; an idle machine of two cores needs a fraction of it for all
 _WAIT = 2.0
