@@ -170,7 +170,7 @@ def test_without_time_every_training_has_one_epoch_and_the_run_is_committed(tmp_
         tmp_path / "s", deadline_hours=1e-6, baseline_epochs=3, epochs=4, control="always", weights="train"
     )
     assert manifest.verify(Store(result.uri)) == []
-    assert epochs(result) == {"finetune": [1], "control": [1]}
+    assert epochs(result) == {"finetune": [1], "levels": [], "control": [1]}
     for stage, wanted in (("baseline", 3), ("finetune", 4), ("control", 4)):
         note = f"{stage}: shortened from {wanted} to 1 epochs by --deadline-hours"
         assert result.manifest["notes"].count(note) == 1
@@ -179,7 +179,7 @@ def test_without_time_every_training_has_one_epoch_and_the_run_is_committed(tmp_
 def test_with_enough_time_no_epoch_is_left_out(digits_weights: dict[str, Tensor], tmp_path: Path) -> None:
     weights = saved(digits_weights, tmp_path / "w.safetensors")
     result = run(tmp_path / "s", weights=weights, deadline_hours=2.0, epochs=3, control="always")
-    assert epochs(result) == {"finetune": [1, 2, 3], "control": [1, 2, 3]}
+    assert epochs(result) == {"finetune": [1, 2, 3], "levels": [], "control": [1, 2, 3]}
     assert not [note for note in result.manifest["notes"] if "--deadline-hours" in note]
 
 

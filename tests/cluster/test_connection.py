@@ -69,3 +69,26 @@ def test_sigterm_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"expected a Ray cluster at RAY_ADDRESS=10\.0\.0\.1:6379"):
         connection.connect({})
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+def test_a_thread_that_outlives_the_engine_starts_no_ray() -> None:
+    """As Tune's does where a search is interrupted; by itself, Ray starts on this machine at the first call that finds none."""
+    code = """
+from clipq_ray.cluster.talk import apart, ray
+
+def late():
+    try:
+        ray.put(1)
+    finally:
+        print("started" if ray.is_initialized() else "none")
+
+apart(late)
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT, env=kept
+    )
+    assert ended.stdout == "none\n", ended.stderr
+    assert "Ray has not been started" in ended.stderr
