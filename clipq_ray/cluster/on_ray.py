@@ -250,15 +250,15 @@ class RayEngine:
         for amount in amounts:
             self._refuse_impossible(amount, 1)
 
-        def run() -> None:
+        def run(left: threading.Event) -> None:
             with self._searching:
-                ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done)
+                ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done, left)
 
         with self._noting():
             if self._own:  # what goes on when this process leaves ends with its Ray
                 apart(run)
             else:
-                run()
+                run(threading.Event())
 
     def train(self, task: TrainTask, progress: Progress) -> float:
         """One TorchTrainer; gives the seconds that it waited to be let in."""

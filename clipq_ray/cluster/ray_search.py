@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.metrics import Meter
 from clipq_ray.cluster.room import Amount, Room
-from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
+from clipq_ray.cluster.talk import ERROR, Left, Watch, last_line, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
 from clipq_ray.search import Trial
@@ -106,12 +107,21 @@ def _item(place: tuple[int, int]) -> str:
     return f"{place[0]} {place[1]}"
 
 
-class _Losses(tune.Callback):  # type: ignore[misc]
-    """Says in one line what Tune says in a page: a trial was lost and is started again."""
+class _Steps(tune.Callback):  # type: ignore[misc]
+    """Says in one line what Tune says in a page: a trial was lost and is started again. Ends Tune's loop where nobody waits for it any more."""
 
-    def __init__(self, tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]]) -> None:
-        self._tasks, self._places = tasks, places
+    def __init__(
+        self, tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]], left: threading.Event
+    ) -> None:
+        self._tasks, self._places, self._left = tasks, places, left
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+    def __reduce__(self) -> Any:  # Tune pickles what it was given, and nobody reads it
+        return tune.Callback, ()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._left.is_set():
+            raise Left
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, index = self._places[trial.config["place"]]
@@ -130,9 +140,11 @@ def search(
     storage: Callable[[Store], dict[str, Any]],
     progress: Progress,
     done: Done,
+    left: threading.Event,
 ) -> None:
     """All open groups of all tasks as trials of one Tuner; `done` is told the number of each task when its last group has ended, with the error that
-    ended it, if one did. `amounts`: what a trial of each task takes of `room`; `storage`: where Tune keeps what it wants to keep, near a store."""
+    ended it, if one did. `amounts`: what a trial of each task takes of `room`; `storage`: where Tune keeps what it wants to keep, near a store; `left`:
+    raise `Left` once it is set."""
     places = in_order(tasks)
 
     def over(number: int, lost: Sequence[Exception]) -> None:
@@ -150,7 +162,8 @@ def search(
         why = functools.partial(_why, watch, places)
         handout = HandOut(room, [number for number, _ in places], amounts, over, why)
         _begin(tasks, places, watch.board)
-        _tuner(tasks, places, handout, watch.board, storage(Store(tasks[0].output))).fit()
+        steps = _Steps(tasks, places, left)
+        _tuner(tasks, places, handout, steps, watch.board, storage(Store(tasks[0].output))).fit()
         Store(tasks[0].output).child(_RAY).remove_tree()
         handout.tell_rest()
 
@@ -174,6 +187,7 @@ def _tuner(
     tasks: Sequence[SearchTask],
     places: Sequence[tuple[int, int]],
     handout: HandOut,
+    steps: _Steps,
     board: Any,
     storage: dict[str, Any],
 ) -> tune.Tuner:
@@ -188,7 +202,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name=_RAY,
             verbose=0,
-            callbacks=[_Losses(tasks, places)],
+            callbacks=[steps],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(
                 max_failures=max(task.source.config.max_failures for task in tasks)

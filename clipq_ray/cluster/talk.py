@@ -36,7 +36,7 @@ from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
 
 log = logs.logger(__name__)
-_POLL_SECONDS, _LEASE_POLL_SECONDS = 0.5, 2.0
+_POLL_SECONDS, _LEASE_POLL_SECONDS, _LEAVE_SECONDS = 0.5, 2.0, 5.0
 _NAMESPACE = "clipq_ray"
 ERROR = "error.json"
 """The object in which a worker says to the driver why it fails."""
@@ -222,20 +222,32 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def apart(work: Callable[[], None]) -> None:
+class Left(BaseException):
+    """Nobody waits any more for what this thread does; no `Exception`, since libraries catch those and tidy up at length."""
+
+
+def apart(work: Callable[[threading.Event], None]) -> None:
     """`work` in a thread of its own, to its end or to this thread's interrupt: Tune takes many seconds to end its actors, longer than `ray job stop` waits
-    before it kills."""
+    before it kills. The event that `work` is given says that nobody waits any more; it has a moment then to raise `Left`, before Ray is shut down: a call
+    under way while it is ends the process."""
     raised: list[BaseException] = []
+    left = threading.Event()
 
     def run() -> None:
         try:
-            work()
+            work(left)
         except BaseException as error:  # raised again where it is waited for
             raised.append(error)
 
     thread = threading.Thread(target=logs.carried(run), daemon=True, name="search")
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+    except BaseException:
+        left.set()
+        if thread.is_alive():
+            thread.join(_LEAVE_SECONDS)
+        raise
     if raised:
         raise raised[0]

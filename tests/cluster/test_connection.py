@@ -77,7 +77,7 @@ def test_a_thread_that_outlives_the_engine_starts_no_ray() -> None:
     code = """
 from clipq_ray.cluster.talk import apart, ray
 
-def late():
+def late(left):
     try:
         ray.put(1)
     finally:
