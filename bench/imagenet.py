@@ -1,8 +1,9 @@
 """`make bench-imagenet`: the recipes for ImageNet's networks run through at real shapes, on generated images and random weights.
 
 Each job is the product's own command with the recipe's options, cut to two epochs of a few steps: what is measured is that it runs through, how much memory it
-takes, how long an image takes in training, and the file at the (p, b) that the search plans. The weights are random, so accuracies say nothing and sizes
-are not those of trained networks: they are never to be set beside a published ratio. Hours are predicted from the time per image, for this machine.
+takes and how long an image takes in training. To random weights nothing that is pruned matters, so the job's search plans next to nothing, whatever size is
+asked for; the file is therefore measured at a (p, b) that is the same for all layers: four bits and the mildest rate with which the layers meet the recipe's
+ratio. Its size is not that of a trained network and never to be set beside a published ratio. Hours are predicted from the time per image, for this machine.
 One recipe is one unit under `bench/results/imagenet-units/`, stored when it ends.
 """
 
@@ -15,23 +16,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import yaml
+from torch import Tensor
 
 from bench.data import jpegs
 from bench.record import RESULTS, ROOT, Row, write
 from bench.records import total_epochs
-from clipq_ray import manifest
+from bench.records_peers import bytes_of, mildest
+from clipq_ray import manifest, network, packing
+from clipq_ray.config import Config, make
+from clipq_ray.operator import make_plan
+from clipq_ray.plan import Theta
 from clipq_ray.storage import Store
+from clipq_ray.work import Source, read_state
 
 UNITS = RESULTS / "imagenet-units"
 RECIPES = tuple(sorted((ROOT / "recipes").glob("*-imagenet-*.yaml")))
 CLASSES, TRAINING_IMAGES = 1000, 1_281_167 - 5_000
 BATCH, STEPS = 32, 3
+BITS, RATES = 4, 1000
 CUT = {
     "batch_size": BATCH, "epochs": 2, "rungs": 1, "rounds": 1, "warmup_epochs": 0, "control": "never", "weights": "random", "engine": "local",
     "validation_images": 8, "limit_images": BATCH * STEPS, "search_evaluations": 4, "search_start": 3, "search_images": 4,
@@ -61,12 +71,28 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
         document = manifest.read_manifest(run.store)
         (curve,) = Path(folder).glob("_stages/finetune-*/curve.json")
         last = json.loads(curve.read_text(encoding="utf-8"))["curve"][-1]
-    metrics, promise = document["metrics"], document["promise"]
+        config = make(**{**options, **changes, "search_again": False})
+        theta, size = planned(config, read_state(Store(curve.parent)), options["target_ratio"])
+    metrics = document["metrics"]
     return {
         "recipe": recipe.stem, "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20, "job_seconds": seconds,
-        "epoch_seconds": last["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "bytes": metrics["bytes_after"],
-        "predicted_bytes": promise["predicted_bytes"], "epochs": total_epochs(options),
+        "epoch_seconds": last["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "job_bytes": metrics["bytes_after"],
+        "p": theta.p, "bits": theta.b, "bytes": size, "epochs": total_epochs(options),
     }  # fmt: skip
+
+
+def planned(config: Config, weights: Mapping[str, Tensor], ratio: float) -> tuple[Theta, int]:
+    """The (p, b) at which all layers together take a `ratio`-th of all tensors, and the bytes of the file that has it."""
+    source = Source(config)
+    model, data = source.network(), source.data()
+    model.load_state_dict(weights)
+    inventory = network.inventory(model, data.validation.batch(torch.arange(2), None)[0], config.keep)
+    layers = {one.name: model.get_parameter(one.name).detach() for one in inventory.layers}
+    theta = mildest(
+        lambda theta: bytes_of(config, layers, theta), BITS, inventory.bytes_before / ratio, RATES
+    )
+    plan = make_plan(model, dict.fromkeys(layers, theta))
+    return theta, packing.file_bytes(source, weights, plan, inventory, data, packing.usual(source))
 
 
 def rows(unit: dict[str, Any]) -> list[Row]:
@@ -75,8 +101,8 @@ def rows(unit: dict[str, Any]) -> list[Row]:
     return [
         Row(f"{place}/peak_memory", unit["peak_gib"], f"GiB, {unit['batch']} images a step"),
         Row(f"{place}/step", unit["epoch_seconds"] / unit["steps"], "s"),
-        Row(f"{place}/random_weights/file", unit["bytes"], "bytes"),
-        Row(f"{place}/random_weights/file_over_predicted", unit["bytes"] / unit["predicted_bytes"], "ratio"),
+        Row(f"{place}/random_weights/file", unit["bytes"], f"bytes, all layers at p {unit['p']:g}, b {unit['bits']}"),
+        Row(f"{place}/random_weights/file_over_all_tensors", unit["bytes"] / unit["bytes_before"], "ratio"),
         Row(f"{place}/training_here", per_image * TRAINING_IMAGES * unit["epochs"] / 3600, f"hours for {unit['epochs']} epochs, predicted"),
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ def peer(
     }, packed.file  # fmt: skip
 
 
+def bytes_of(config: Config, layers: Mapping[str, torch.Tensor], theta: Theta) -> int:
+    """What all `layers` take at one theta, as they are."""
+    total = 0
+    for weight in layers.values():
+        share = decide_share(weight, theta)
+        total += layer_bytes(config, codec.coded(quantize(weight, theta, share), share))
+    return total
+
+
+def mildest(bytes_of: Callable[[Theta], int], b: int, budget: float, steps: int = 10_000) -> Theta:
+    """The mildest rate at `b` bits, in `steps` from 0 to 1, where `bytes_of` it is at most `budget`; the last below 1 where none is."""
+    low, high = 0, steps - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if bytes_of(Theta(middle / steps, b)) > budget else (low, middle)
+    return Theta(low / steps, b)
+
+
 def silent(*_: Any) -> None:
     """No progress."""
 
@@ -79,32 +97,14 @@ class _Given:
         sha256 = models.weights_sha256(self.state)
         return packing.pack(self.source, tuned, plan, self.inventory, self.data, sha256)
 
-    def bytes_of(self, theta: Theta) -> int:
-        """All layers at one theta, before training."""
-        total = 0
-        for name in self.thetas:
-            weight = self.model.get_parameter(name).detach()
-            share = decide_share(weight, theta)
-            total += layer_bytes(self.source.config, codec.coded(quantize(weight, theta, share), share))
-        return total
-
-    def mildest(self, b: int) -> Theta:
-        """The mildest rate at `b` bits whose layers take no more than those of `ours`."""
-        budget = SPARE * sum(one["bytes"] for one in self.ours["plan"])
-        low, high = 0, 9990
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (
-                (middle + 1, high) if self.bytes_of(Theta(middle / 1e4, b)) > budget else (low, middle)
-            )
-        return Theta(low / 1e4, b)
-
     def uniform(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
         """One theta for all layers, by the product's own loop."""
         config = self.source.config
+        budget = SPARE * sum(one["bytes"] for one in self.ours["plan"])
+        layers = {name: self.model.get_parameter(name).detach() for name in self.thetas}
         found = []
         for b in BITS:
-            theta = self.mildest(b)
+            theta = mildest(lambda theta: bytes_of(config, layers, theta), b, budget)
             plan = make_plan(self.model, dict.fromkeys(self.thetas, theta))
             share = options.get("ramp_share", 0.0)
             tuned = Store(self.work / f"uniform-b{b}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from bench.imagenet import CUT, RECIPES, rows
+from bench.data import jpegs
+from bench.imagenet import CUT, RECIPES, planned, rows
+from bench.records_peers import bytes_of
 from clipq_ray.config import make
+from clipq_ray.plan import Theta
 from clipq_ray.work import Source
 
 RATIOS = {"alexnet": 51, "googlenet": 10, "resnet50": 15, "vgg16": 64, "resnet18": 24, "mobilenet_v2": 10}
@@ -28,10 +33,26 @@ def test_every_network_has_one() -> None:
 
 def test_sizes_are_marked_as_those_of_random_weights() -> None:
     unit = {
-        "recipe": "alexnet-imagenet-noloss", "batch": 32, "steps": 3, "epoch_seconds": 9.6, "peak_gib": 3.0, "bytes": 50, "predicted_bytes": 100, "epochs": 40,
+        "recipe": "alexnet-imagenet-noloss", "batch": 32, "steps": 3, "epoch_seconds": 9.6, "peak_gib": 3.0, "bytes": 50, "bytes_before": 500, "p": 0.9,
+        "bits": 2, "epochs": 40,
     }  # fmt: skip
     found = {row.name: row.value for row in rows(unit)}
     assert all("random_weights" in name for name in found if "file" in name)
+    assert found["imagenet/alexnet-imagenet-noloss/random_weights/file_over_all_tensors"] == 0.1
     assert found["imagenet/alexnet-imagenet-noloss/training_here"] == pytest.approx(
         0.1 * 1_276_167 * 40 / 3600
     )
+
+
+def test_the_planned_rate_is_the_mildest_that_meets_the_ratio(tmp_path: Path) -> None:
+    jpegs(str(tmp_path), 8, 4)
+    config = make(
+        model="mobilenet_v2", data=str(tmp_path), weights="random", validation_images=2, batch_norm_images=2, resize=32, input_size=32, profile="fast"
+    )  # fmt: skip
+    weights = Source(config).network().state_dict()
+    theta, size = planned(config, weights, 20)
+    layers = {name: tensor for name, tensor in weights.items() if tensor.dim() > 1}
+    whole = 4 * sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
+    milder = Theta(theta.p - 0.001, theta.b)
+    assert bytes_of(config, layers, theta) <= whole / 20 < bytes_of(config, layers, milder)
+    assert whole / 20 < size < 1.5 * whole / 20  # batch norm comes on top
