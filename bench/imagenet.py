@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
-from torch import Tensor
 
 from bench.data import jpegs
 from bench.record import RESULTS, ROOT, Row, write
@@ -72,7 +72,10 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
         (curve,) = Path(folder).glob("_stages/finetune-*/curve.json")
         last = json.loads(curve.read_text(encoding="utf-8"))["curve"][-1]
         config = make(**{**options, **changes, "search_again": False})
-        theta, size = planned(config, read_state(Store(curve.parent)), options["target_ratio"])
+        # in a process of its own: of this one, the peak would count for jobs that it starts later
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            weights = Store(curve.parent)
+            theta, size = apart.submit(planned, config, weights, options["target_ratio"]).result()
     metrics = document["metrics"]
     return {
         "recipe": recipe.stem, "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20, "job_seconds": seconds,
@@ -81,9 +84,9 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def planned(config: Config, weights: Mapping[str, Tensor], ratio: float) -> tuple[Theta, int]:
+def planned(config: Config, trained: Store, ratio: float) -> tuple[Theta, int]:
     """The (p, b) at which all layers together take a `ratio`-th of all tensors, and the bytes of the file that has it."""
-    source = Source(config)
+    source, weights = Source(config), read_state(trained)
     model, data = source.network(), source.data()
     model.load_state_dict(weights)
     inventory = network.inventory(model, data.validation.batch(torch.arange(2), None)[0], config.keep)

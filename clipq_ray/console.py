@@ -29,12 +29,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by this Ray's job server tells the process what it is
+_NO_OTHER_RAY = {"RAY_ENABLE_AUTO_CONNECT": "0", "TUNE_DISABLE_AUTO_INIT": "1"}
+"""Else a call of Ray's from a thread that has outlived an interrupt starts a second Ray behind the end of the first. Ray reads the former when it is imported."""
 _TERMINATED = threading.Event()
 """Whether an interrupt is a SIGTERM's. A class of exception of its own would not say it: an interrupt within `ray.get` comes out as a new KeyboardInterrupt."""
 
 
 def run(program: str, main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
     """The exit code of `main` on `arguments` (default: the process's); a named error is one line on stderr."""
+    for name, value in _NO_OTHER_RAY.items():
+        os.environ.setdefault(name, value)
     with _stopping():
         try:
             code = _code(program, main, arguments)

@@ -11,7 +11,8 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,35 @@ _FORGET_SECONDS = 5.0
 def connect(settings: dict[str, Any]) -> Path | None:
     """Join the cluster that `RAY_ADDRESS` names, else start a Ray of our own on this machine, and give the folder in which that one keeps its logs; `ConfigError`
     says what is wrong with the address, the token or the version."""
-    terminate = signal.getsignal(signal.SIGTERM)
     try:
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(**settings)
+            with handlers_kept():
+                ray.init(**settings)
             return None
         os.environ.setdefault("RAY_worker_niceness", "0")
-        found = ray.init(address="local", include_dashboard=False, **settings)
+        with handlers_kept():
+            found = ray.init(address="local", include_dashboard=False, **settings)
         return Path(found.address_info["session_dir"])
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
         named = explained(error, os.environ.get("RAY_ADDRESS", ""))
         if named is None:
             raise
         raise named from error
-    finally:  # Ray puts in one of its own, which ends the process with exit code 15
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Of SIGINT and SIGTERM, where Ray puts in its own and leaves them: `ray.init`'s ends the process with exit code 15, a training's swallows interrupts of what
+    comes after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def forget(session: Path) -> None:

@@ -38,14 +38,15 @@ import torch.distributed as dist
 
 from clipq_ray import logs
 from clipq_ray.cluster import capacity, privacy, ray_data, ray_search, sight
-from clipq_ray.cluster.connection import connect, forget
+from clipq_ray.cluster.apart import Apart
+from clipq_ray.cluster.connection import connect, forget, handlers_kept
 from clipq_ray.cluster.engine import Done
 from clipq_ray.cluster.handout import PLACED_BY
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.cluster.metrics import Meter, TrainingSpeed
 from clipq_ray.cluster.room import Amount, Group, Room
-from clipq_ray.cluster.talk import ERROR, Watch, apart, last_line, low_memory, tell, told
+from clipq_ray.cluster.talk import ERROR, Watch, last_line, low_memory, tell, told
 from clipq_ray.config import Config, make
 from clipq_ray.errors import ClipqError, ConfigError, RunError, StorageError
 from clipq_ray.finetune import Progress, Rank
@@ -166,11 +167,13 @@ class RayEngine:
             settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
             self._session = connect(settings)
         grows = bool(os.environ.get("RAY_ADDRESS")) or not self._own
+        self._apart = Apart()
         self._room = Room(_Cluster(), self._limit, self._config.search_parallel, grows=grows)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._room.close()
+        self._apart.leave()
         if self._own:
             ray.shutdown()
         if self._session is not None and not self._failed and error[0] is None:
@@ -250,15 +253,16 @@ class RayEngine:
         for amount in amounts:
             self._refuse_impossible(amount, 1)
 
-        def run(left: threading.Event) -> None:
+        def run() -> None:
             with self._searching:
-                ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done, left)
+                self._apart.check()
+                ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done, self._apart)
 
         with self._noting():
             if self._own:  # what goes on when this process leaves ends with its Ray
-                apart(run)
+                self._apart.run(run, "search")
             else:
-                run(threading.Event())
+                run()
 
     def train(self, task: TrainTask, progress: Progress) -> float:
         """One TorchTrainer; gives the seconds that it waited to be let in."""
@@ -300,7 +304,7 @@ class RayEngine:
         hosts = Hosts(task.stage, config.fewest_workers, worker.resources)
         attempts = Attempts(Store(task.checkpoints), task.stage)
         attempts.afresh()
-        with Watch(progress, Limits.of([config]), hosts) as watch:
+        with Watch(self._apart, progress, Limits.of([config]), hosts) as watch:
             for left in reversed(range(1 + config.max_failures)):
                 failure = self._fitted(task, worker, decoding, watch.board)
                 if failure is None:
@@ -337,10 +341,15 @@ class RayEngine:
         output, failure = Store(task.output), None
         output.remove(ERROR)  # of a job that was killed
         try:
-            trainer.fit()
-        except SystemExit as ended:  # Ray Train's own handler of an interrupt
+            with handlers_kept():
+                trainer.fit()
+        except (
+            SystemExit
+        ) as ended:  # in a thread the shutdown of Ray, else Ray Train's own handler of an interrupt
+            self._apart.check()
             raise KeyboardInterrupt from ended
         except Exception as error:
+            self._apart.check()
             failure = error
         if (named := told(output)) is not None:
             raise named from failure

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +15,13 @@ import ray
 from ray import tune
 
 from clipq_ray import logs
+from clipq_ray.cluster.apart import Apart
 from clipq_ray.cluster.engine import Done
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.metrics import Meter
 from clipq_ray.cluster.room import Amount, Room
-from clipq_ray.cluster.talk import ERROR, Left, Watch, last_line, tell, told, visible_device
+from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
 from clipq_ray.search import Trial
@@ -110,18 +110,15 @@ def _item(place: tuple[int, int]) -> str:
 class _Steps(tune.Callback):  # type: ignore[misc]
     """Says in one line what Tune says in a page: a trial was lost and is started again. Ends Tune's loop where nobody waits for it any more."""
 
-    def __init__(
-        self, tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]], left: threading.Event
-    ) -> None:
-        self._tasks, self._places, self._left = tasks, places, left
+    def __init__(self, tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]], apart: Apart) -> None:
+        self._tasks, self._places, self._apart = tasks, places, apart
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
     def __reduce__(self) -> Any:  # Tune pickles what it was given, and nobody reads it
         return tune.Callback, ()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self._left.is_set():
-            raise Left
+        self._apart.check()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, index = self._places[trial.config["place"]]
@@ -140,11 +137,11 @@ def search(
     storage: Callable[[Store], dict[str, Any]],
     progress: Progress,
     done: Done,
-    left: threading.Event,
+    apart: Apart,
 ) -> None:
     """All open groups of all tasks as trials of one Tuner; `done` is told the number of each task when its last group has ended, with the error that
-    ended it, if one did. `amounts`: what a trial of each task takes of `room`; `storage`: where Tune keeps what it wants to keep, near a store; `left`:
-    raise `Left` once it is set."""
+    ended it, if one did. `amounts`: what a trial of each task takes of `room`; `storage`: where Tune keeps what it wants to keep, near a store; `apart`:
+    the engine's threads."""
     places = in_order(tasks)
 
     def over(number: int, lost: Sequence[Exception]) -> None:
@@ -158,11 +155,12 @@ def search(
         over(number, [])
     if not places:
         return
-    with Watch(progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
+    with Watch(apart, progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
         why = functools.partial(_why, watch, places)
         handout = HandOut(room, [number for number, _ in places], amounts, over, why)
+        apart.check()
         _begin(tasks, places, watch.board)
-        steps = _Steps(tasks, places, left)
+        steps = _Steps(tasks, places, apart)
         _tuner(tasks, places, handout, steps, watch.board, storage(Store(tasks[0].output))).fit()
         Store(tasks[0].output).child(_RAY).remove_tree()
         handout.tell_rest()

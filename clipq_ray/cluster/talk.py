@@ -11,7 +11,6 @@ import platform
 import re
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Self
 
 import ray
@@ -21,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipq_ray import logs
+from clipq_ray.cluster.apart import Apart, Left
 from clipq_ray.cluster.hangs import Hangs, Limits, Signs, Worker
 from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.errors import (
@@ -36,7 +36,7 @@ from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
 
 log = logs.logger(__name__)
-_POLL_SECONDS, _LEASE_POLL_SECONDS, _LEAVE_SECONDS = 0.5, 2.0, 5.0
+_POLL_SECONDS, _LEASE_POLL_SECONDS = 0.5, 2.0
 _NAMESPACE = "clipq_ray"
 ERROR = "error.json"
 """The object in which a worker says to the driver why it fails."""
@@ -105,17 +105,18 @@ class Watch:
     """Passes the board's content to the driver's progress while Ray blocks the driver, ends workers that hang, and says when hosts are missing."""
 
     def __init__(
-        self, progress: Progress, limits: Limits, hosts: Hosts | None = None, lease: str | None = None
-    ) -> None:
+        self, apart: Apart, progress: Progress, limits: Limits, hosts: Hosts | None = None, lease: str | None = None,
+    ) -> None:  # fmt: skip
         """`lease`: only one watch of this name at a time in the whole cluster; the next one waits for its end, and says so."""
-        self.board = _new_board() if lease is None else _leased_board(lease)
+        self.board = _new_board() if lease is None else _leased_board(lease, apart)
         self.hangs = Hangs(limits)
         self._progress, self._hosts, self._end = progress, hosts, threading.Event()
         self._held: dict[str, PlacementGroup] = {}
-        self._thread = threading.Thread(target=logs.carried(self._poll), daemon=True)
+        self._apart, self._ended = apart, threading.Event()
 
     def _poll(self) -> None:
         while not self._end.wait(_POLL_SECONDS):
+            self._apart.check()
             self._show()
             self._look()
             if self._hosts is not None:
@@ -140,12 +141,14 @@ class Watch:
             self._progress(done, total, words)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._ended = self._apart.begin(self._poll, "watch")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end.set()
-        self._thread.join()
+        self._ended.wait()
+        if error[0] is Left:  # Ray is shut down, or is about to be
+            return
         if error[0] is None:
             self._show()
         ray.kill(self.board)
@@ -161,7 +164,7 @@ def _new_board(**options: Any) -> Any:
     return _Board.options(scheduling_strategy=near, **again, **options).remote(owner)  # type: ignore[attr-defined]
 
 
-def _leased_board(name: str) -> Any:
+def _leased_board(name: str, apart: Apart) -> Any:
     """A board of this name once nobody else has one; it is lost with its owner, and so is the lease."""
     said = False
     while True:
@@ -175,7 +178,7 @@ def _leased_board(name: str) -> Any:
                     _owner(name),
                 )
             said = True
-            time.sleep(_LEASE_POLL_SECONDS)
+            apart.check(_LEASE_POLL_SECONDS)
 
 
 def _owner(name: str) -> str:
@@ -220,34 +223,3 @@ def last_line(error: BaseException) -> str:
         return low
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-class Left(BaseException):
-    """Nobody waits any more for what this thread does; no `Exception`, since libraries catch those and tidy up at length."""
-
-
-def apart(work: Callable[[threading.Event], None]) -> None:
-    """`work` in a thread of its own, to its end or to this thread's interrupt: Tune takes many seconds to end its actors, longer than `ray job stop` waits
-    before it kills. The event that `work` is given says that nobody waits any more; it has a moment then to raise `Left`, before Ray is shut down: a call
-    under way while it is ends the process."""
-    raised: list[BaseException] = []
-    left = threading.Event()
-
-    def run() -> None:
-        try:
-            work(left)
-        except BaseException as error:  # raised again where it is waited for
-            raised.append(error)
-
-    thread = threading.Thread(target=logs.carried(run), daemon=True, name="search")
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-    except BaseException:
-        left.set()
-        if thread.is_alive():
-            thread.join(_LEAVE_SECONDS)
-        raise
-    if raised:
-        raise raised[0]

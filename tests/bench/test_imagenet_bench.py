@@ -12,7 +12,8 @@ from bench.imagenet import CUT, RECIPES, planned, rows
 from bench.records_peers import bytes_of
 from clipq_ray.config import make
 from clipq_ray.plan import Theta
-from clipq_ray.work import Source
+from clipq_ray.storage import Store
+from clipq_ray.work import WEIGHTS, Source, write_state
 
 RATIOS = {"alexnet": 51, "googlenet": 10, "resnet50": 15, "vgg16": 64, "resnet18": 24, "mobilenet_v2": 10}
 
@@ -50,7 +51,8 @@ def test_the_planned_rate_is_the_mildest_that_meets_the_ratio(tmp_path: Path) ->
         model="mobilenet_v2", data=str(tmp_path), weights="random", validation_images=2, batch_norm_images=2, resize=32, input_size=32, profile="fast"
     )  # fmt: skip
     weights = Source(config).network().state_dict()
-    theta, size = planned(config, weights, 20)
+    write_state(Store(tmp_path / "trained"), WEIGHTS, weights)
+    theta, size = planned(config, Store(tmp_path / "trained"), 20)
     layers = {name: tensor for name, tensor in weights.items() if tensor.dim() > 1}
     whole = 4 * sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
     milder = Theta(theta.p - 0.001, theta.b)

@@ -260,6 +260,18 @@ def test_a_limit_holds_for_trials_and_trainings_together_and_priority_says_who_c
     assert hashes(tmp_path / "s") == hashes(tmp_path / "alone")
 
 
+def test_an_interrupt_while_networks_train_in_threads_is_one_line(tmp_path: Path) -> None:
+    """Of threads that hear from Ray that it has ended, nobody wants to know."""
+    storage = tmp_path / "s"
+    long = {**DEFAULTS, "epochs": 1000, "workers": 1, "baseline_epochs": 1}
+    arguments = submission(tmp_path, f"--storage={storage}", defaults={**long, "data": "digits"})
+    with started(arguments, tmp_path / "errors") as job:
+        job.until(lambda: len(list(storage.glob("model=*/run=*/_work/finetune/*"))) >= 2)
+        os.kill(job.process.pid, signal.SIGINT)
+        ended = job.wait()
+        assert ended == (130, ["compress: interrupted; run the same command again to continue"])
+
+
 def test_the_second_of_two_jobs_waits_and_takes_the_result_or_leaves(
     alone: dict[str, str], images: str, tmp_path: Path
 ) -> None:

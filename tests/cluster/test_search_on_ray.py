@@ -259,6 +259,18 @@ def test_an_interrupted_search_says_so_and_goes_on_when_run_again(
     assert_as_undisturbed(undisturbed, storage, before)
 
 
+def test_a_search_behind_a_training_can_be_interrupted_too(tmp_path: Path) -> None:
+    """Ray Train has a handler of its own, which swallows interrupts of what comes after it."""
+    storage = tmp_path / "s"
+    trained = command(storage, "train", **SEARCHED, baseline_epochs=1)
+    with started(trained, tmp_path / "errors") as job:
+        job.until(lambda: rows_so_far(storage))
+        os.kill(job.process.pid, signal.SIGINT)
+        ended = job.wait()
+    assert ended == (130, ["compress: interrupted; run the same command again to continue"])
+    assert not searched(storage)
+
+
 def test_rungs_search_between_trainings_and_give_the_same_bytes_as_one_process(
     weights: Path, tmp_path: Path
 ) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-
 import pytest
 
-from clipq_ray.cluster.talk import Left, apart, last_line, low_memory
+from clipq_ray.cluster.talk import last_line, low_memory
 
 SAID = "4 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 6ffe) was 12.53GB used / 23.54GB limit (0.532329)"
 OF_THE_MONITOR = f"""Training failed due to controller error:
@@ -29,17 +25,3 @@ def test_of_low_memory_it_is_which_node_and_how_full_and_not_the_manual() -> Non
 def test_of_others_it_is_the_last_line(said: str, line: str) -> None:
     assert low_memory(RuntimeError(said)) is None
     assert last_line(RuntimeError(said)) == line
-
-
-def test_an_interrupt_is_passed_on_when_the_thread_apart_has_left() -> None:
-    gone = threading.Event()
-
-    def work(left: threading.Event) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert left.wait(60)
-        gone.set()
-        raise Left
-
-    with pytest.raises(KeyboardInterrupt):
-        apart(work)
-    assert gone.is_set()
