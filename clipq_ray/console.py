@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from clipq_ray.errors import ClipqError, ConfigError
@@ -50,6 +50,17 @@ def run(program: str, main: Callable[[list[str]], int | None], arguments: list[s
     if _SUBMITTED in os.environ and code != 128 + signal.SIGPIPE:
         print(f"{program}: exit code {code}", file=sys.stderr, flush=True)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; where it was interrupted, at once: by then all that was begun is left whole, and a thread that still waits for a training would hold up
+    the end for ever."""
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        with suppress(OSError):  # nobody reads
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

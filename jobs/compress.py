@@ -74,4 +74,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(console.run("compress", main))
+    console.leave(console.run("compress", main))
