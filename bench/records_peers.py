@@ -2,7 +2,7 @@
 
 - two-stage: the plan's rates and bits, first pruned, then quantized. For the first half of the epochs weights are pruned by magnitude, the rates rising as in the
   recipe, and what is pruned stays zero; for the second half what is left is quantized (p = 0), another cosine. Learning rate, batches, data as in the recipe.
-- uniform: one (p, b) for all layers, trained as the recipe trains in one round. For b = 2 and b = 3 the mildest p, in steps of 0.001, with which the layers take at
+- uniform: one (p, b) for all layers, trained as the recipe trains in one round. For b = 2 and b = 3 the mildest p, in steps of 0.0001, with which the layers take at
   most one hundredth more bytes than those of `ours`; the better one on validation images counts.
 
 Both are packed by the product. Not covered: which units there are (`records`).

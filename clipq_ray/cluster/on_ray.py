@@ -343,10 +343,8 @@ class RayEngine:
         try:
             with handlers_kept():
                 trainer.fit()
-        except (
-            SystemExit
-        ) as ended:  # in a thread the shutdown of Ray, else Ray Train's own handler of an interrupt
-            self._apart.check()
+        except SystemExit as ended:
+            self._apart.check()  # in a thread: Ray was shut down; else Ray Train's own handler of an interrupt
             raise KeyboardInterrupt from ended
         except Exception as error:
             self._apart.check()
