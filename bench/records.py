@@ -149,13 +149,21 @@ class Unit:
         if self.target.weights is not None:
             command += ["--weights", str(shared / "weights" / self.target.weights)]
         code = subprocess.run(command, check=False).returncode
-        runs = sorted(
-            storage.glob(f"model={name}/run=*/manifest.json"), key=lambda path: path.stat().st_mtime
-        )
-        if code not in (0, 1) or not runs:
+        asked = published(options) if self.variant == "paper" else options
+        store = newest(storage / f"model={name}", {**asked, "seed": self.seed})
+        if code not in (0, 1) or store is None:
             raise SystemExit(f"{name}: the job ended with {code}; run again to continue")
-        store = Store(runs[-1].parent)
         return told(manifest.read_manifest(store), store, storage), store.read("model.clq")
+
+
+def newest(folder: Path, asked: dict[str, Any]) -> Store | None:
+    """The run in `folder` that was committed last, of those with the options that were asked for: other recipes may have left theirs there."""
+    asked = {name: value for name, value in asked.items() if name not in PLACES}
+    for path in sorted(folder.glob("run=*/manifest.json"), key=lambda one: -one.stat().st_mtime):
+        found = manifest.read_manifest(Store(path.parent))["config"]
+        if all(found.get(name) == value for name, value in asked.items()):
+            return Store(path.parent)
+    return None
 
 
 def data_of(target: Target, shared: Path) -> str:

@@ -11,7 +11,7 @@ Both are packed by the product. Not covered: which units there are (`records`).
 from __future__ import annotations
 
 import functools
-import math
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +25,9 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import PAPER, Config, make
 from clipq_ray.data import batches
 from clipq_ray.operator import Operator, make_plan, mildest_rates
+from clipq_ray.optimizers import sgd
 from clipq_ray.plan import Plan, Theta
+from clipq_ray.precision import autocast_dtype
 from clipq_ray.quantizer import decide_share, quantize, thresholds
 from clipq_ray.rates import Ramp
 from clipq_ray.stages import schedule_of
@@ -107,10 +109,13 @@ class _Given:
             theta = mildest(lambda theta: bytes_of(config, layers, theta), b, budget)
             plan = make_plan(self.model, dict.fromkeys(self.thetas, theta))
             share = options.get("ramp_share", 0.0)
-            tuned = Store(self.work / f"uniform-b{b}")
+            schedule = schedule_of(config, config.epochs, config.learning_rate)
+            ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
+            key = hashlib.sha256(repr((plan, schedule, ramp, config.precision)).encode()).hexdigest()[:12]
+            tuned = Store(self.work / f"uniform-b{b}-{key}")
             task = TrainTask(
-                self.source, "finetune", self.initial.uri, plan, schedule_of(config, config.epochs, config.learning_rate), tuned.uri,
-                Store(self.work / f"uniform-b{b}-checkpoints").uri, ramp=Ramp(mildest_rates(self.model, plan), share) if share else None,
+                self.source, "finetune", self.initial.uri, plan, schedule, tuned.uri,
+                Store(self.work / f"uniform-b{b}-{key}-checkpoints").uri, ramp=ramp,
             )  # fmt: skip
             if not tuned.exists("curve.json"):
                 LocalEngine().train(task, silent)
@@ -137,11 +142,12 @@ class _Given:
     def _epochs(
         self, stage: str, epochs: int, masks: dict[str, torch.Tensor], share: float, operator: Operator | None
     ) -> None:
-        """SGD with one cosine; without an operator the weights are pruned on the way, `masks` are what is left."""
+        """The product's optimizer, schedule and precision; without an operator the weights are pruned on the way, `masks` are what is left."""
         config, train = self.source.config, self.data.train
-        optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
-        )  # fmt: skip
+        schedule = schedule_of(config, epochs, config.learning_rate)
+        optimizer = sgd(self.model, schedule)
+        dtype = autocast_dtype(config.precision, torch.device("cpu"))
+        self.model.to(memory_format=torch.channels_last)
         steps = len(train) // config.batch_size
         self.model.train()
         for epoch in range(epochs):
@@ -152,11 +158,14 @@ class _Given:
             for step, (images, labels) in enumerate(batches(train, order, place)):
                 done = (epoch + step / steps) / epochs
                 for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+                    group["lr"] = schedule.rate(done, epoch + step / steps)
                 if operator is None and step % 20 == 0:
                     self._prune(masks, 1 - max(0.0, 1 - done / share) ** 3 if share else 1.0)
                 optimizer.zero_grad(set_to_none=True)
-                nn.functional.cross_entropy(self.model(images), labels).backward()
+                images = images.contiguous(memory_format=torch.channels_last)
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    output = self.model(images)
+                nn.functional.cross_entropy(output.float(), labels).backward()
                 if operator is None:
                     optimizer.step()
                     keep_zeros(self.model, masks)

@@ -365,6 +365,10 @@ class Config(BaseModel):
             raise ValueError(
                 f"expected --target-bytes or --target-ratio with --rungs {self.rungs}, which are sizes on the way to one; add it, or leave --rungs out"
             )
+        if self.hold_size and self.target_bytes is None and self.target_ratio is None:
+            raise ValueError(
+                "expected --target-bytes or --target-ratio with --hold-size, which holds it; add it, or leave --hold-size out"
+            )
         if self.engine == "local" and self.workers > 1:
             raise ValueError(
                 f"expected --workers 1 with --engine local, got {self.workers}; use --engine ray"

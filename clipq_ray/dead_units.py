@@ -30,6 +30,8 @@ def drop(
 
     `sample`: float32 (n, c, h, w); where the outputs for it are not the same afterwards, everything is as it was."""
     pairs = chains(model, _THROUGH, layers)
+    if not pairs:
+        return dict(layers), 0
     gone: set[tuple[str, int]] = set()
 
     def remove() -> bool:

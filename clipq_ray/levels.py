@@ -2,7 +2,7 @@
 
 CLIP-Q's levels are means of the weights that they stand for, which is what quantizing moves least, not what the loss likes best. `Levels` takes the place of
 `operator.Operator` in a training whose codes are fixed: the gradient of a level is the sum of those of its weights, and all weights of a level stay equal; what is
-clipped stays zero; all else that a network learns (biases, batch norm) is trained along. Files are as large as before.
+clipped stays zero; all else that a network learns (biases, batch norm) is trained along. A file differs by what its vectors and grids take then.
 
 Source: trained quantization of Han et al., ICLR 2016, section 3. Not covered: the schedule and the optimizer (`finetune`).
 """

@@ -32,7 +32,7 @@ loss is higher by at most the second [nats]. Even the finest grid turns a few im
 refused it, and the file took 5 of 42 KB more (bench/LOG.md)."""
 
 
-_SAMPLE = 100  # images whose outputs must be the same without dead units
+_SAMPLE = 16  # images whose outputs must be the same without dead units
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ def pack(
     data: Data,
     source_sha256: str,
     fitted: Store | None = None,
+    most_bytes: int | None = None,
 ) -> PackedNetwork:
-    """The packed form of the network whose full-precision weights lie in `tuned`; `fitted`: the same with levels that were trained."""
+    """The packed form of the network whose full-precision weights lie in `tuned`; `fitted`: the same with levels that were trained, which are taken where
+    validation images like them better and the file is not larger than `most_bytes`, or the other is too."""
     model = source.network()
     model.load_state_dict(read_state(tuned))
     full = {layer.layer: model.get_parameter(layer.layer).detach().double().clone() for layer in plan.layers}
@@ -75,8 +77,11 @@ def pack(
     trained = levels.fitted(quantized, weights, plan)
     model.load_state_dict({**weights, **{name: one.values for name, one in trained.items()}})
     other = _made(source, model, full, plan, trained, inventory, data, source_sha256, "fitted")
-    # of equals the means
-    return max(made, other, key=lambda one: (one.validation.top1, -one.validation.loss))
+
+    def rank(one: PackedNetwork) -> tuple[bool, float, float]:
+        return most_bytes is None or len(one.file) <= most_bytes, one.validation.top1, -one.validation.loss
+
+    return max(made, other, key=rank)  # of equals the means
 
 
 def _made(
@@ -94,7 +99,8 @@ def _made(
     packed = codec.Packed(
         _metadata(source, inventory, data, source_sha256), _tensors(model, inventory, layers)
     )
-    file, precision, found = _smallest(source, model, inventory, data, packed, exact)
+    blobs = {name: codec.smallest(layer, source.config.profile) for name, layer in layers.items()}
+    file, precision, found = _smallest(source, model, inventory, data, packed, blobs, exact)
     return PackedNetwork(file, quantized, norms, levels_words, words, precision, gone, found)
 
 
@@ -159,17 +165,19 @@ def _smallest(
     inventory: Inventory,
     data: Data,
     packed: codec.Packed,
+    blobs: Mapping[str, tuple[str, bytes]],
     exact: Evaluation,
 ) -> tuple[bytes, folding.Precision | None, Evaluation]:
-    """The file with the coarsest grids that change nothing measured, what they are, and the decoded file's score."""
+    """The file with the coarsest grids that change nothing measured, what they are, and the decoded file's score; `blobs` are those of the layers, which no
+    grid changes."""
     profile = source.config.profile
     for precision in folding.LADDER if source.config.vectors == "auto" else ():
-        file = codec.encode(_on_grids(model, inventory, packed, precision), profile)
+        file = codec.encode(_on_grids(model, inventory, packed, precision), profile, blobs)
         found = _decoded(source, file, data)
         drop = Drop.between(exact.predictions, found.predictions, np.asarray(data.validation.labels))
         if drop.points <= _DROP_POINTS + drop.error and found.loss <= exact.loss + _LOSS_NATS:
             return file, precision, found
-    file = codec.encode(packed, profile)
+    file = codec.encode(packed, profile, blobs)
     return file, None, _decoded(source, file, data)
 
 

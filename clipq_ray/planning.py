@@ -25,6 +25,7 @@ from clipq_ray.storage import Store
 from clipq_ray.work import Source, prepare_process
 
 _RAY_SECONDS = 20.0  # start of a worker group, seen
+_VALUES = 1 << 21  # of images that are timed at a time: 13 of ImageNet's
 
 
 @dataclass(frozen=True)
@@ -67,35 +68,28 @@ def _planned(source: Source) -> Plan:
     forward, step = _seconds(source, model, [layer.name for layer in found.layers])
     images, held = len(data.train), len(data.validation)
     groups = grouped(model, [layer.name for layer in found.layers], config.groups)
-    rungs = config.rungs - 1
-    evaluations = config.search_evaluations * len(groups) * (1 + rungs * config.search_again)
-    parallel = config.search_parallel or 1
-    fresh = source.weights_origin() == "train"
-    trainings = [("baseline", config.baseline_epochs)] * fresh + [("fine-tuning", config.epochs)]
-    if rungs:
-        trainings.insert(-1, ("rungs", rungs * (config.rung_epochs or math.ceil(config.epochs / 2))))
-    trainings += [("dense control", config.epochs)] * wants_control(source)
-    if config.tradeoff is None and config.rounds > 1:
-        further = (config.rounds - 1) * (config.round_epochs or math.ceil(config.epochs / 2))
-        trainings.append(("more rounds", further))
-    search_seconds = evaluations * min(config.search_images, images) * forward / parallel
+    trainings = _trainings(source)
+    searches = 1 + config.search_again * sum(one.times for one in trainings if one.searched)
+    evaluations = config.search_evaluations * len(groups) * searches
+    search_seconds = evaluations * min(config.search_images, images) * forward / (config.search_parallel or 1)
     lines = [
         f"network     {config.model}: {found.parameters:,} parameters, {len(found.layers)} layers to compress"
         + (f" in {len(groups)} groups" if config.groups else ""),
         f"data        {data.description}: {images:,} training, {held:,} validation images",
-        f"search      {evaluations:,} evaluations of {min(config.search_images, images):,} images: about {_clock(search_seconds)}",
+        f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: about {_clock(search_seconds)}",
     ]
     total = search_seconds
-    for name, epochs in trainings:
-        seconds = epochs * (images * step / config.workers + held * forward) + _RAY_SECONDS
+    for one in trainings:
+        epochs = one.times * one.epochs
+        seconds = epochs * (images * step / config.workers + held * forward) + one.times * _RAY_SECONDS
         lines.append(
-            f"{name:<11} {'at most ' if name in ('more rounds', 'rungs') else ''}{epochs} epochs on {config.workers} workers: about {_clock(seconds)}"
+            f"{one.name:<11} {'at most ' if one.at_most else ''}{epochs} epochs on {config.workers} workers: about {_clock(seconds)}"
         )
         total += seconds
     lines.append(
         f"time        about {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads"
     )
-    disk = found.bytes_before * (2 + 6 * len(trainings))
+    disk = found.bytes_before * (2 + 6 * sum(one.times for one in trainings))
     lines.append(
         f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)"
     )
@@ -103,12 +97,44 @@ def _planned(source: Source) -> Plan:
     return Plan(words, total, disk)
 
 
+@dataclass(frozen=True)
+class _Trainings:
+    """Trainings of one kind: how many, of how many epochs each, whether fewer may do, and whether a search may go before each."""
+
+    name: str
+    times: int
+    epochs: int
+    at_most: bool = False
+    searched: bool = False
+
+
+def _trainings(source: Source) -> list[_Trainings]:
+    """All trainings of a run, in their order."""
+    config = source.config
+    half = math.ceil(config.epochs / 2)
+    further = config.rounds - 1 if config.tradeoff is None else 0
+    return [
+        one
+        for one in (
+            _Trainings("baseline", int(source.weights_origin() == "train"), config.baseline_epochs),
+            _Trainings("rungs", config.rungs - 1, config.rung_epochs or half, True, True),
+            _Trainings("fine-tuning", 1, config.epochs),
+            _Trainings("dense control", int(wants_control(source)), config.epochs),
+            _Trainings("more rounds", further, config.round_epochs or half, True, True),
+            _Trainings("levels", 1 + further, config.level_epochs, further > 0),
+        )
+        if one.times and one.epochs
+    ]
+
+
 def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float, float]:
-    """Seconds per image of evaluation and of a training step with the operator, best of two."""
+    """Seconds per image of evaluation and of a training step with the operator, best of two; of as many images at a time as a training that is short of memory
+    would take."""
     config, data = source.config, source.data()
-    size = min(max(1, config.batch_size // config.workers), len(data.train))
+    batch = min(max(1, config.batch_size // config.workers), len(data.train))
+    size = min(batch, max(1, _VALUES // math.prod(data.train.batch(torch.arange(1), None)[0].shape)))
     images, labels = (part.to(source.device()) for part in data.train.batch(torch.arange(size), None))
-    forward, step = [], []
+    forward, step, quantized = [], [], []
     operator = Operator(model, make_plan(model, dict.fromkeys(layers, Theta(0.5, 3))))
     for _ in range(2):
         started = time.perf_counter()
@@ -116,13 +142,14 @@ def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float
             model.eval()(images)
         forward.append(time.perf_counter() - started)
         started = time.perf_counter()
-        nn.functional.cross_entropy(
-            logits(model.train()(images)), labels % logits(model(images[:2])).shape[1]
-        ).backward()
+        output = logits(model.train()(images))
+        nn.functional.cross_entropy(output, labels % output.shape[1]).backward()
+        step.append(time.perf_counter() - started)
+        started = time.perf_counter()
         with operator.full_precision():
             model.zero_grad()
-        step.append(time.perf_counter() - started)
-    return min(forward) / size, min(step) / size
+        quantized.append(time.perf_counter() - started)
+    return min(forward) / size, min(step) / size + min(quantized) / batch
 
 
 def _clock(seconds: float) -> str:

@@ -47,6 +47,11 @@ class Held:
     measure: Callable[[Mapping[str, Tensor], Plan], int]
 
 
+def looked_at(done: float, ramp: Ramp | None) -> bool:
+    """Whether a size that is held is looked at when a part `done` of a schedule with this ramp is over."""
+    return max(BEGIN, ramp.share if ramp else 0.0) <= done + 1e-9 and done < END
+
+
 class Rates:
     """The pruning rates of one training: `now`, one per layer of `plan`.
 
@@ -81,8 +86,7 @@ class Rates:
 
     def follows(self, done: float) -> bool:
         """Whether the size is looked at when a part `done` of the schedule is over."""
-        begin = max(BEGIN, self._ramp.share if self._ramp else 0.0)
-        return self._held is not None and begin <= done + 1e-9 and done < END
+        return self._held is not None and looked_at(done, self._ramp)
 
     def scale_for(self, weights: Mapping[str, Tensor]) -> float:
         """The scale from now on, for a network of these full-precision weights: fewer weights where its file would be too large, more where it would be
@@ -94,5 +98,5 @@ class Rates:
 
     @property
     def plan(self) -> Plan:
-        """The plan with the rates of now."""
-        return self._plan.at(self.now)
+        """The plan with the rates that the ramp ends at, scaled as now: what a training that is cut off on the way up is packed with too."""
+        return self._plan.at(self._at(1.0))

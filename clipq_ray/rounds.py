@@ -38,12 +38,12 @@ from clipq_ray.network import Inventory
 from clipq_ray.operator import make_plan, mildest_rates
 from clipq_ray.optimizers import Schedule
 from clipq_ray.plan import Plan
-from clipq_ray.rates import Ramp
+from clipq_ray.rates import END, Ramp, looked_at
 from clipq_ray.searching import Searched, search_again
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
 from clipq_ray.together import added
-from clipq_ray.training import Size, plan_after
+from clipq_ray.training import Size, epochs_in, plan_after
 from clipq_ray.work import read_state
 
 STEPS = 40  # of a third or a quarter each: further than any network
@@ -54,10 +54,13 @@ but 0.3 points; more by five times what may be lost. A start only: the rounds de
 
 @dataclass(frozen=True)
 class Round:
-    """One round: the search that it is from, the plan and what became of it; `fitted`: where levels were trained behind it."""
+    """One round: the search that it is from, the plan and what became of it; `held`: the bytes that it was held at, if it was; `on_the_way`: whether more were
+    to follow it on the way to a size; `fitted`: where levels were trained behind it."""
 
     searched: Searched
     choice: Choice
+    held: int | None
+    on_the_way: bool
     plan: Plan
     tuned: Store
     fitted: Store | None
@@ -151,9 +154,11 @@ class Making:
         self.searched = given.searched
         self.done: list[Round] = []
 
-    def made(self, choice: Choice) -> bool:
-        """Whether a round of this choice was made."""
-        return any(_thetas(choice) == _thetas(one.choice) for one in self.done)
+    def made(self, choice: Choice, requested: int | None, rungs_left: int = 0) -> bool:
+        """Whether a round of this choice was made, held at the same size."""
+        held = self.size(requested, rungs_left)
+        wanted = (_thetas(choice), held and held.bytes)
+        return any(wanted == (_thetas(one.choice), one.held) for one in self.done)
 
     def planned(self, requested: int | None) -> int | None:
         """The bytes to plan for a file of `requested` bytes."""
@@ -184,6 +189,12 @@ class Making:
         held = requested if rungs_left else min(requested, to_ask(intent))
         return Size(held, self.given.inventory, precision)
 
+    @property
+    def most_bytes(self) -> int | None:
+        """What a file may take at most, where that is promised."""
+        intent = self._intent
+        return math.floor(intent.value) if intent is not None and intent.kind == "bytes" else None
+
     def initial(self) -> nn.Module:
         """The network with the weights from which the next round starts."""
         self._model.cpu().load_state_dict(read_state(self.start))
@@ -201,7 +212,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
     making = Making(run, given, intent)
     done = making.done
     requested, *rungs = _requests(intent, given.searched, making.other, run.config.rungs)
-    climbed, seconds = len(rungs), 0.0
+    seconds = 0.0
     while True:
         left = run.seconds_left
         if done and left is not None and seconds > left:
@@ -211,7 +222,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         if done and requested is not None and run.config.search_again:
             making.search_again(requested, 1 / (1 + len(rungs)))
         choice, requested = _other_choice(intent, making, requested, on_the_way=bool(rungs))
-        if not making.made(choice):
+        if not making.made(choice, requested, len(rungs)):
             making.make(choice, requested, len(rungs))
             seconds = time.monotonic() - started
             _say(run, intent, done, given.inventory.bytes_before)
@@ -222,7 +233,8 @@ def run_rounds(run: Run, given: Given) -> Rounds:
             requested = rungs.pop(0)
             continue
         # rounds on the way to a size are none of those that look for the promise
-        requested = next_request(intent, [one.outcome for one in done[climbed:] or done], run.config.rounds)
+        looked = [one.outcome for one in done if not one.on_the_way]
+        requested = next_request(intent, looked, run.config.rounds)
         if requested is None:
             break
     made = Rounds(intent, given.inventory, tuple(done))
@@ -290,7 +302,7 @@ def _other_choice(
         return choice, requested
     step = SMALLER if True in sides else LARGER
     for _ in range(STEPS):
-        if not making.made(choice):
+        if not making.made(choice, requested):
             break
         requested = max(1, math.ceil(requested * step))
         choice = _choice(intent, making, requested)
@@ -306,11 +318,16 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     )
     model = making.initial()
     plan = make_plan(model, choice.thetas(given.groups))
-    schedule = _schedule(run.config, number, rungs_left)
+    further = any(not one.on_the_way for one in before)
+    schedule, size = _schedule(run.config, rungs_left, further), making.size(requested, rungs_left)
+    ramp = _ramp(run.config, model, plan, before)
+    if size and not any(looked_at(epoch / schedule.epochs, ramp) for epoch in range(1, schedule.epochs)):
+        run.notes.append(
+            f"round {number}: --hold-size had nothing to do, no epoch of {schedule.epochs} ends behind the ramp and before {END:.0%} of them; raise --epochs or lower --ramp-share"
+        )
     tuned = stages.trained(
-        run, "finetune", schedule, making.start, plan, given.work, number, _ramp(run.config, model, plan, before),
-        1 / (1 + rungs_left), making.size(requested, rungs_left),
-    )  # fmt: skip
+        run, "finetune", schedule, making.start, plan, given.work, number, ramp, 1 / (1 + rungs_left), size
+    )
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:
         run.reporter.say(f"pruning rates followed the size: {scale:.3f} of the planned weights")
@@ -318,20 +335,29 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
         _fitted(run, tuned, plan, given.work, number) if run.config.level_epochs and not rungs_left else None
     )
     with run.reporter.stage(f"pack round {number}"):
-        packed = packing.pack(run.source, tuned, plan, given.inventory, run.data, given.source_sha256, fitted)
+        packed = packing.pack(
+            run.source, tuned, plan, given.inventory, run.data, given.source_sha256, fitted, making.most_bytes
+        )
     if fitted is not None:
-        words = "taken" if packed.levels == "fitted" else "not taken, validation images like the means better"
+        words = "taken" if packed.levels == "fitted" else "not taken, with the means the file is better"
         run.reporter.say(f"levels that were trained: {words}")
     drop = Drop.between(
         given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
     )
-    trained = (
-        schedule.epochs
-        + (run.config.level_epochs if fitted else 0)
-        + (before[-1].outcome.epochs if before else 0)
+    trained = [one.tuned for one in before] + [tuned] + ([fitted] if fitted else [])
+    epochs = sum(epochs_in(store) for store in trained)
+    outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
+    return Round(
+        making.searched,
+        choice,
+        size.bytes if size else None,
+        rungs_left > 0,
+        plan,
+        tuned,
+        fitted,
+        packed,
+        outcome,
     )
-    outcome = Outcome(requested, predicted, len(packed.file), drop, trained, scale)
-    return Round(making.searched, choice, plan, tuned, fitted, packed, outcome)
 
 
 def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:
@@ -347,12 +373,12 @@ def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Sto
     return stages.trained(run, "levels", schedule, tuned, plan, work, number)
 
 
-def _schedule(config: Config, number: int, rungs_left: int) -> Schedule:
-    """Of round `number`, from 1: all epochs in the round that is to keep the promise, fewer on the way to it, fewer at a lower rate behind it."""
+def _schedule(config: Config, rungs_left: int, further: bool) -> Schedule:
+    """All epochs in the round that is to keep the promise, fewer on the way to it, fewer at a lower rate in a `further` one, behind it."""
     epochs, rate = config.epochs, config.learning_rate
     if rungs_left:
         epochs = config.rung_epochs or math.ceil(epochs / 2)
-    elif number > config.rungs:
+    elif further:
         epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2
     schedule = stages.schedule_of(config, epochs, rate)
     return replace(schedule, warmup_epochs=min(schedule.warmup_epochs, epochs / 2))

@@ -120,6 +120,11 @@ def _held(task: TrainTask, data: Data) -> Held | None:
     )
 
 
+def epochs_in(trained: Store) -> int:
+    """The epochs of the training that lies in `trained`, also where a deadline has shortened it."""
+    return len(json.loads(trained.read(CURVE))["curve"])
+
+
 def plan_after(trained: Store, plan: Plan) -> tuple[Plan, float]:
     """What became of `plan` in the training that lies in `trained`, with other pruning rates where it was held at a size, and of the planned weights the
     share that was kept then."""

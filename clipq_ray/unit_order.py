@@ -35,6 +35,8 @@ def sort(
         if getattr(model.get_submodule(one.first), "groups", 1) == 1
     ]
     sorted_layers = dict(layers)
+    if not pairs:
+        return sorted_layers
 
     def move() -> bool:
         return sum(_move(model, sorted_layers, chain) for chain in pairs) > 0

@@ -193,6 +193,24 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_counts_all_that_a_ladder_may_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = (
+        "--dry-run --storage s --search-evaluations 9 --target-bytes 2000 --rungs 4 --rung-epochs 3 --search-again --epochs 8 --level-epochs 2 "
+        "--rounds 3 --round-epochs 5 --baseline-epochs 6"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compress", *options.split()])
+    assert console.run("compress", imported("compress").main) == 0
+    printed = {line[:11].strip(): line[12:] for line in capfd.readouterr().out.splitlines()}
+    assert "at most 270 evaluations" in printed["search"]  # 5 layers, before each of 6 rounds
+    wanted = {"baseline": "6 ep", "rungs": "at most 9 ep", "fine-tuning": "8 ep", "more rounds": "at most 10 ep", "levels": "at most 6 ep"}  # fmt: skip
+    for name, words in wanted.items():
+        assert printed[name].startswith(words)
+    assert "at most 15 MB" in printed["disk"]  # 10 trainings of a network of 0.25 MB
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that the job made in a process of its own, and what it printed."""

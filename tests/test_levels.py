@@ -112,13 +112,8 @@ def test_trained_levels_are_taken_where_validation_images_like_them_better(
 ) -> None:
     model = lenet(digits_weights)
     source = Source(make(storage=str(tmp_path), engine="local", unit_order="given"), model, DIGITS)
-    plan = make_plan(
-        model,
-        {
-            one.name: Theta(0.5, 3)
-            for one in inventory(model, DIGITS.train.batch(torch.arange(2), None)[0]).layers
-        },
-    )
+    found = inventory(model, DIGITS.train.batch(torch.arange(2), None)[0])
+    plan = make_plan(model, {one.name: Theta(0.5, 3) for one in found.layers})
     tuned, fitted = Store(tmp_path / "tuned"), Store(tmp_path / "fitted")
     quantized = codes_of(model, plan)
     given = model.state_dict()
@@ -131,19 +126,39 @@ def test_trained_levels_are_taken_where_validation_images_like_them_better(
     worse[last] = worse[last] + 50.0 * torch.eye(10)[0]
     write_state(tuned, WEIGHTS, given)
     write_state(fitted, WEIGHTS, changed)
-    made = packing.pack(
-        source,
-        tuned,
-        plan,
-        inventory(model, DIGITS.train.batch(torch.arange(2), None)[0]),
-        DIGITS,
-        "0" * 64,
-        fitted,
-    )
+    made = packing.pack(source, tuned, plan, found, DIGITS, "0" * 64, fitted)
     assert made.levels == words
     for name, one in quantized.items():
         factor = 1.2 if better else 1.0
         np.testing.assert_allclose(codec.arrays(made.file)[name], factor * one.values.numpy(), rtol=2**-9)
+
+
+def test_trained_levels_are_not_taken_where_they_break_the_promise_of_a_size(
+    tmp_path: Path, digits_weights: dict[str, torch.Tensor]
+) -> None:
+    model = lenet(digits_weights)
+    source = Source(make(storage=str(tmp_path), engine="local"), model, DIGITS)
+    found = inventory(model, DIGITS.train.batch(torch.arange(2), None)[0])
+    plan = make_plan(model, {one.name: Theta(0.5, 3) for one in found.layers})
+    tuned, fitted = Store(tmp_path / "tuned"), Store(tmp_path / "fitted")
+    state = model.state_dict()
+    changed = {**state, **{name: one.values for name, one in codes_of(model, plan).items()}}
+    first = found.layers[0].name
+    least = changed[first][changed[first] > 0].min()
+    changed[first] = torch.where(changed[first] == least, 1e-9, changed[first])  # float16 does not hold it
+    last = list(state)[-1]
+    write_state(tuned, WEIGHTS, {**state, last: state[last] + 50.0 * torch.eye(10)[0]})
+    write_state(fitted, WEIGHTS, changed)
+
+    def packed(levels: Store | None, most: int | None) -> packing.PackedNetwork:
+        return packing.pack(source, tuned, plan, found, DIGITS, "0" * 64, levels, most)
+
+    better, smaller = packed(fitted, None), packed(None, None)
+    assert better.levels == "fitted"
+    assert len(smaller.file) < len(better.file)
+    assert packed(fitted, len(better.file)).file == better.file
+    assert packed(fitted, len(better.file) - 1).file == smaller.file
+    assert packed(fitted, 10).file == better.file  # neither keeps it
 
 
 def test_a_run_with_trained_levels_says_what_became_of_them(tmp_path: Path) -> None:

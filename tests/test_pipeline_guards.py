@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clipq_ray
-from clipq_ray import manifest, models
+from clipq_ray import manifest, models, tables
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
@@ -174,6 +174,21 @@ def test_without_time_every_training_has_one_epoch_and_the_run_is_committed(tmp_
     for stage, wanted in (("baseline", 3), ("finetune", 4), ("control", 4)):
         note = f"{stage}: shortened from {wanted} to 1 epochs by --deadline-hours"
         assert result.manifest["notes"].count(note) == 1
+
+
+def test_a_size_that_is_held_is_that_of_the_plan_where_the_deadline_cuts_the_ramp(
+    digits_weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    weights = saved(digits_weights, tmp_path / "w.safetensors")
+    result = run(
+        tmp_path / "s", weights=weights, deadline_hours=1e-6, epochs=16, target_ratio=20.0, rounds=1, hold_size=True, ramp_share=0.5, max_drop=None
+    )  # fmt: skip
+    store = Store(result.uri)
+    assert epochs(result)["finetune"] == [1]
+    assert result.manifest["promise"]["rounds"][0]["epochs"] == 1
+    chosen = {row["layer"]: row["p"] for row in tables.from_bytes(store.read("trials.parquet")).to_pylist() if row["chosen"]}  # fmt: skip
+    made = {row["layer"]: row["p"] for row in tables.from_bytes(store.read("layers.parquet")).to_pylist()}
+    assert made == pytest.approx(chosen, abs=1e-6)
 
 
 def test_with_enough_time_no_epoch_is_left_out(digits_weights: dict[str, Tensor], tmp_path: Path) -> None:

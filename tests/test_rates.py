@@ -76,6 +76,12 @@ def test_a_size_is_followed_behind_the_ramp_and_not_to_the_very_end() -> None:
     assert [done for done in (0.2, 0.5, 0.7, 0.9, 1.0) if late.follows(done)] == [0.9]
 
 
+def test_a_training_that_is_cut_off_on_the_way_up_has_the_rates_that_were_planned() -> None:
+    rates = Rates(PLAN, RAMP, Held(600, nonzeros), done=0.1)
+    assert rates.now != [layer.theta.p for layer in PLAN.layers]
+    assert rates.plan == PLAN
+
+
 def test_rates_of_a_checkpoint_are_those_that_it_was_written_with() -> None:
     rates = settled(640)
     assert Rates(PLAN, None, Held(640, nonzeros), done=1.0, scale=rates.scale).now == rates.now

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from bench import records
+from bench.records_peers import peer
+from clipq_ray import manifest
+from clipq_ray.batch import compress
+from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import PAPER, make
+from clipq_ray.progress import Reporter
+from clipq_ray.storage import Store
+from clipq_ray.work import Source
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +59,41 @@ def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(
     assert records.rows_of(target, "paper", range(100)) == []
     records.keep_median(target, range(100))
     assert (tmp_path / "records" / f"{target.name}.clq").read_bytes() == b"seed 2"
+
+
+QUICK: dict[str, Any] = {
+    "epochs": 2, "baseline_epochs": 2, "search_evaluations": 4, "search_images": 50, "batch_size": 32, "rounds": 1, "target_bytes": 20_000,
+}  # fmt: skip
+
+
+def made(storage: Path, **options: Any) -> Store:
+    config = make(**{**QUICK, "storage": str(storage), "engine": "local", **options})
+    return Store(compress(Source(config), LocalEngine(), Reporter(quiet=True)).uri)
+
+
+def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    first, second = made(tmp_path, seed=3), made(tmp_path, seed=3, learning_rate=0.01)
+    folder = tmp_path / "model=lenet5"
+    found = {rate: records.newest(folder, {"seed": 3, "learning_rate": rate}) for rate in (0.01, 0.02, 0.03)}
+    assert found == {0.01: second, 0.02: first, 0.03: None}
+    assert records.newest(folder, {"seed": 3}) == second
+    assert records.newest(tmp_path / "nothing", {}) is None
+
+
+@pytest.mark.parametrize("variant", ["two-stage", "uniform"])
+def test_what_ours_is_held_against_has_its_bits_and_about_its_size(tmp_path: Path, variant: str) -> None:
+    store = made(tmp_path, ramp_share=0.5)
+    ours = records.told(manifest.read_manifest(store), store, tmp_path)
+    theirs, file = peer(variant, {**QUICK, "ramp_share": 0.5}, {**ours, "target": "t"}, "digits", tmp_path, 0)
+    assert len(file) < 1.2 * len(store.read("model.clq"))
+    assert theirs["validation_top1_percent"] > 50
+    plan = {one["layer"]: (one["p"], one["bits"]) for one in theirs["plan"]}
+    own = {one["layer"]: (one["p"], one["bits"]) for one in ours["plan"]}
+    assert plan.keys() == own.keys()
+    assert len(set(plan.values())) == 1 if variant == "uniform" else plan == own
+    again, same = peer(variant, {**QUICK, "ramp_share": 0.5}, {**ours, "target": "t"}, "digits", tmp_path, 0)
+    assert same == file
+    assert again["plan"] == theirs["plan"]
 
 
 def test_a_unit_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

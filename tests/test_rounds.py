@@ -88,7 +88,7 @@ def test_what_a_round_shrank_by_is_known_to_the_next(promised: tuple[Path, Resul
 
 def test_each_round_is_held_at_what_it_is_asked_for() -> None:
     def held(intent: Intent, requested: int, rungs_left: int, **options: Any) -> int | None:
-        source = SimpleNamespace(config=make(**{"hold_size": True, **options}))
+        source = SimpleNamespace(config=make(**{"hold_size": True, "target_bytes": 1500, **options}))
         making = rounds.Making.__new__(rounds.Making)
         making.run, making.given = (
             SimpleNamespace(config=source.config, source=source),
@@ -105,6 +105,43 @@ def test_each_round_is_held_at_what_it_is_asked_for() -> None:
     assert held(size, 1400, 0) == 1400
     assert held(Intent("max_drop", 1.0), 1500, 0) is None
     assert held(size, 1500, 0, hold_size=False) is None
+
+
+def test_the_same_plan_held_at_another_size_is_another_round() -> None:
+    from test_choice import TRIALS
+
+    tried = choose_for_bytes(TRIALS, 900)
+    making = rounds.Making.__new__(rounds.Making)
+    making.run = SimpleNamespace(config=make(target_bytes=1500, hold_size=True), source=None)  # type: ignore[assignment]
+    making.given, making._intent = SimpleNamespace(inventory=None), Intent("bytes", 1500)  # type: ignore[assignment]
+    packed = SimpleNamespace(precision=None)
+    making.done = [SimpleNamespace(choice=tried, held=3000, packed=packed)]  # type: ignore[list-item]
+    assert making.made(tried, 3000, 1)
+    assert not making.made(tried, 1500, 0)
+    assert not making.made(choose_for_bytes(TRIALS, 10**9), 3000, 1)
+
+
+def test_rounds_behind_the_size_are_short_also_where_rungs_were_left_out() -> None:
+    config = make(target_bytes=1500, rungs=4, epochs=20, rung_epochs=3, round_epochs=5, learning_rate=0.1)
+    told = [rounds._schedule(config, *given) for given in ((3, False), (0, False), (0, True))]
+    assert [(one.epochs, one.learning_rate) for one in told] == [(3, 0.1), (20, 0.1), (5, 0.05)]
+
+
+def test_rungs_that_are_left_out_leave_the_further_rounds(promised: tuple[Path, Result]) -> None:
+    """Without a search in between the last rungs choose the same, smallest plan."""
+    result = run(promised[0], target_bytes=10, rungs=4, rung_epochs=1, rounds=2)
+    made = result.manifest["promise"]["rounds"]
+    assert len(made) < 4
+    assert any("the search has no other point" in note for note in result.manifest["notes"])
+
+
+def test_a_size_that_no_epoch_can_be_held_at_is_said(promised: tuple[Path, Result]) -> None:
+    result = run(promised[0], target_bytes=6000, rounds=1, hold_size=True, ramp_share=0.9)
+    assert any("--hold-size had nothing to do" in note for note in result.manifest["notes"])
+    assert not any(
+        "--hold-size" in note
+        for note in run(promised[0], target_bytes=6000, rounds=1, hold_size=True).manifest["notes"]
+    )
 
 
 @pytest.mark.parametrize("asked", [3000, 3600])
@@ -287,7 +324,8 @@ def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, 
     def making(*outcomes: Outcome) -> Any:
         made = rounds.Making.__new__(rounds.Making)
         made.searched, made.other = SimpleNamespace(trials=TRIALS), 0  # type: ignore[assignment]
-        made.done = [SimpleNamespace(choice=tried, outcome=one) for one in outcomes]  # type: ignore[misc]
+        made._intent = None
+        made.done = [SimpleNamespace(choice=tried, held=None, outcome=one) for one in outcomes]  # type: ignore[misc]
         return made
 
     outcome = Outcome(900, tried.bytes, tried.bytes, Drop(points, points - 1, points + 1, 500), 1)

@@ -16,7 +16,7 @@ from clipq_ray.codec.container import (
     read_header,
 )
 from clipq_ray.codec.header import Entry, norm_names
-from clipq_ray.codec.layers import CodedLayer, coded, layer_bytes
+from clipq_ray.codec.layers import CodedLayer, coded, layer_bytes, smallest
 from clipq_ray.codec.plain import stored
 from clipq_ray.codec.vectors import Vector, on_grid
 
@@ -38,5 +38,6 @@ __all__ = [
     "norm_names",
     "on_grid",
     "read_header",
+    "smallest",
     "stored",
 ]

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,15 +50,18 @@ class Packed:
     norms: tuple[str, ...] = ()
 
 
-def encode(packed: Packed, profile: Profile = "fast") -> bytes:
-    """The bytes of a .clq file; the same bytes for the same content and profile."""
+def encode(
+    packed: Packed, profile: Profile = "fast", made: Mapping[str, tuple[str, bytes]] = MappingProxyType({})
+) -> bytes:
+    """The bytes of a .clq file; the same bytes for the same content and profile. `made`: by name what `smallest` gave for layers before, which are not encoded again."""
     rows, blobs = [], []
     for name, tensor in packed.tensors.items():
         if isinstance(tensor, Vector):
             continue
-        coder, blob = (
-            layers.smallest(tensor, profile) if isinstance(tensor, CodedLayer) else plain.write(tensor)
-        )
+        if isinstance(tensor, CodedLayer):
+            coder, blob = made.get(name) or layers.smallest(tensor, profile)
+        else:
+            coder, blob = plain.write(tensor)
         rows.append((name, tuple(tensor.shape), coder))
         blobs.append(blob)
     table, grids = _grids(packed)

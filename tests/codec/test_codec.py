@@ -61,6 +61,17 @@ def test_an_independent_decoder_in_integers_reads_the_same_codes(seed: int) -> N
     assert spec_coders.codes("q", blob, (50, 40), sides) == before.codes.reshape(-1).tolist()
 
 
+@pytest.mark.parametrize("profile", ["fast", "small"])
+def test_a_layer_that_was_encoded_before_is_not_encoded_again(profile: Any) -> None:
+    packed = codec.Packed(META, {name: layer((40, 30), 3, 4, 0.7, seed) for seed, name in enumerate("ab")})
+    ready = {name: codec.smallest(one, profile) for name, one in packed.tensors.items()}  # type: ignore[arg-type]
+    assert codec.encode(packed, profile, ready) == codec.encode(packed, profile)
+    # the blob that is given is the one that is written
+    other = codec.encode(packed, profile, {"b": ready["a"]})
+    found = codec.decode(other).tensors
+    np.testing.assert_array_equal(found["b"].codes, found["a"].codes)  # type: ignore[union-attr]
+
+
 def test_a_large_layer_takes_at_most_one_percent_over_its_entropy() -> None:
     before = layer((512, 512), 3, 4, 0.8, 1)
     p = np.unique(before.codes, return_counts=True)[1] / before.codes.size
