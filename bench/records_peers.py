@@ -146,8 +146,9 @@ class _Given:
         config, train = self.source.config, self.data.train
         schedule = schedule_of(config, epochs, config.learning_rate)
         optimizer = sgd(self.model, schedule)
-        dtype = autocast_dtype(config.precision, torch.device("cpu"))
-        self.model.to(memory_format=torch.channels_last)
+        device = self.source.device()
+        dtype = autocast_dtype(config.precision, device)
+        self.model.to(device).to(memory_format=torch.channels_last)
         steps = len(train) // config.batch_size
         self.model.train()
         for epoch in range(epochs):
@@ -162,10 +163,10 @@ class _Given:
                 if operator is None and step % 20 == 0:
                     self._prune(masks, 1 - max(0.0, 1 - done / share) ** 3 if share else 1.0)
                 optimizer.zero_grad(set_to_none=True)
-                images = images.contiguous(memory_format=torch.channels_last)
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                images = images.to(device).contiguous(memory_format=torch.channels_last)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     output = self.model(images)
-                nn.functional.cross_entropy(output.float(), labels).backward()
+                nn.functional.cross_entropy(output.float(), labels.to(device)).backward()
                 if operator is None:
                     optimizer.step()
                     keep_zeros(self.model, masks)

@@ -69,4 +69,7 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapp
             if f"{kept}/{name}" in tensors:
                 value = tensors[f"{kept}/{name}"]
                 # Adam counts its steps on the CPU
-                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+                # in the parameter's layout, which the steps that go over all tensors at once want
+                optimizer.state[parameter][key] = (
+                    value if key == "step" else torch.empty_like(parameter).copy_(value)
+                )

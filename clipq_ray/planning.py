@@ -20,6 +20,7 @@ from clipq_ray.groups import grouped
 from clipq_ray.operator import Operator, make_plan
 from clipq_ray.pipeline import inputs_of
 from clipq_ray.plan import Theta
+from clipq_ray.precision import autocast_dtype
 from clipq_ray.stages import wants_control
 from clipq_ray.storage import Store
 from clipq_ray.work import Source, prepare_process
@@ -136,20 +137,29 @@ def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float
     images, labels = (part.to(source.device()) for part in data.train.batch(torch.arange(size), None))
     forward, step, quantized = [], [], []
     operator = Operator(model, make_plan(model, dict.fromkeys(layers, Theta(0.5, 3))))
+    dtype = autocast_dtype(config.precision, source.device())
     for _ in range(2):
-        started = time.perf_counter()
+        started = _now()
         with torch.inference_mode():
             model.eval()(images)
-        forward.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        output = logits(model.train()(images))
+        forward.append(_now() - started)
+        started = _now()
+        with torch.autocast(source.device().type, dtype, enabled=dtype != torch.float32):
+            output = logits(model.train()(images)).float()
         nn.functional.cross_entropy(output, labels % output.shape[1]).backward()
-        step.append(time.perf_counter() - started)
-        started = time.perf_counter()
+        step.append(_now() - started)
+        started = _now()
         with operator.full_precision():
             model.zero_grad()
-        quantized.append(time.perf_counter() - started)
+        quantized.append(_now() - started)
     return min(forward) / size, min(step) / size + min(quantized) / batch
+
+
+def _now() -> float:
+    """The time, once a GPU has done what it was given [s]."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _clock(seconds: float) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from clipq_ray import identity, models
@@ -124,6 +125,7 @@ class Run:
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """While this run waits for other processes, another one may work in this one."""
+        torch.cuda.empty_cache()  # a worker may run on the same GPU; nothing where there is none
         self.turn.release()
         try:
             yield

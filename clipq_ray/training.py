@@ -22,6 +22,7 @@ from clipq_ray.network import Inventory
 from clipq_ray.optimizers import Schedule
 from clipq_ray.packing import file_bytes
 from clipq_ray.plan import Plan
+from clipq_ray.quantizer import slow_on
 from clipq_ray.rates import Held, Ramp
 from clipq_ray.storage import Store
 from clipq_ray.work import CURVE, WEIGHTS, Source, here, prepare_process, read_state, write_state
@@ -100,6 +101,8 @@ def train(
             trainer.notes.append(
                 f"{task.stage}: computed in {str(trainer.autocast).removeprefix('torch.')} (--precision auto)"
             )
+        if task.plan is not None and (slow := slow_on(rank.device)):
+            trainer.notes.append(f"{task.stage}: {slow}")
         output = Store(task.output)
         write_state(output, WEIGHTS, model.state_dict())
         rows = [asdict(row) for row in trainer.curve]

@@ -173,6 +173,9 @@ def prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = (
+        False  # float32 is float32: 10 bits of mantissa turn images that a promise counts
+    )
 
 
 def write_state(store: Store, name: str, state: dict[str, Tensor]) -> None:

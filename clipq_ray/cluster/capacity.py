@@ -104,15 +104,21 @@ def on_gpus(wanted: str) -> bool:
     return found
 
 
+def refuse_beyond_machine(each: Resources, count: int) -> None:
+    """`ConfigError` where a Ray of our own has less than `count` of `each`: it never grows."""
+    has = ray.cluster_resources()
+    for name, options in (("CPU", "--workers x --threads-per-worker"), ("GPU", "--workers")):
+        wanted, there = count * each.get(name, 0), has.get(name, 0)
+        if wanted > there:
+            raise ConfigError(
+                f"expected {options} at most the machine's {there:.0f} {name}s, got {wanted:g}; lower {'one of them' if name == 'CPU' else 'it, or use --device cpu'}"
+            )
+
+
 def refuse_too_large(config: Config, each: Resources) -> None:
     """`ConfigError` where `config.workers` that need `each`, or one trial of the search, can never run at a time."""
     if not os.environ.get("RAY_ADDRESS"):  # a Ray of our own on this machine
-        there = ray.cluster_resources().get("CPU", 0)
-        wanted = config.workers * each["CPU"]
-        if wanted > there:
-            raise ConfigError(
-                f"expected --workers x --threads-per-worker at most the machine's {there:.0f} CPUs, got {wanted:.0f}; lower one of them"
-            )
+        refuse_beyond_machine(each, config.workers)
         return
     found = _enough(each, config.workers)
     if (room := found.room(each)) < config.workers:

@@ -7,8 +7,11 @@ Both engines call the same functions (`work`, `training`), so both give the same
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
+
+import torch
 
 from clipq_ray import logs
 from clipq_ray.config import Config
@@ -126,9 +129,13 @@ class LocalEngine:
         rank = Rank(0, 1, task.source.device())
         try:
             train(task, rank, progress, lambda row: None)
+            return 0.0
         except OutOfMemory as smaller:
             log.warning("%s", smaller)
-            train(task, rank, progress, lambda row: None)
+        # behind the exception, whose frames hold the network and its activations
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+        train(task, rank, progress, lambda row: None)
         return 0.0
 
     def trainings(self, configs: Sequence[Config]) -> int:

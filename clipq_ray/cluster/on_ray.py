@@ -293,11 +293,8 @@ class RayEngine:
                 f"expected --workers x --threads-per-worker at most --limit-cpus ({self._limit.cpus:g}) and their GPUs at most --limit-gpus "
                 f"({self._limit.gpus:g}), got {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs; lower one of them"
             )
-        there = ray.cluster_resources().get("CPU", 0)
-        if not os.environ.get("RAY_ADDRESS") and wanted.cpus > there:
-            raise ConfigError(
-                f"expected --workers x --threads-per-worker at most the machine's {there:.0f} CPUs, got {wanted.cpus:g}; lower one of them"
-            )
+        if not os.environ.get("RAY_ADDRESS"):
+            capacity.refuse_beyond_machine(amount.resources, count)
 
     def _trained(self, task: TrainTask, worker: Amount, decoding: int, progress: Progress) -> None:
         config = task.source.config

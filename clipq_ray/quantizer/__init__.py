@@ -3,8 +3,17 @@
 Not covered: which layers it is applied to and the gradient through it (`operator`), and how (p, b) is found (`search`).
 """
 
-from clipq_ray.quantizer.fast import Requantizer, decide_share, quantize, requantizer
+from clipq_ray.quantizer.fast import Requantizer, decide_share, quantize, requantizer, slow_on
 from clipq_ray.quantizer.on_cpu import NonFinite
 from clipq_ray.quantizer.reference import Quantized, thresholds
 
-__all__ = ["NonFinite", "Quantized", "Requantizer", "decide_share", "quantize", "requantizer", "thresholds"]
+__all__ = [
+    "NonFinite",
+    "Quantized",
+    "Requantizer",
+    "decide_share",
+    "quantize",
+    "requantizer",
+    "slow_on",
+    "thresholds",
+]

@@ -86,21 +86,33 @@ def requantizer(layers: Sequence[tuple[Theta, Share]], weights: Sequence[Tensor]
     if all(weight.device.type == "cpu" for weight in weights):
         return CpuRequantizer(layers, weights)
     if all(weight.device.type == "cuda" for weight in weights):
-        if (why := _no_kernels(weights[0].device)) is None:
+        if (why := slow_on(weights[0].device)) is None:
             from clipq_ray.quantizer.on_gpu import GpuRequantizer
 
             return GpuRequantizer(layers, weights)
-        _warn_slow(why)
+        _warn(why)
     return PlainRequantizer(layers, weights)
 
 
+@functools.cache
+def slow_on(device: torch.device) -> str | None:
+    """Why the operator is slow on `device`, and what to do: Triton is missing, or what it compiles with on this node, or where it keeps what it has compiled;
+    None where its kernels run, and for a CPU, which has none."""
+    if device.type != "cuda":
+        return None
+    why = _no_kernels(device)
+    return why and (
+        f"the operator runs by plain torch, slowly, since Triton's kernels cannot be made here ({why}); install triton, gcc and Python's headers, and let "
+        "its cache be written"
+    )
+
+
 def _no_kernels(device: torch.device) -> str | None:
-    """Why Triton's kernels do not run on `device`: Triton is missing, or what it compiles with on this node; None where they do."""
     try:
         from clipq_ray.quantizer import on_gpu
 
         on_gpu.try_out(device)
-    except (ImportError, subprocess.CalledProcessError) as error:
+    except (ImportError, OSError, subprocess.CalledProcessError) as error:
         return str(error)
     except RuntimeError as error:
         if "compiler" not in str(error):
@@ -110,11 +122,8 @@ def _no_kernels(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _warn_slow(why: str) -> None:
-    warnings.warn(
-        f"the operator runs by plain torch, slowly, since Triton's kernels cannot be made here ({why}); install triton, gcc and Python's headers",
-        stacklevel=3,
-    )
+def _warn(why: str) -> None:
+    warnings.warn(why, stacklevel=3)
 
 
 def decide_share(weight: Tensor, theta: Theta) -> Share:

@@ -115,6 +115,24 @@ def test_a_cluster_that_is_too_small_says_what_is_needed_and_what_is_there(
     assert len(looks) == 2
 
 
+@pytest.mark.parametrize(
+    ("each", "workers", "words"),
+    [
+        ({"CPU": 2.0, "GPU": 0.0}, 5, "--workers x --threads-per-worker at most the machine's 8 CPUs, got 10"),
+        ({"CPU": 1.0, "GPU": 1.0}, 2, "--workers at most the machine's 1 GPUs, got 2; lower it, or use --device cpu"),
+    ],
+)  # fmt: skip
+def test_a_ray_of_our_own_refuses_what_the_machine_lacks(
+    each: dict[str, float], workers: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a training would wait for ever: a Ray of our own never grows."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(capacity.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    capacity.refuse_too_large(make(workers=workers - 1), each)
+    with pytest.raises(ConfigError, match=words):
+        capacity.refuse_too_large(make(workers=workers), each)
+
+
 def test_what_a_cluster_may_grow_to_is_the_limit_and_is_said(there: Callable[..., list[Capacity]]) -> None:
     there(FROM_ZERO)
     capacity.refuse_too_large(make(workers=3), {"CPU": 1.0, "GPU": 1.0})

@@ -1,7 +1,7 @@
-"""The Triton kernels give the bits of the reference; here by Triton's interpreter, on a CPU.
+"""The Triton kernels give the bits of the reference: by Triton's interpreter on a CPU, and compiled where there is a GPU.
 
-The interpreter has to be chosen before Triton is imported, so the checks below run in a process of their own, one for all (`__main__`). What it
-cannot show: speed, races between programs, and what a compiler would fuse.
+The interpreter has to be chosen before Triton is imported, so the checks below run in a process of their own, one for all (`__main__`, with the device). What it
+cannot show, and a GPU can: speed, races between programs, and what a compiler would fuse.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def drawn(n: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02
+    made = torch.randn(n, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * 0.02
+    return made.to(torch.get_default_device())
 
 
 def compare(
@@ -96,7 +97,9 @@ def sizes_and_types_in_one_network() -> None:
 def odd_tensors() -> None:
     exponents = torch.linspace(-149, 127, 6000)
     tails = (2.0 ** exponents.double()).float() * torch.where(torch.arange(6000) % 2 == 0, 1.0, -1.0)
-    narrow = 1.0 + 1e-6 * torch.rand(3000, generator=torch.Generator().manual_seed(1))
+    narrow = 1.0 + 1e-6 * torch.rand(3000, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(
+        drawn(1).device
+    )
     odd = {
         "zero": torch.zeros(100), "minus zero": -torch.zeros(9), "equal": torch.full((70,), 0.3), "negative": -drawn(2000).abs(),
         "positive": drawn(2000).abs(), "two values": drawn(3000).sign(), "tails": tails, "narrow": narrow, "largest": tails * 0 + 3.4e38,
@@ -184,20 +187,35 @@ def the_number_of_launches_does_not_depend_on_the_layers_and_nothing_is_allocate
 def the_trial_kernel_runs() -> None:
     from clipq_ray.quantizer import on_gpu
 
-    on_gpu.try_out(torch.device("cpu"))
+    on_gpu.try_out(torch.get_default_device())
 
 
-@pytest.fixture(scope="module")
-def outcome() -> dict[str, str]:
+def said_on(device: str) -> dict[str, str]:
     """What every check said: one process runs them all."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "1" if device == "cpu" else "0"}  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=400, check=False, env=environment,
+        [sys.executable, __file__, device], capture_output=True, text=True, timeout=400, check=False, env=environment,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     lines = [line.partition(": ") for line in ended.stdout.splitlines() if ": " in line]
     assert lines, ended.stderr[-3000:]
     return {name: said for name, _, said in lines}
+
+
+@pytest.fixture(scope="module")
+def outcome() -> dict[str, str]:
+    return said_on("cpu")
+
+
+@pytest.fixture(scope="module")
+def outcome_of_a_gpu() -> dict[str, str]:
+    return said_on("cuda")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu(name: str, outcome_of_a_gpu: dict[str, str]) -> None:
+    assert outcome_of_a_gpu.get(name) == "ok"
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -215,6 +233,15 @@ class OnGpu:
         return 3
 
 
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """What a GPU lacks is asked once per process."""
+    from clipq_ray.quantizer import fast
+
+    fast.slow_on.cache_clear()
+    fast._warn.cache_clear()
+
+
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "clipq_ray.quantizer.on_gpu", None)
 
@@ -230,7 +257,16 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_gpu, "try_out", lambda device: build._find_compiler("c"))
 
 
-@pytest.mark.parametrize("lack", [without_triton, without_compiler])
+def without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clipq_ray.quantizer import on_gpu
+
+    def refused(device: torch.device) -> None:
+        raise PermissionError("[Errno 13] Permission denied: '/.triton'")
+
+    monkeypatch.setattr(on_gpu, "try_out", refused)
+
+
+@pytest.mark.parametrize("lack", [without_triton, without_compiler, without_a_cache])
 def test_where_kernels_cannot_be_made_there_is_one_warning_and_plain_torch(
     monkeypatch: pytest.MonkeyPatch, lack: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
@@ -238,13 +274,14 @@ def test_where_kernels_cannot_be_made_there_is_one_warning_and_plain_torch(
 
     lack(monkeypatch)
     monkeypatch.setattr(fast, "PlainRequantizer", lambda layers, weights: "plain")
-    fast._warn_slow.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = [fast.requantizer([(Theta(0.5, 2), Share(1, 2))], [OnGpu()]) for _ in range(2)]  # type: ignore[list-item]
     assert made == ["plain", "plain"]
     assert len(caught) == 1
     assert "gcc" in str(caught[0].message)
+    assert fast.slow_on(OnGpu.device) == str(caught[0].message)
+    assert fast.slow_on(torch.device("cpu")) is None
 
 
 def test_another_failure_of_a_gpu_is_not_taken_for_a_lack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +296,7 @@ def test_another_failure_of_a_gpu_is_not_taken_for_a_lack(monkeypatch: pytest.Mo
 
 
 if __name__ == "__main__":
+    torch.set_default_device(sys.argv[1])
     for name_, function_ in CHECKS.items():
         try:
             function_()
