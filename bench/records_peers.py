@@ -11,16 +11,16 @@ Both are packed by the product. Not covered: which units there are (`records`).
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from clipq_ray import codec, models, network, packing, seeds
+from clipq_ray import codec, identity, models, network, packing, seeds
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import PAPER, Config, make
 from clipq_ray.data import batches
@@ -111,7 +111,11 @@ class _Given:
             share = options.get("ramp_share", 0.0)
             schedule = schedule_of(config, config.epochs, config.learning_rate)
             ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
-            key = hashlib.sha256(repr((plan, schedule, ramp, config.precision)).encode()).hexdigest()[:12]
+            inputs = {
+                "weights": models.weights_sha256(self.state), "data": identity.of_data(self.data), "plan": plan.to_json(), "schedule": asdict(schedule),
+                "ramp": asdict(ramp) if ramp else None, "seed": config.seed, "precision": config.precision,
+            }  # fmt: skip
+            key = identity.stage_key("finetune", config, inputs)
             tuned = Store(self.work / f"uniform-b{b}-{key}")
             task = TrainTask(
                 self.source, "finetune", self.initial.uri, plan, schedule, tuned.uri,

@@ -232,7 +232,7 @@ class Config(BaseModel):
     level_epochs: int = Field(
         0,
         ge=0,
-        description="further epochs in which codes are fixed, and levels, biases and batch norm are trained; kept where validation images like that better",
+        description="further epochs in which codes are fixed, and levels, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept",
     )
     level_learning_rate: float = Field(1e-3, gt=0, description="peak rate of these epochs, by Adam")
     baseline_epochs: int = Field(

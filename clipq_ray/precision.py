@@ -21,6 +21,11 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
+def exact_float32() -> None:
+    """In this process float32 is float32 on a GPU too: the 10 bits of TF32, which convolutions take by default, turn images that a promise counts."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -347,17 +347,8 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     trained = [one.tuned for one in before] + [tuned] + ([fitted] if fitted else [])
     epochs = sum(epochs_in(store) for store in trained)
     outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
-    return Round(
-        making.searched,
-        choice,
-        size.bytes if size else None,
-        rungs_left > 0,
-        plan,
-        tuned,
-        fitted,
-        packed,
-        outcome,
-    )
+    held = size.bytes if size else None
+    return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome)
 
 
 def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:

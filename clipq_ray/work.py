@@ -30,6 +30,7 @@ from clipq_ray.evaluate import logits
 from clipq_ray.groups import Group
 from clipq_ray.operator import bake_keeping
 from clipq_ray.plan import Plan
+from clipq_ray.precision import exact_float32
 from clipq_ray.search import LayerEvaluator, Settings, Trial, step_group
 from clipq_ray.storage import Store
 
@@ -173,9 +174,7 @@ def prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = (
-        False  # float32 is float32: 10 bits of mantissa turn images that a promise counts
-    )
+    exact_float32()
 
 
 def write_state(store: Store, name: str, state: dict[str, Tensor]) -> None:

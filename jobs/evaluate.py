@@ -18,6 +18,7 @@ from clipq_ray.data import open_data
 from clipq_ray.errors import ConfigError, FormatError, ModelError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.loading import from_bytes, read_file
+from clipq_ray.precision import exact_float32
 from clipq_ray.summary import bytes_before
 
 
@@ -52,10 +53,9 @@ def main(arguments: list[str]) -> int:
         bad_image_limit=0,
     )  # fmt: skip
     split = opened.test if opened.test is not None else opened.validation
-    result = evaluate(
-        from_bytes(data), split, batch_size=given.batch_size,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )  # fmt: skip
+    exact_float32()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = evaluate(from_bytes(data).to(device), split, batch_size=given.batch_size, device=device)
     low, high = result.interval()
     before = bytes_before(data)
     print(f"network     {content['architecture']['name']}")

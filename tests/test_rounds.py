@@ -127,8 +127,8 @@ def test_rounds_behind_the_size_are_short_also_where_rungs_were_left_out() -> No
     assert [(one.epochs, one.learning_rate) for one in told] == [(3, 0.1), (20, 0.1), (5, 0.05)]
 
 
-def test_rungs_that_are_left_out_leave_the_further_rounds(promised: tuple[Path, Result]) -> None:
-    """Without a search in between the last rungs choose the same, smallest plan."""
+def test_rungs_that_choose_the_same_plan_are_made_once(promised: tuple[Path, Result]) -> None:
+    """Without a search in between the last ones choose the smallest."""
     result = run(promised[0], target_bytes=10, rungs=4, rung_epochs=1, rounds=2)
     made = result.manifest["promise"]["rounds"]
     assert len(made) < 4

@@ -101,9 +101,13 @@ def slow_on(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     why = _no_kernels(device)
-    return why and (
-        f"the operator runs by plain torch, slowly, since Triton's kernels cannot be made here ({why}); install triton, gcc and Python's headers, and let "
-        "its cache be written"
+    return (
+        None
+        if why is None
+        else (
+            f"the operator runs by plain torch, slowly, since Triton's kernels cannot be made here ({why}); install triton, gcc and Python's headers, and let "
+            "its cache be written"
+        )
     )
 
 
