@@ -15,7 +15,6 @@ decoders and the S3 server share the cores. Not covered: several nodes, and netw
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import sys
@@ -25,18 +24,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from s3_server import environment, make_bucket, serving  # type: ignore[import-not-found]
 
+from bench.images import HEIGHT, QUALITY, ROWS, WIDTH, jpegs
 from bench.record import Row, row, write
 from clipq_ray import seeds
 from clipq_ray.cluster.ray_data import Decoders
@@ -47,37 +43,11 @@ from clipq_ray.data.reading import assembled, reading
 from clipq_ray.storage import Store
 
 BATCH = 64
-WIDTH, HEIGHT, QUALITY = 500, 375, 90
-ROWS = 100
-DISTINCT = 200
 GPU_RATE = 2500.0
 """Assumption: images per second that a data-centre GPU trains a ResNet-50 on in bfloat16."""
 PARTS = (0.5, 0.9)
 """What a GPU takes of the images per second that a way delivers alone."""
 _LARGE, _SMALL = 10**10, 10**6
-
-
-def jpeg(seed: int) -> bytes:
-    """A JPEG of smooth areas and some noise, about as many bytes per pixel as a photograph."""
-    draw = np.random.default_rng(seed)
-    coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.int16)
-    noisy = smooth + draw.normal(0, 12, (HEIGHT, WIDTH, 1)).astype(np.int16)
-    out = io.BytesIO()
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=QUALITY)
-    return out.getvalue()
-
-
-def jpegs(uri: str, count: int, classes: int = 10) -> float:
-    """`count` JPEGs of `classes` classes, 200 of them distinct, as one Parquet file; their mean bytes."""
-    made = [jpeg(seed) for seed in range(min(count, DISTINCT))]
-    images = pa.array([{"bytes": made[number % len(made)], "path": None} for number in range(count)])
-    out = io.BytesIO()
-    pq.write_table(
-        pa.table({"image": images, "label": pa.array(np.arange(count) % classes)}), out, row_group_size=ROWS
-    )
-    Store(uri).write("train-00000.parquet", out.getvalue())
-    return sum(len(one) for one in made) / len(made)
 
 
 def epoch(split: Split, feed: Feed, number: int, gpu_rate: float | None = None) -> tuple[float, float]:

@@ -1,23 +1,22 @@
 """`make bench-imagenet`: the recipes for ImageNet's networks run through at real shapes, on generated images and random weights.
 
 Each job is the product's own command with the recipe's options, cut to two epochs of a few steps: what is measured is that it runs through, how much memory it
-takes and how long an image takes in training. To random weights nothing that is pruned matters, so the job's search plans next to nothing, whatever size is
+takes and how long an image takes in training (128 images a step on a GPU, 32 without). To random weights nothing that is pruned matters, so the job's search plans next to nothing, whatever size is
 asked for; the file is therefore measured at a (p, b) that is the same for all layers: four bits and the mildest rate with which the layers meet the recipe's
 ratio. Its size is not that of a trained network and never to be set beside a published ratio. Hours are predicted from the time per image, for this machine.
-One recipe is one unit under `bench/results/imagenet-units/`, stored when it ends.
+One recipe is one unit under `bench/results/imagenet-units/`, stored when its job ends (`--what jobs`) and again with its file's size (`--what sizes`, which
+wants no GPU).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import yaml
 
-from bench.data import jpegs
-from bench.record import RESULTS, ROOT, Row, write
+from bench.images import jpegs
+from bench.record import RESULTS, ROOT, Row, commit, machine, write
 from bench.records import total_epochs
 from bench.records_peers import bytes_of, mildest
-from clipq_ray import manifest, network, packing
+from clipq_ray import identity, manifest, network, packing
 from clipq_ray.config import Config, make
 from clipq_ray.operator import make_plan
-from clipq_ray.plan import Theta
 from clipq_ray.storage import Store
-from clipq_ray.work import Source, read_state
+from clipq_ray.work import Source
 
 UNITS = RESULTS / "imagenet-units"
 RECIPES = tuple(sorted((ROOT / "recipes").glob("*-imagenet-*.yaml")))
 CLASSES, TRAINING_IMAGES = 1000, 1_281_167 - 5_000
-BATCH, STEPS = 32, 3
+BATCH, STEPS = (128, 8) if torch.cuda.is_available() else (32, 3)
 BITS, RATES = 4, 1000
 CUT = {
     "batch_size": BATCH, "epochs": 2, "rungs": 1, "rounds": 1, "warmup_epochs": 0, "control": "never", "weights": "random", "engine": "local",
@@ -70,63 +68,89 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
         (run,) = manifest.committed(Store(folder))
         document = manifest.read_manifest(run.store)
         (curve,) = Path(folder).glob("_stages/finetune-*/curve.json")
-        last = json.loads(curve.read_text(encoding="utf-8"))["curve"][-1]
-        config = make(**{**options, **changes, "search_again": False})
-        # in a process of its own: of this one, the peak would count for jobs that it starts later
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-            weights = Store(curve.parent)
-            theta, size = apart.submit(planned, config, weights, options["target_ratio"]).result()
+        trained = json.loads(curve.read_text(encoding="utf-8"))
     metrics = document["metrics"]
     return {
-        "recipe": recipe.stem, "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20, "job_seconds": seconds,
-        "epoch_seconds": last["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "job_bytes": metrics["bytes_after"],
-        "p": theta.p, "bits": theta.b, "bytes": size, "epochs": total_epochs(options),
+        "recipe": recipe.stem, "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20,
+        "gpu_gib": trained["gpu_bytes"] / 2**30 if "gpu_bytes" in trained else None, "job_seconds": seconds, "epoch_seconds": trained["curve"][-1]["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "job_bytes": metrics["bytes_after"],
+        "epochs": total_epochs(options), "commit": commit(), "machine": machine(), "versions": identity.versions(),
     }  # fmt: skip
 
 
-def planned(config: Config, trained: Store, ratio: float) -> tuple[Theta, int]:
-    """The (p, b) at which all layers together take a `ratio`-th of all tensors, and the bytes of the file that has it."""
-    source, weights = Source(config), read_state(trained)
+def planned(config: Config) -> dict[str, Any]:
+    """The (p, b) at which all layers of the random network together take of all tensors what the target ratio leaves, and the bytes of the file that has it."""
+    source, ratio = Source(config), config.target_ratio
+    assert ratio is not None
     model, data = source.network(), source.data()
-    model.load_state_dict(weights)
     inventory = network.inventory(model, data.validation.batch(torch.arange(2), None)[0], config.keep)
     layers = {one.name: model.get_parameter(one.name).detach() for one in inventory.layers}
     theta = mildest(
         lambda theta: bytes_of(config, layers, theta), BITS, inventory.bytes_before / ratio, RATES
     )
     plan = make_plan(model, dict.fromkeys(layers, theta))
-    return theta, packing.file_bytes(source, weights, plan, inventory, data, packing.usual(source))
+    size = packing.file_bytes(source, model.state_dict(), plan, inventory, data, packing.usual(source))
+    return {"p": theta.p, "bits": theta.b, "bytes": size}
 
 
 def rows(unit: dict[str, Any]) -> list[Row]:
     """What a unit says."""
     place, per_image = f"imagenet/{unit['recipe']}", unit["epoch_seconds"] / (unit["steps"] * unit["batch"])
+    on_gpu = unit["gpu_gib"] is not None
     return [
         Row(f"{place}/peak_memory", unit["peak_gib"], f"GiB, {unit['batch']} images a step"),
+        *([Row(f"{place}/gpu_memory", unit["gpu_gib"], f"GiB, {unit['batch']} images a step")] if on_gpu else []),
         Row(f"{place}/step", unit["epoch_seconds"] / unit["steps"], "s"),
-        Row(f"{place}/random_weights/file", unit["bytes"], f"bytes, all layers at p {unit['p']:g}, b {unit['bits']}"),
-        Row(f"{place}/random_weights/file_over_all_tensors", unit["bytes"] / unit["bytes_before"], "ratio"),
+        *_sizes(place, unit),
         Row(f"{place}/training_here", per_image * TRAINING_IMAGES * unit["epochs"] / 3600, f"hours for {unit['epochs']} epochs, predicted"),
     ]  # fmt: skip
+
+
+def _sizes(place: str, unit: dict[str, Any]) -> list[Row]:
+    if "bytes" not in unit:
+        return []
+    return [
+        Row(f"{place}/random_weights/file", unit["bytes"], f"bytes, all layers at p {unit['p']:g}, b {unit['bits']}"),
+        Row(f"{place}/random_weights/file_over_all_tensors", unit["bytes"] / unit["bytes_before"], "ratio"),
+    ]  # fmt: skip
+
+
+def stored(path: Path, unit: dict[str, Any]) -> None:
+    """Write a unit whole."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(unit, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def main() -> int:
     """Make what is not there yet, then the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], help="recipes whose names begin so; default: all")
+    parser.add_argument("--what", nargs="+", choices=("jobs", "sizes"), default=["jobs", "sizes"])
     given = parser.parse_args()
     UNITS.mkdir(parents=True, exist_ok=True)
+    wanted = [(one, UNITS / f"{one.stem}.json") for one in RECIPES if one.stem.startswith(tuple(given.only))]
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in RECIPES:
-            path = UNITS / f"{recipe.stem}.json"
-            if path.exists() or not recipe.stem.startswith(tuple(given.only)):
-                continue
-            if not any(Path(folder).iterdir()):
-                jpegs(folder, 2 * CLASSES, CLASSES)
-            unit = ran(recipe, folder)
-            path.write_text(json.dumps(unit, indent=1) + "\n", encoding="utf-8")
+        jpegs(folder, 2 * CLASSES, CLASSES)
+        for recipe, path in wanted if "jobs" in given.what else ():
+            if not path.exists():
+                stored(path, ran(recipe, folder))
+        for recipe, path in wanted if "sizes" in given.what else ():
+            if path.exists() and "bytes" not in (unit := json.loads(path.read_text(encoding="utf-8"))):
+                config = make(
+                    **{
+                        **yaml.safe_load(recipe.read_text(encoding="utf-8")),
+                        **CUT,
+                        "search_again": False,
+                        "data": folder,
+                    }
+                )
+                stored(path, {**unit, **planned(config)})
     units = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(UNITS.glob("*.json"))]
-    notes = {"weights": "random", "images": "generated", "changed": CUT}
+    notes = {
+        "weights": "random",
+        "images": "generated",
+        "machines": {one["recipe"]: one["machine"] for one in units},
+    }
     print(f"stored in {write('imagenet', [one for unit in units for one in rows(unit)], notes=notes)}")
     return 0
 

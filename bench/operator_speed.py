@@ -150,25 +150,25 @@ def main() -> int:
         default=30,
         help="pairs of ResNet-50 steps, eleven seconds each on two cores (default: 30)",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     quick = given.quick
     torch.set_num_threads(2)
     repeats = 5 if quick else 30
     networks = ("resnet50", "alexnet")
-    rows = [one for name in networks for one in operator_rows(name, repeats, "cpu", 8.0)]
-    rows += step_rows("resnet20", (3, 32, 32), 128, 4 if quick else 60, 3.0, "cpu")
-    rows += step_rows("resnet50", (3, 224, 224), 32, 2 if quick else given.pairs, 5.0, "cpu")
-    if torch.cuda.is_available():
-        rows += [one for name in networks for one in operator_rows(name, repeats, "cuda", 2.5)]
-        rows += step_rows("resnet50", (3, 224, 224), 256, repeats, 3.0, "cuda")
+    goal = {"cpu": 8.0, "cuda": 2.5}[given.device]
+    rows = [one for name in networks for one in operator_rows(name, repeats, given.device, goal)]
+    if given.device == "cpu":
+        rows += step_rows("resnet20", (3, 32, 32), 128, 4 if quick else 60, 3.0, "cpu")
+        rows += step_rows("resnet50", (3, 224, 224), 32, 2 if quick else given.pairs, 5.0, "cpu")
     else:
-        print("no GPU here: its rows are not measured")
+        rows += step_rows("resnet50", (3, 224, 224), 256, repeats, 3.0, "cuda")
     if quick:
         from bench.record import table
 
         print(table(rows))
     else:
-        print(f"stored in {write('operator', rows)}")
+        print(f"stored in {write('operator' if given.device == 'cpu' else 'operator_gpu', rows)}")
     return 0
 
 

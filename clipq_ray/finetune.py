@@ -33,6 +33,7 @@ from clipq_ray.optimizers import Schedule
 from clipq_ray.plan import Plan
 from clipq_ray.precision import autocast_dtype
 from clipq_ray.rates import Held, Ramp, Rates
+from clipq_ray.sending import sent
 
 log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
@@ -232,7 +233,7 @@ class Trainer:
             self._move_rates(self._done(epoch, (step + 1) / steps))
             torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
             try:
-                total += self._step(images.to(self.rank.device), labels.to(self.rank.device))
+                total += self._step(sent(images, self.rank.device), sent(labels, self.rank.device))
             except _NotFinite as error:
                 raise self._diverged(epoch, "weights NaN or infinite") from error
             except Exception as error:

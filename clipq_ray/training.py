@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Data, batches
 from clipq_ray.data.listing import few
@@ -108,6 +110,8 @@ def train(
         rows = [asdict(row) for row in trainer.curve]
         recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
         content: dict[str, Any] = {"curve": rows, "notes": trainer.notes, "recovery": recovery}
+        if rank.device.type == "cuda":
+            content["gpu_bytes"] = torch.cuda.max_memory_reserved(rank.device)
         if task.size is not None and trainer.rates is not None:
             content["held"] = {"plan": trainer.rates.plan.to_json(), "scale": trainer.rates.scale}
         output.write(CURVE, json.dumps(content).encode())

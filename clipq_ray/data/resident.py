@@ -14,6 +14,7 @@ from clipq_ray.data.augment import shifts_and_mirrors
 from clipq_ray.data.preprocessing import tables
 from clipq_ray.data.split import Split
 from clipq_ray.data.tensors import TensorSplit
+from clipq_ray.sending import sent
 
 SHARE = 0.25
 """Of a device's free memory that images may take; what a training needs is not known yet then."""
@@ -35,7 +36,7 @@ class ResidentSplit(Split):
 
     def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """As `TensorSplit.batch`, images on the device."""
-        images = self._images[indices.to(self._device)]
+        images = self._images[sent(indices, self._device)]
         if augment is not None:
             images = self._crop_and_flip(images, augment)
         channels = torch.arange(images.shape[1], device=self._device)[:, None, None]
@@ -47,7 +48,7 @@ class ResidentSplit(Split):
         count, channels, height, width = images.shape
         padding = self._of.padding
         drawn = shifts_and_mirrors(count, padding, generator)
-        shifts, mirrored = (one.to(self._device) for one in drawn)
+        shifts, mirrored = (sent(one, self._device) for one in drawn)
         rows = shifts[0][:, None] + torch.arange(height, device=self._device)
         columns = shifts[1][:, None] + torch.arange(width, device=self._device)
         if channels == 3:

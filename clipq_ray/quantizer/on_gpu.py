@@ -28,6 +28,7 @@ from clipq_ray.errors import ModelError
 from clipq_ray.plan import Share, Theta
 from clipq_ray.quantizer.on_cpu import NonFinite
 from clipq_ray.quantizer.reference import in_memory_order
+from clipq_ray.sending import sent
 
 MOST_WEIGHTS = 2**31 - 1
 _BLOCK = 4096
@@ -303,7 +304,7 @@ class GpuRequantizer:
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """As `fast.Requantizer.set_rates`."""
-        self._rates.copy_(torch.tensor(list(rates), dtype=torch.float64))
+        self._rates.copy_(sent(torch.tensor(list(rates), dtype=torch.float64), self._rates.device))
 
     def run(self, weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Quantize `weights` into `values`; nothing waits for the device."""

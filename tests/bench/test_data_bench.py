@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from bench.data import BATCH, HEIGHT, ROWS, WIDTH, epoch, jpeg, jpegs, opened
+from bench.data import BATCH, epoch, opened
+from bench.images import HEIGHT, ROWS, WIDTH, jpeg, jpegs
 from clipq_ray.data import batches
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.data import jpegs
 from bench.imagenet import CUT, RECIPES, planned, rows
+from bench.images import jpegs
 from bench.records_peers import bytes_of
 from clipq_ray.config import make
 from clipq_ray.plan import Theta
-from clipq_ray.storage import Store
-from clipq_ray.work import WEIGHTS, Source, write_state
+from clipq_ray.work import Source
 
 RATIOS = {"alexnet": 51, "googlenet": 10, "resnet50": 15, "vgg16": 64, "resnet18": 24, "mobilenet_v2": 10}
 
@@ -34,7 +33,7 @@ def test_every_network_has_one() -> None:
 
 def test_sizes_are_marked_as_those_of_random_weights() -> None:
     unit = {
-        "recipe": "alexnet-imagenet-noloss", "batch": 32, "steps": 3, "epoch_seconds": 9.6, "peak_gib": 3.0, "bytes": 50, "bytes_before": 500, "p": 0.9,
+        "recipe": "alexnet-imagenet-noloss", "batch": 32, "steps": 3, "epoch_seconds": 9.6, "peak_gib": 3.0, "gpu_gib": None, "bytes": 50, "bytes_before": 500, "p": 0.9,
         "bits": 2, "epochs": 40,
     }  # fmt: skip
     found = {row.name: row.value for row in rows(unit)}
@@ -45,14 +44,25 @@ def test_sizes_are_marked_as_those_of_random_weights() -> None:
     )
 
 
+def test_a_unit_without_a_size_yet_has_no_row_of_it() -> None:
+    unit = {
+        "recipe": "alexnet-imagenet-noloss", "batch": 128, "steps": 8, "epoch_seconds": 1.0, "peak_gib": 3.0, "gpu_gib": 5.0, "bytes_before": 500,
+        "epochs": 40,
+    }  # fmt: skip
+    found = {row.name: row.value for row in rows(unit)}
+    assert found["imagenet/alexnet-imagenet-noloss/gpu_memory"] == 5.0
+    assert not any("random_weights" in name for name in found)
+
+
 def test_the_planned_rate_is_the_mildest_that_meets_the_ratio(tmp_path: Path) -> None:
     jpegs(str(tmp_path), 8, 4)
     config = make(
-        model="mobilenet_v2", data=str(tmp_path), weights="random", validation_images=2, batch_norm_images=2, resize=32, input_size=32, profile="fast"
+        model="mobilenet_v2", data=str(tmp_path), weights="random", validation_images=2, batch_norm_images=2, resize=32, input_size=32, profile="fast",
+        target_ratio=20,
     )  # fmt: skip
+    found = planned(config)
+    theta, size = Theta(found["p"], found["bits"]), found["bytes"]
     weights = Source(config).network().state_dict()
-    write_state(Store(tmp_path / "trained"), WEIGHTS, weights)
-    theta, size = planned(config, Store(tmp_path / "trained"), 20)
     layers = {name: tensor for name, tensor in weights.items() if tensor.dim() > 1}
     whole = 4 * sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
     milder = Theta(theta.p - 0.001, theta.b)
