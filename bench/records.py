@@ -247,6 +247,9 @@ def main() -> int:
     parser.add_argument("--storage", type=Path, default=ROOT / "runs" / "records", help="of the jobs")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
+    parser.add_argument(
+        "--no-table", action="store_true", help="only the units: several such commands may run at once"
+    )
     given = parser.parse_args()
     wanted = [one for one in TARGETS if one.name.startswith(tuple(given.only))]
     for target in () if given.table else wanted:
@@ -255,6 +258,8 @@ def main() -> int:
                 Unit(target, variant, seed).make(
                     given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine]
                 )
+    if given.no_table:
+        return 0
     rows: list[Row] = []
     for target in TARGETS:
         keep_median(target, range(100))
