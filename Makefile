@@ -55,7 +55,7 @@ bench: install
 	$(BIN)/python bench/record.py
 
 bench-operator: install
-	$(BIN)/python bench/operator_speed.py
+	$(BIN)/python bench/operator_speed.py $(OPERATOR)
 
 # Requests and trials per network, for docs/scale.md.
 bench-scale: install

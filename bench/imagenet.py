@@ -43,9 +43,9 @@ BITS, RATES = 4, 1000
 CUT = {
     "batch_size": BATCH, "epochs": 2, "rungs": 1, "rounds": 1, "warmup_epochs": 0, "control": "never", "weights": "random", "engine": "local",
     "validation_images": 8, "limit_images": BATCH * STEPS, "search_evaluations": 4, "search_start": 3, "search_images": 4,
-    "evaluation_batch_size": 16, "batch_norm_images": 16, "threads_per_worker": os.cpu_count() or 1,
+    "evaluation_batch_size": 16, "batch_norm_images": 16, "profile": "fast", "threads_per_worker": os.cpu_count() or 1,
 }  # fmt: skip
-"""What is changed of a recipe so that it ends in minutes on a few cores."""
+"""What is changed of a recipe so that its job ends in minutes on a few cores."""
 
 
 def ran(recipe: Path, data: str) -> dict[str, Any]:
@@ -136,15 +136,9 @@ def main() -> int:
                 stored(path, ran(recipe, folder))
         for recipe, path in wanted if "sizes" in given.what else ():
             if path.exists() and "bytes" not in (unit := json.loads(path.read_text(encoding="utf-8"))):
-                config = make(
-                    **{
-                        **yaml.safe_load(recipe.read_text(encoding="utf-8")),
-                        **CUT,
-                        "search_again": False,
-                        "data": folder,
-                    }
-                )
-                stored(path, {**unit, **planned(config)})
+                options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+                changes = {**CUT, "search_again": False, "data": folder, "profile": options["profile"]}
+                stored(path, {**unit, **planned(make(**{**options, **changes}))})
     units = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(UNITS.glob("*.json"))]
     notes = {
         "weights": "random",

@@ -254,6 +254,8 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
+    if not hasattr(build, "_find_compiler"):
+        pytest.skip("this Triton looks for its compiler in the middle of a build")
     monkeypatch.setattr(on_gpu, "try_out", lambda device: build._find_compiler("c"))
 
 
