@@ -17,7 +17,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,24 @@ def keep_median(target: Target, seeds: Iterable[int]) -> None:
         shutil.copyfile(Unit(target, "ours", seed).stem.with_suffix(".clq"), RECORDS / f"{target.name}.clq")
 
 
+def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> None:
+    """As many of `series` at a time as were asked for, each by a command of its own; the order is that of the list."""
+    commands = [
+        [
+            sys.executable, str(Path(__file__).resolve()), "--only", target.name, "--seeds", str(seed), "--variants", *given.variants,
+            "--shared", str(given.shared), "--storage", str(given.storage), "--engine", given.engine, "--no-table",
+        ]
+        for target, seed in series
+    ]  # fmt: skip
+    with ThreadPoolExecutor(given.parallel) as pool:
+        codes = list(pool.map(lambda command: subprocess.run(command, check=False).returncode, commands))
+    failed = [
+        f"{target.name} seed {seed}" for (target, seed), code in zip(series, codes, strict=True) if code
+    ]
+    if failed:
+        raise SystemExit(f"{', '.join(failed)}: not made to the end; run again to continue")
+
+
 def main() -> int:
     """Make what is not there yet, then the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -247,13 +266,20 @@ def main() -> int:
     parser.add_argument("--storage", type=Path, default=ROOT / "runs" / "records", help="of the jobs")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
+    parser.add_argument("--no-table", action="store_true", help="only the units")
     parser.add_argument(
-        "--no-table", action="store_true", help="only the units: several such commands may run at once"
+        "--parallel",
+        type=int,
+        default=1,
+        help="targets and seeds at once: on a GPU, most of which one small network leaves idle",
     )
     given = parser.parse_args()
     wanted = [one for one in TARGETS if one.name.startswith(tuple(given.only))]
-    for target in () if given.table else wanted:
-        for seed in given.seeds:
+    series = [] if given.table else [(target, seed) for target in wanted for seed in given.seeds]
+    if given.parallel > 1:
+        at_once(series, given)
+    else:
+        for target, seed in series:
             for variant in given.variants:
                 Unit(target, variant, seed).make(
                     given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,16 @@ def test_a_unit_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pyt
     unit.stem.with_suffix(".json").write_text("{}")
     unit.make(tmp_path / "nothing here", tmp_path / "nothing here", [])
     assert not (tmp_path / "nothing here").exists()
+
+
+def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> None:
+    """By the command itself; there is no data, so every unit ends with the job's one line."""
+    series = [(records.TARGETS[3], 0), (records.TARGETS[4], 1)]
+    given = argparse.Namespace(
+        variants=["ours"], shared=tmp_path / "none", storage=tmp_path / "runs", engine="local", parallel=2
+    )
+    with pytest.raises(
+        SystemExit, match="resnet20-cifar10-noloss seed 7, resnet20-cifar10-small seed 8: not made"
+    ):
+        records.at_once([(target, seed + 7) for target, seed in series], given)
+    records.at_once([], given)
