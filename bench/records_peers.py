@@ -2,7 +2,7 @@
 
 - two-stage: the plan's rates and bits, first pruned, then quantized. For the first half of the epochs weights are pruned by magnitude, the rates rising as in the
   recipe, and what is pruned stays zero; for the second half what is left is quantized (p = 0), another cosine. Learning rate, batches, data as in the recipe.
-- uniform: one (p, b) for all layers, trained as the recipe trains in one round. For b = 2 and b = 3 the mildest p, in steps of 0.0001, with which the layers take at
+- uniform: one (p, b) for all layers, trained as the recipe trains in one round, by rate and distortion where the recipe does. For b = 2 and b = 3 the mildest p, in steps of 0.0001, with which the layers take at
   most one hundredth more bytes than those of `ours`; the better one on validation images counts.
 
 Both are packed by the product. Not covered: which units there are (`records`).
@@ -26,6 +26,7 @@ from clipq_ray.config import PAPER, Config, make
 from clipq_ray.data import batches
 from clipq_ray.operator import Operator, make_plan, mildest_rates
 from clipq_ray.optimizers import sgd
+from clipq_ray.places import Costs
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.precision import autocast_dtype
 from clipq_ray.quantizer import decide_share, quantize, thresholds
@@ -111,15 +112,18 @@ class _Given:
             share = options.get("ramp_share", 0.0)
             schedule = schedule_of(config, config.epochs, config.learning_rate)
             ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
+            power = options.get("rate_distortion", 0.0)
+            costs = Costs(power) if power else None
             inputs = {
                 "weights": models.weights_sha256(self.state), "data": identity.of_data(self.data), "plan": plan.to_json(), "schedule": asdict(schedule),
                 "ramp": asdict(ramp) if ramp else None, "seed": config.seed, "precision": config.precision,
+                **({"costs": asdict(costs)} if costs else {}),
             }  # fmt: skip
             key = identity.stage_key("finetune", config, inputs)
             tuned = Store(self.work / f"uniform-b{b}-{key}")
             task = TrainTask(
                 self.source, "finetune", self.initial.uri, plan, schedule, tuned.uri,
-                Store(self.work / f"uniform-b{b}-{key}-checkpoints").uri, ramp=ramp,
+                Store(self.work / f"uniform-b{b}-{key}-checkpoints").uri, ramp=ramp, costs=costs,
             )  # fmt: skip
             if not tuned.exists("curve.json"):
                 LocalEngine().train(task, silent)

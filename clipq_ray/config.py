@@ -21,7 +21,7 @@ INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
     "dead_units": "keep", "level_epochs": 0, "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
-    "hold_size": False,
+    "hold_size": False, "rate_distortion": 0.0,
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
@@ -225,6 +225,12 @@ class Config(BaseModel):
     hold_size: bool = Field(
         False,
         description="where a size is asked for: in the second half of a round, behind its ramp, pruning rates follow what the file would take",
+    )
+    rate_distortion: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="weights are clipped sooner where they cost the file more: magnitudes are divided by the bits of their row, column and place of a kernel over the mean bits, to this power; 0: one threshold for a layer, as published",
     )
     batch_norm_images: int = Field(
         4096, ge=2, description="training images that re-estimate batch norm after fine-tuning"

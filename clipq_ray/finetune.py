@@ -30,6 +30,7 @@ from clipq_ray.levels import Levels
 from clipq_ray.memory import ran_out
 from clipq_ray.operator import Operator, Recovery
 from clipq_ray.optimizers import Schedule
+from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.precision import autocast_dtype
 from clipq_ray.rates import Held, Ramp, Rates
@@ -72,7 +73,7 @@ class Trainer:
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
     should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `held`: with a plan, the size that pruning rates
-    hold the file at. `fixed_codes`: with a plan, codes stay those of the given weights, and levels are trained by Adam. `feed` makes the batches.
+    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `fixed_codes`: with a plan, codes stay those of the given weights, and levels are trained by Adam. `feed` makes the batches.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Trainer:
         precision: str = "float32",
         ramp: Ramp | None = None,
         held: Held | None = None,
+        costs: Costs | None = None,
         fixed_codes: bool = False,
         feed: Feed = batches,
     ) -> None:
@@ -115,7 +117,7 @@ class Trainer:
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
         self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and not fixed_codes else None
         self.operator: Operator | Levels | None = fixed or (
-            Operator(model, plan, self.rates.now) if plan and self.rates else None
+            Operator(model, plan, self.rates.now, costs) if plan and self.rates else None
         )
         self.recovery: dict[str, Recovery] = {}
         self.optimizer = optimizers.adam(model, schedule) if fixed else optimizers.sgd(model, schedule)
@@ -164,6 +166,8 @@ class Trainer:
             loss = self._epoch(epoch, progress)
             self.progressed += (1.0 - self.progressed) / (self.epochs - epoch)
             self._follow_size(progress)
+            if self.rates and isinstance(self.operator, Operator) and self.rates.rising(self.progressed):
+                self.operator.follow_costs()
             if self._move_rates(self.progressed) and self.operator:
                 self.operator.requantize()  # as a process that starts from the checkpoint has them
             top1 = self._validate(progress)

@@ -6,7 +6,8 @@ average of the weights) acts on full precision. The gradient with respect to the
 receive, clipped ones included: the straight-through estimator, without a custom autograd function. Tied weights are one parameter and
 are quantized once; convolutions, linear layers and attention projections are the same to it.
 
-With a `Ramp`, pruning rates rise while the network is trained; the paper has them fixed.
+With a `Ramp`, pruning rates rise while the network is trained; the paper has them fixed. With `Costs`, full-precision weights are divided by what their places
+cost the file (`places`).
 
 Source: Tung and Mori, CVPR 2018, section 3.1, and Courbariaux et al. 2015 for the straight-through gradient.
 Not covered: which parameters (`network`), the schedule (`finetune`).
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from clipq_ray.errors import ModelError
+from clipq_ray.places import Costs, Places
 from clipq_ray.plan import LayerPlan, Plan, Theta
 from clipq_ray.quantizer import NonFinite, Quantized, decide_share, quantize, requantizer
 
@@ -47,8 +49,10 @@ class Operator:
     parameter that the network lacks, or a weight is NaN or infinite (the training diverged).
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, rates: Sequence[float] | None = None) -> None:
-        """`rates`: pruning rates to begin with instead of the plan's."""
+    def __init__(
+        self, model: nn.Module, plan: Plan, rates: Sequence[float] | None = None, costs: Costs | None = None
+    ) -> None:
+        """`rates`: pruning rates to begin with instead of the plan's; `costs`: what `follow_costs` goes by."""
         self._layers: list[tuple[LayerPlan, nn.Parameter]] = []
         for layer in plan.layers:
             self._layers.append((layer, _parameter(model, layer.layer)))
@@ -62,6 +66,20 @@ class Operator:
             self._requantizer.set_rates(rates)
         self.requantize()
         self._clipped_first = [np.packbits(zero) for zero in self._clipped()]
+        self._places = [Places(kept, costs) for kept in self._kept()] if costs else []
+
+    def _kept(self) -> list[Tensor]:
+        return [parameter.detach() != 0 for _, parameter in self._layers]
+
+    @torch.no_grad()
+    def follow_costs(self) -> None:
+        """Divide the full-precision weights by what their places cost by now, and quantize them anew; nothing without costs."""
+        if not self._places:
+            return
+        kept = self._kept()
+        with self.full_precision():
+            for places, (_, parameter), those in zip(self._places, self._layers, kept, strict=True):
+                places.follow(parameter, those)
 
     def _swap(self) -> None:
         for index, (_, parameter) in enumerate(self._layers):
@@ -96,7 +114,10 @@ class Operator:
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """The parameters hold full precision inside; what was changed there is quantized anew on leaving."""
+        """The parameters hold full precision inside, and gradients are those of weights that were divided; what was changed there is quantized anew on leaving."""
+        for places, (_, parameter) in zip(self._places, self._layers, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.div_(places.divisors)
         self._swap()
         try:
             yield
@@ -138,12 +159,13 @@ class Operator:
         return result
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs for `recovery`, besides the full-precision weights."""
+        """What a checkpoint needs for `recovery` and `follow_costs`, besides the full-precision weights."""
         first = {
             f"clipped_first/{number}": torch.from_numpy(bits)
             for number, bits in enumerate(self._clipped_first)
         }
-        return {**first, "changes": self._changes_before + self._requantizer.changes.cpu()}
+        densities = {f"densities/{number}": one.densities for number, one in enumerate(self._places)}
+        return {**first, **densities, "changes": self._changes_before + self._requantizer.changes.cpu()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The mirror of `state`, on an operator that was made from the checkpoint's full-precision weights."""
@@ -151,6 +173,8 @@ class Operator:
             state[f"clipped_first/{number}"].numpy() for number in range(len(self._layers))
         ]
         self._changes_before = state["changes"] - self._requantizer.changes.cpu()
+        for number, one in enumerate(self._places):
+            one.set(state[f"densities/{number}"].to(one.densities.device))
 
     def detach(self) -> None:
         """Leave the full-precision weights in the parameters; the operator is done."""

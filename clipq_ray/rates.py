@@ -84,6 +84,10 @@ class Rates:
         before, self.now = self.now, self._at(done)
         return self.now != before
 
+    def rising(self, done: float) -> bool:
+        """Whether the network is on its way to its plan when a part `done` of the schedule is over: what is moved later has no time to recover."""
+        return done <= max(BEGIN, self._ramp.share if self._ramp else 0.0) + 1e-9
+
     def follows(self, done: float) -> bool:
         """Whether the size is looked at when a part `done` of the schedule is over."""
         return self._held is not None and looked_at(done, self._ramp)

@@ -37,6 +37,7 @@ from clipq_ray.intent import (
 from clipq_ray.network import Inventory
 from clipq_ray.operator import make_plan, mildest_rates
 from clipq_ray.optimizers import Schedule
+from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.rates import END, Ramp, looked_at
 from clipq_ray.searching import Searched, search_again
@@ -325,9 +326,11 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
         run.notes.append(
             f"round {number}: --hold-size had nothing to do, no epoch of {schedule.epochs} ends behind the ramp and before {END:.0%} of them; raise --epochs or lower --ramp-share"
         )
+    power = run.config.rate_distortion
     tuned = stages.trained(
-        run, "finetune", schedule, making.start, plan, given.work, number, ramp, 1 / (1 + rungs_left), size
-    )
+        run, "finetune", schedule, making.start, plan, given.work, number, ramp, 1 / (1 + rungs_left), size,
+        Costs(power, counted=bool(before)) if power else None,
+    )  # fmt: skip
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:
         run.reporter.say(f"pruning rates followed the size: {scale:.3f} of the planned weights")

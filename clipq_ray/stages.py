@@ -26,6 +26,7 @@ from clipq_ray.data import Data, Split
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.optimizers import Schedule
+from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.rates import Ramp
@@ -202,9 +203,10 @@ def trained(
     ramp: Ramp | None = None,
     time_share: float = 1.0,
     size: Size | None = None,
+    costs: Costs | None = None,
 ) -> Store:
     """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind.
-    `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at."""
+    `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at; `costs`: what places are charged for."""
     config, architecture = run.config, run.source.architecture()
     inputs = {
         "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
@@ -213,6 +215,7 @@ def trained(
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
         **({"ramp": asdict(ramp)} if ramp else {}),
         **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order, str(size.precision)]} if size else {}),
+        **({"costs": asdict(costs)} if costs else {}),
         **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),
     }  # fmt: skip
 
@@ -220,7 +223,7 @@ def trained(
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
             work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp, size,
-            stage == "levels",
+            stage == "levels", costs,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)

@@ -23,6 +23,7 @@ from clipq_ray.folding import Precision
 from clipq_ray.network import Inventory
 from clipq_ray.optimizers import Schedule
 from clipq_ray.packing import file_bytes
+from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.quantizer import slow_on
 from clipq_ray.rates import Held, Ramp
@@ -55,6 +56,7 @@ class TrainTask:
     ramp: Ramp | None = None
     size: Size | None = None
     fixed_codes: bool = False
+    costs: Costs | None = None
 
 
 def train(
@@ -89,6 +91,7 @@ def train(
         precision=config.precision,
         ramp=task.ramp,
         held=_held(task, data),
+        costs=task.costs,
         fixed_codes=task.fixed_codes,
         feed=feed,
     )

@@ -21,6 +21,7 @@ from clipq_ray.errors import RunError
 from clipq_ray.finetune import Rank, Trainer
 from clipq_ray.operator import bake, make_plan
 from clipq_ray.optimizers import Schedule
+from clipq_ray.places import Costs
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.rates import Held, Ramp
 from clipq_ray.storage import Store
@@ -122,7 +123,9 @@ def kept(weights: Mapping[str, Tensor], plan: Plan) -> int:
     return sum(int(one.values.count_nonzero()) for one in bake(model, plan).values())
 
 
-@pytest.mark.parametrize("how", ["with the operator", "with rising rates", "held at a size", "plainly"])
+@pytest.mark.parametrize(
+    "how", ["with the operator", "with rising rates", "held at a size", "by rate and distortion", "plainly"]
+)
 @pytest.mark.parametrize("epochs_before", [1, 3])
 def test_a_training_that_is_killed_goes_on_to_the_same_bits(
     how: str, epochs_before: int, tmp_path: Path
@@ -133,6 +136,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_bits(
         "plan": plan,
         "ramp": ramp,
         "held": Held(180, kept) if how == "held at a size" else None,
+        "costs": Costs(0.5) if how == "by rate and distortion" else None,
     }
     whole = trainer(tmp_path / "whole", **given)
     run(whole)

@@ -8,7 +8,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -22,8 +22,10 @@ from clipq_ray.data import open_data
 from clipq_ray.evaluate import evaluate
 from clipq_ray.intent import MOST_SHRUNK, Drop, Intent, Outcome
 from clipq_ray.pipeline import Result
+from clipq_ray.places import Costs
 from clipq_ray.progress import Reporter
 from clipq_ray.storage import Store
+from clipq_ray.training import TrainTask
 from clipq_ray.work import Source
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +206,24 @@ def test_rising_rates_are_recorded_and_keep_the_promise(
     other = run(promised[0], target_bytes=6000)
     assert other.manifest["promise"]["predicted_bytes"] == result.manifest["promise"]["predicted_bytes"]
     assert Store(other.uri).read("model.clq") != Store(result.uri).read("model.clq")
+
+
+def test_what_places_cost_is_followed_in_every_round_and_weights_are_divided_once(
+    tmp_path: Path, promised: tuple[Path, Result]
+) -> None:
+    class Watching(LocalEngine):
+        costs: ClassVar[list[Costs | None]] = []
+
+        def train(self, task: TrainTask, progress: Any) -> float:
+            self.costs.append(task.costs)
+            return super().train(task, progress)
+
+    given = {"target_bytes": 5000, "rungs": 2, "rung_epochs": 1, "level_epochs": 1, "rate_distortion": 0.5}
+    config = make(**{**QUICK, "storage": str(promised[0]), **given})
+    result = compress(Source(config), Watching(), Reporter(quiet=True))
+    assert Watching.costs == [Costs(0.5), Costs(0.5, counted=True), None]
+    without = run(promised[0], **{**given, "rate_distortion": 0.0})
+    assert Store(without.uri).read("model.clq") != Store(result.uri).read("model.clq")
 
 
 RUNGS: dict[str, Any] = {
