@@ -39,10 +39,11 @@ UNITS = RESULTS / "imagenet-units"
 RECIPES = tuple(sorted((ROOT / "recipes").glob("*-imagenet-*.yaml")))
 CLASSES, TRAINING_IMAGES = 1000, 1_281_167 - 5_000
 BATCH, STEPS = (128, 8) if torch.cuda.is_available() else (32, 3)
+HELD_OUT = 8  # of the images that there are: the steps are of what is left
 BITS, RATES = 4, 1000
 CUT = {
     "batch_size": BATCH, "epochs": 2, "rungs": 1, "rounds": 1, "warmup_epochs": 0, "control": "never", "weights": "random", "engine": "local",
-    "validation_images": 8, "limit_images": BATCH * STEPS, "search_evaluations": 4, "search_start": 3, "search_images": 4,
+    "validation_images": HELD_OUT, "limit_images": BATCH * STEPS + HELD_OUT, "search_evaluations": 4, "search_start": 3, "search_images": 4,
     "evaluation_batch_size": 16, "batch_norm_images": 16, "profile": "fast", "threads_per_worker": os.cpu_count() or 1,
 }  # fmt: skip
 """What is changed of a recipe so that its job ends in minutes on a few cores."""

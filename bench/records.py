@@ -152,9 +152,11 @@ class Unit:
         code = subprocess.run(command, check=False).returncode
         asked = published(options) if self.variant == "paper" else options
         store = newest(storage / f"model={name}", {**asked, "seed": self.seed})
-        if code not in (0, 1) or store is None:
+        document = manifest.read_manifest(store) if store else None
+        # 1 says that the promise was not kept, or that the job failed: then what lies there is from another time
+        if store is None or document is None or code != int(not document["promise"]["kept"]):
             raise SystemExit(f"{name}: the job ended with {code}; run again to continue")
-        return told(manifest.read_manifest(store), store, storage), store.read("model.clq")
+        return told(document, store, storage), store.read("model.clq")
 
 
 def newest(folder: Path, asked: dict[str, Any]) -> Store | None:

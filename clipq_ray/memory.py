@@ -20,6 +20,7 @@ from clipq_ray.storage import Store
 
 SMALLER, LOW = "smaller.json", "low-memory.json"
 _ATTEMPT = "attempt-"
+_REFUSED = ("can't allocate memory", "out of memory")
 
 
 class OutOfMemory(Exception):
@@ -30,7 +31,8 @@ def ran_out(error: BaseException) -> bool:
     """Whether `error` says that memory could not be had, of a GPU or of the machine."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # what a driver refuses (pinned memory, a CUDA graph) is a RuntimeError, or torch's own kind of one
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)
 
 
 class Attempts:

@@ -72,6 +72,8 @@ def train(
     """
     config = task.source.config
     prepare_process(config.threads_per_worker)
+    if rank.device.type == "cuda" and torch.cuda.is_initialized():  # the peak is to be this training's
+        torch.cuda.reset_peak_memory_stats(rank.device)
     model = task.source.network()
     if task.initial is not None:
         model.load_state_dict(read_state(Store(task.initial)))

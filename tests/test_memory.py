@@ -73,6 +73,7 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
         torch.empty(2**60)
     assert ran_out(failed.value)
     assert ran_out(MemoryError())
+    assert ran_out(RuntimeError("CUDA error: out of memory"))  # of a driver, outside torch's allocator
     assert not ran_out(RuntimeError("sizes do not match"))
 
 

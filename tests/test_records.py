@@ -81,18 +81,36 @@ def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> No
     assert records.newest(tmp_path / "nothing", {}) is None
 
 
+def test_a_job_that_failed_does_not_pass_for_the_run_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipes" / "t.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("model: lenet5\n")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    made(tmp_path, name="t-seed0", seed=0)
+    target = records.Target("t", "digits", None, 20_000, 9.0)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "compress.py").write_text("raise SystemExit(1)\n")
+    with pytest.raises(SystemExit, match="t-seed0: the job ended with 1; run again"):
+        records.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])
+    (tmp_path / "jobs" / "compress.py").write_text("")
+    assert records.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])[0]["kept"]
+
+
 @pytest.mark.parametrize("variant", ["two-stage", "uniform"])
 def test_what_ours_is_held_against_has_its_bits_and_about_its_size(tmp_path: Path, variant: str) -> None:
-    store = made(tmp_path, ramp_share=0.5)
+    levers = {"ramp_share": 0.5, "rate_distortion": 0.5}
+    store = made(tmp_path, **levers)
     ours = records.told(manifest.read_manifest(store), store, tmp_path)
-    theirs, file = peer(variant, {**QUICK, "ramp_share": 0.5}, {**ours, "target": "t"}, "digits", tmp_path, 0)
+    theirs, file = peer(variant, {**QUICK, **levers}, {**ours, "target": "t"}, "digits", tmp_path, 0)
     assert len(file) < 1.2 * len(store.read("model.clq"))
     assert theirs["validation_top1_percent"] > 50
     plan = {one["layer"]: (one["p"], one["bits"]) for one in theirs["plan"]}
     own = {one["layer"]: (one["p"], one["bits"]) for one in ours["plan"]}
     assert plan.keys() == own.keys()
     assert len(set(plan.values())) == 1 if variant == "uniform" else plan == own
-    again, same = peer(variant, {**QUICK, "ramp_share": 0.5}, {**ours, "target": "t"}, "digits", tmp_path, 0)
+    again, same = peer(variant, {**QUICK, **levers}, {**ours, "target": "t"}, "digits", tmp_path, 0)
     assert same == file
     assert again["plan"] == theirs["plan"]
 

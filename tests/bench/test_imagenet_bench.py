@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from bench.imagenet import CUT, RECIPES, planned, rows
+from bench.imagenet import BATCH, CUT, RECIPES, STEPS, planned, rows
 from bench.images import jpegs
 from bench.records_peers import bytes_of
 from clipq_ray.config import make
@@ -25,6 +26,14 @@ def test_a_recipe_is_for_the_job_and_says_that_its_accuracy_is_not_measured(reci
     assert config.target_ratio == RATIOS[config.model]
     assert Source(config).input_shape() == (3, 224, 224)
     assert make(**{**yaml.safe_load(text), **CUT, "search_again": False}).epochs == CUT["epochs"]
+
+
+def test_an_epoch_of_its_job_has_the_steps_that_seconds_are_divided_by(tmp_path: Path) -> None:
+    jpegs(str(tmp_path), BATCH * STEPS + 40, 4)
+    options = {name: CUT[name] for name in ("validation_images", "limit_images", "batch_size")}
+    source = Source(make(model="resnet18", weights="random", data=str(tmp_path), **options))
+    order = source.data().train.index_batches(torch.Generator().manual_seed(0), CUT["batch_size"])
+    assert [len(one) for one in order] == [BATCH] * STEPS
 
 
 def test_every_network_has_one() -> None:
