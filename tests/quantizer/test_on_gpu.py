@@ -35,25 +35,31 @@ def drawn(n: int, seed: int = 0) -> Tensor:
 
 
 def compare(
-    thetas: list[Theta], weights: list[Tensor], shares: list[Share] | None = None, passes: int = 1
+    thetas: list[Theta],
+    weights: list[Tensor],
+    shares: list[Share] | None = None,
+    passes: int = 1,
+    steady: bool = False,
 ) -> None:
-    """Several layers in one object, pass after pass; every pass against the reference, changes counted by hand."""
+    """Several layers in one object, pass after pass; every pass against the reference, changes counted by hand. `steady`: rates stay and weights move little, as in
+    training, so that thresholds are found near the last ones."""
     from clipq_ray.quantizer import on_gpu, reference
 
     shares = shares or [reference.decide_share(w, theta) for w, theta in zip(weights, thetas, strict=True)]
     largest = max(weight.numel() for weight in weights)
     quantizer = on_gpu.GpuRequantizer(
-        list(zip(thetas, shares, strict=True)), weights, block=4096 if largest < 20_000 else 65_536
+        list(zip(thetas, shares, strict=True)), weights, block=4096 if largest < 20_000 or steady else 65_536
     )
     changes = torch.zeros(len(weights), dtype=torch.int64)
     zeros: list[Tensor] = []
     values = [torch.full_like(weight, 7.0) for weight in weights]
     for number in range(passes):
-        if number:  # rates may change between passes
+        if number and not steady:  # rates may change between passes
             thetas = [Theta((theta.p + 0.4) % 0.99, theta.b) for theta in thetas]
             quantizer.set_rates([theta.p for theta in thetas])
         quantizer.run(weights, values)
         quantizer.check()
+        assert not steady or bool(quantizer._missed.any()) == (number == 0)
         now = []
         for layer, (weight, theta, share) in enumerate(zip(weights, thetas, shares, strict=True)):
             wanted = reference.quantize(weight, theta, share)
@@ -69,9 +75,10 @@ def compare(
         assert torch.equal(quantizer.changes, changes)
         zeros = now
         for layer, weight in enumerate(weights):
-            factor = [1.0, -1.0, 3.0][number % 3]
+            factor = 1.0 if steady else [1.0, -1.0, 3.0][number % 3]
             weight.mul_(factor).add_(
-                1e-3 * drawn(weight.numel(), 50 + number + layer).view(weight.shape).to(weight.dtype)
+                (1e-2 if steady else 1e-3)
+                * drawn(weight.numel(), 50 + number + layer).view(weight.shape).to(weight.dtype)
             )
 
 
@@ -91,6 +98,13 @@ def sizes_and_types_in_one_network() -> None:
         drawn(9000, 3), drawn(4097, 4).half(), torch.empty(0, 4), drawn(1, 5),
     ]  # fmt: skip
     compare(thetas, weights, passes=4)
+
+
+@check
+def thresholds_near_the_last_ones() -> None:
+    thetas = [Theta(0.6, 2), Theta(0.3, 4), Theta(0.9, 8), Theta(0.97, 2)]
+    weights = [drawn(30_000), drawn(3001, 1).bfloat16(), drawn(9000, 3), drawn(4097, 4)]
+    compare(thetas, weights, passes=4, steady=True)
 
 
 @check
