@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.record import RESULTS, ROOT, Row, commit, machine, row, write
 from clipq_ray import identity, manifest, tables
-from clipq_ray.config import PAPER
+from clipq_ray.consistency import PAPER
 from clipq_ray.storage import Store
 
 UNITS, RECORDS = RESULTS / "records-units", ROOT / "bench" / "records"

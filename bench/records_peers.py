@@ -22,7 +22,8 @@ from torch import nn
 
 from clipq_ray import codec, identity, models, network, packing, seeds
 from clipq_ray.cluster.engine import LocalEngine
-from clipq_ray.config import PAPER, Config, make
+from clipq_ray.config import Config, make
+from clipq_ray.consistency import PAPER
 from clipq_ray.data import batches
 from clipq_ray.operator import Operator, make_plan, mildest_rates
 from clipq_ray.optimizers import sgd

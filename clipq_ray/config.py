@@ -13,17 +13,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from clipq_ray import consistency
+from clipq_ray.consistency import INTENTS, PAPER
 from clipq_ray.errors import ConfigError
-
-INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
-"""What the user wants of the result: one of these options."""
-
-PAPER: dict[str, Any] = {
-    "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
-    "dead_units": "keep", "level_epochs": 0, "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
-    "hold_size": False, "rate_distortion": 0.0,
-}  # fmt: skip
-"""The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
 
 class Config(BaseModel):
@@ -354,61 +346,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        wanted = [f"--{name.replace('_', '-')}" for name in INTENTS if getattr(self, name) is not None]
-        if len(wanted) > 1:
-            raise ValueError(f"expected one intent, got {' and '.join(wanted)}; leave one out")
-        if self.search_early_stop and self.tradeoff is None:
-            raise ValueError(
-                "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it, or say --no-search-early-stop"
-            )
-        added = [name for name, value in PAPER.items() if getattr(self, name) != value]
-        if self.paper and added:
-            words = ", ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in added)
-            raise ValueError(
-                f"expected the method as published with --paper, got {words}; leave out one or the other"
-            )
-        if self.rungs > 1 and self.target_bytes is None and self.target_ratio is None:
-            raise ValueError(
-                f"expected --target-bytes or --target-ratio with --rungs {self.rungs}, which are sizes on the way to one; add it, or leave --rungs out"
-            )
-        if self.hold_size and self.target_bytes is None and self.target_ratio is None:
-            raise ValueError(
-                "expected --target-bytes or --target-ratio with --hold-size, which holds it; add it, or leave --hold-size out"
-            )
-        if self.engine == "local" and self.workers > 1:
-            raise ValueError(
-                f"expected --workers 1 with --engine local, got {self.workers}; use --engine ray"
-            )
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(
-                f"expected --min-workers of at most --workers ({self.workers}), got {self.min_workers}"
-            )
-        if self.engine == "local" and self.decode == "cluster":
-            raise ValueError("expected --engine ray with --decode cluster, got local; leave one of them out")
-        if self.workers > self.batch_size:
-            raise ValueError(
-                f"expected a --batch-size of at least --workers ({self.workers}), got {self.batch_size}"
-            )
-        if self.warmup_epochs >= min(self.epochs, self.baseline_epochs):
-            raise ValueError(f"expected --warmup-epochs below --epochs, got {self.warmup_epochs}")
-        taken = self.workers * self.threads_per_worker
-        if self.limit_cpus is not None and taken > self.limit_cpus:
-            raise ValueError(
-                f"expected --workers x --threads-per-worker at most --limit-cpus ({self.limit_cpus}), got {taken}; lower one of them"
-            )
-        if self.limit_cpus is not None and taken + self.least_decode_cpus > self.limit_cpus:
-            raise ValueError(
-                f"expected at most --limit-cpus ({self.limit_cpus}) for --workers x --threads-per-worker and a CPU for each worker with "
-                f"--decode cluster, got {taken + self.least_decode_cpus}; lower one of them, or use --decode worker"
-            )
-        if self.std is not None and min(self.std, default=1.0) <= 0:
-            raise ValueError(f"expected --std above 0, got {self.std}")
-        if self.name is not None and (
-            not self.name or set(self.name) & set("/=\\ \t\n") or self.name.startswith((".", "_"))
-        ):
-            raise ValueError(
-                f"expected a --name without spaces, '/', '=' or a leading '.' or '_', got {self.name!r}"
-            )
+        if problem := consistency.problem(self):
+            raise ValueError(problem)
         return self
 
     @property

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from clipq_ray.config import INTENTS, Config, make, unknown
+from clipq_ray.config import Config, make, unknown
+from clipq_ray.consistency import INTENTS
 from clipq_ray.console import OneLineParser
 from clipq_ray.errors import ConfigError
 from clipq_ray.fleet.file import Fleet, parsed, read

@@ -14,7 +14,8 @@ from bench.records_peers import peer
 from clipq_ray import manifest
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
-from clipq_ray.config import PAPER, make
+from clipq_ray.config import make
+from clipq_ray.consistency import PAPER
 from clipq_ray.progress import Reporter
 from clipq_ray.storage import Store
 from clipq_ray.work import Source

@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
-from clipq_ray.config import INTENTS, Config, checked, make
+from clipq_ray.config import Config, checked, make
+from clipq_ray.consistency import INTENTS
 from clipq_ray.errors import ConfigError, UserError
 from clipq_ray.intent import Intent
 from clipq_ray.work import Source

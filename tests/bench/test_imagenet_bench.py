@@ -66,7 +66,7 @@ def test_a_unit_without_a_size_yet_has_no_row_of_it() -> None:
 def test_the_planned_rate_is_the_mildest_that_meets_the_ratio(tmp_path: Path) -> None:
     jpegs(str(tmp_path), 8, 4)
     config = make(
-        model="mobilenet_v2", data=str(tmp_path), weights="random", validation_images=2, batch_norm_images=2, resize=32, input_size=32, profile="fast",
+        model="resnet20", data=str(tmp_path), weights="random", validation_images=2, batch_norm_images=2, resize=32, input_size=32, profile="fast",
         target_ratio=20,
     )  # fmt: skip
     found = planned(config)

@@ -1,0 +1,82 @@
+"""What options must fulfil together; what each must fulfil alone stands beside it in `clipq_ray.config`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipq_ray.config import Config
+
+INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
+"""What the user wants of the result: one of these options."""
+
+PAPER: dict[str, Any] = {
+    "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
+    "dead_units": "keep", "level_epochs": 0, "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
+    "hold_size": False, "rate_distortion": 0.0,
+}  # fmt: skip
+"""The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
+
+
+def problem(config: Config) -> str | None:
+    """The first thing that is wrong with options together, in one line: expected, got, what to do."""
+    return next(
+        chain(_intent(config), _beyond_the_paper(config), _workers(config), _limits(config), _values(config)),
+        None,
+    )
+
+
+def _intent(config: Config) -> Iterator[str]:
+    wanted = [f"--{name.replace('_', '-')}" for name in INTENTS if getattr(config, name) is not None]
+    if len(wanted) > 1:
+        yield f"expected one intent, got {' and '.join(wanted)}; leave one out"
+    if config.search_early_stop and config.tradeoff is None:
+        yield "expected --tradeoff with --search-early-stop, which saves evaluations for one lambda; add it, or say --no-search-early-stop"
+    sized = config.target_bytes is not None or config.target_ratio is not None
+    if config.rungs > 1 and not sized:
+        yield f"expected --target-bytes or --target-ratio with --rungs {config.rungs}, which are sizes on the way to one; add it, or leave --rungs out"
+    if config.hold_size and not sized:
+        yield "expected --target-bytes or --target-ratio with --hold-size, which holds it; add it, or leave --hold-size out"
+
+
+def _beyond_the_paper(config: Config) -> Iterator[str]:
+    added = [name for name, value in PAPER.items() if getattr(config, name) != value]
+    if config.paper and added:
+        words = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in added)
+        yield f"expected the method as published with --paper, got {words}; leave out one or the other"
+
+
+def _workers(config: Config) -> Iterator[str]:
+    if config.engine == "local" and config.workers > 1:
+        yield f"expected --workers 1 with --engine local, got {config.workers}; use --engine ray"
+    if config.min_workers is not None and config.min_workers > config.workers:
+        yield f"expected --min-workers of at most --workers ({config.workers}), got {config.min_workers}"
+    if config.engine == "local" and config.decode == "cluster":
+        yield "expected --engine ray with --decode cluster, got local; leave one of them out"
+    if config.workers > config.batch_size:
+        yield f"expected a --batch-size of at least --workers ({config.workers}), got {config.batch_size}"
+
+
+def _limits(config: Config) -> Iterator[str]:
+    taken, limit = config.workers * config.threads_per_worker, config.limit_cpus
+    if limit is None:
+        return
+    if taken > limit:
+        yield f"expected --workers x --threads-per-worker at most --limit-cpus ({limit}), got {taken}; lower one of them"
+    if taken + config.least_decode_cpus > limit:
+        yield (
+            f"expected at most --limit-cpus ({limit}) for --workers x --threads-per-worker and a CPU for each worker with "
+            f"--decode cluster, got {taken + config.least_decode_cpus}; lower one of them, or use --decode worker"
+        )
+
+
+def _values(config: Config) -> Iterator[str]:
+    if config.warmup_epochs >= min(config.epochs, config.baseline_epochs):
+        yield f"expected --warmup-epochs below --epochs, got {config.warmup_epochs}"
+    if config.std is not None and min(config.std, default=1.0) <= 0:
+        yield f"expected --std above 0, got {config.std}"
+    name = config.name
+    if name is not None and (not name or set(name) & set("/=\\ \t\n") or name.startswith((".", "_"))):
+        yield f"expected a --name without spaces, '/', '=' or a leading '.' or '_', got {name!r}"
