@@ -26,7 +26,7 @@ SECONDS, SECONDS_PER_ELEMENT = 2.0, 1e-6
 """Each call takes at most so much CPU time; the elements are those that a readable header states."""
 HEADER_MEMORY, MEMORY, MEMORY_PER_ELEMENT = 256 * MEBIBYTE, 64 * MEBIBYTE, 16
 """A header takes at most the first (its JSON may have 16 MiB), as tracemalloc sees it; all of a file that, or the others where they are more."""
-TRACED, RESIDENT = 8, 128 * MEBIBYTE
+TRACED, RESIDENT = 32, 128 * MEBIBYTE
 """One case of a family in so many is traced (it takes five times as long). In all, where the process's memory reaches a new peak, that is
 at most so much more than is allowed above what remains: compiled code allocates too."""
 COMPARED = 1 << 16
