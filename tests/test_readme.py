@@ -25,11 +25,10 @@ def test_the_python_snippet_runs() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-def test_the_command_of_the_record_is_a_valid_configuration() -> None:
-    (command,) = re.findall(
-        r"python jobs/compress\.py (--model.*?--search-evaluations \d+)", README, flags=re.DOTALL
-    )
-    assert options.parse_all(command.replace("\\\n", " ").split(), "").configs[0].epochs == 10
+def test_the_command_of_the_record_is_a_valid_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = re.findall(r"python jobs/compress\.py (--config recipes/.*)", README)
+    monkeypatch.chdir(ROOT)
+    assert options.parse_all(command.split(), "").configs[0].epochs == 150
 
 
 def test_make_targets_exist() -> None:
@@ -38,20 +37,27 @@ def test_make_targets_exist() -> None:
         assert target in ("on",) or re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-@pytest.mark.slow
-def test_the_record_scores_what_the_readme_says(shared: Path) -> None:
-    command = [
-        sys.executable,
-        "jobs/evaluate.py",
-        "bench/records/resnet20-cifar10.clq",
-        "--data",
-        str(shared / "data" / "cifar10"),
-    ]
+@pytest.mark.parametrize(
+    ("record", "data"),
+    [
+        pytest.param("resnet20-cifar10-noloss", "cifar10", marks=pytest.mark.slow),
+        ("lenet5_caffe-mnist-noloss", "mnist"),
+        ("lenet_300_100-mnist-noloss", "mnist"),
+    ],
+)
+def test_a_record_scores_what_the_readme_says(shared: Path, record: str, data: str) -> None:
+    file = ROOT / "bench" / "records" / f"{record}.clq"
+    command = [sys.executable, "jobs/evaluate.py", str(file), "--data", str(shared / "data" / data)]
     printed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
     ).stdout
-    assert "57,336" in printed
-    assert "91.20 %" in printed
+    (row,) = re.findall(rf"^\|.*\| {file.stat().st_size:,} \|.*$", README, flags=re.MULTILINE)
+    _, before, size, ratio, _, top1 = (cell.strip() for cell in row.strip("|").split("|"))
+    found = re.search(r"ratio +([0-9.]+)x .*\ntop-1 +(.*? %)", printed)
+    assert found is not None
+    assert (f"{float(found[1]):.1f}x", found[2]) == (ratio, top1)
+    assert size in printed
+    assert before in printed
 
 
 def test_the_commands_on_a_file_run(tmp_path: Path) -> None:
