@@ -13,8 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clipq_ray import consistency
-from clipq_ray.consistency import INTENTS, PAPER
+from clipq_ray.consistency import INTENTS, PAPER, problem
 from clipq_ray.errors import ConfigError
 
 
@@ -346,8 +345,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if problem := consistency.problem(self):
-            raise ValueError(problem)
+        if found := problem(self):
+            raise ValueError(found)
         return self
 
     @property

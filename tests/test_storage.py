@@ -9,8 +9,10 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -311,11 +313,24 @@ def test_a_path_below_a_file_is_refused_with_advice(tmp_path: Path) -> None:
     assert "choose a path whose parents are directories" in one_line(error)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_without_permission_is_refused_with_advice(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(StorageError, match="give yourself permission"):
-        Store(tmp_path / "runs").check_writable()
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Whoever runs this, without root's permission to write everywhere."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+def test_a_directory_without_permission_is_refused_with_advice(nobody: None) -> None:
+    # not below tmp_path, which belongs to whoever runs this, and others may not even enter
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o500)
+        with pytest.raises(StorageError, match="give yourself permission"):
+            Store(Path(folder) / "runs").check_writable()
+        Path(folder).chmod(0o700)
 
 
 def test_a_bucket_that_is_not_there_is_named_with_what_to_do(s3_uri: str) -> None:
