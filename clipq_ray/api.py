@@ -17,6 +17,12 @@ from clipq_ray.progress import Reporter
 from clipq_ray.work import Source
 
 
+OF_OPENED_DATA = (
+    "data", "data_root", "validation_data", "limit_images", "mean", "std", "resize", "input_size", "shift_pixels", "bad_image_limit",
+)  # fmt: skip
+"""Options of data that is opened by name or URI, which a caller's own loaders know nothing of."""
+
+
 def compress(
     model: nn.Module | None = None,
     train_loader: DataLoader[Any] | None = None,
@@ -30,19 +36,31 @@ def compress(
 
     `model`: a trained module; without it `options` name the network (`model_name=` or the default), as on the command line.
     `train_loader`, `validation_loader`, `test_loader`: loaders over map-style datasets that give (image float32 (c, h, w), label int);
-    their datasets and collate functions are used, their order is not. Without a validation loader, images are held out of training.
+    their datasets and collate functions are used, their order is not. Without a validation loader, images are held out of training. Options that say how
+    data is opened are refused beside them.
     `options`: the fields of `clipq_ray.config.Config`, e.g. `target_ratio=15, epochs=10, storage="runs", engine="local"`.
 
     Returns the run's URI and manifest. Errors: those of `clipq_ray.errors`.
     """
+    loaders = {"validation_loader": validation_loader, "test_loader": test_loader}
+    for argument in (name for name, one in loaders.items() if one is not None and train_loader is None):
+        raise ConfigError(f"expected a train_loader with the {argument}, got none; give both or neither")
     if (model is None) != (train_loader is None):
         raise ConfigError(
             "expected a module together with a train_loader, got one of them; give both or neither"
         )
     name = options.pop("model_name", None) or (type(model).__name__.lower() if model is not None else None)
     config = make(**({"model": name} if name else {}), **options)
+    if config.dry_run:
+        raise ConfigError(
+            "expected dry_run on the command line only (jobs/compress.py --dry-run); leave it out"
+        )
     own_data = None
     if train_loader is not None:
+        if unused := [name for name in OF_OPENED_DATA if name in options]:
+            raise ConfigError(
+                f"expected images as the loaders give them, got {' and '.join(unused)} as well; leave it out, or prepare the images in the dataset"
+            )
         own_data = from_loaders(
             train_loader,
             validation_loader,

@@ -60,14 +60,24 @@ def of_data(data: Data) -> list[Any]:
     return [data.train.fingerprint, data.validation.fingerprint, data.preprocessing.to_json()]
 
 
+def of_network(source: Source) -> dict[str, Any]:
+    """What decides the network but its weights: name and arguments where it is registered, else what it computes as well."""
+    architecture = source.architecture()
+    if architecture is None:
+        assert source.module is not None
+        named = {"name": None, "module": repr(type(source.module))}
+        return {**named, "definition": models.definition_sha256(source.module)}
+    if ":" not in architecture.name:
+        return architecture.to_json()
+    made = models.definition_sha256(source.network(), models.imported(architecture.name))
+    return {**architecture.to_json(), "definition": made}
+
+
 def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """What decides a run: weights (`state`; None: trained first), data, configuration without where and how fast."""
-    architecture = source.architecture()
     options = source.config.model_dump(mode="json")
     return {
-        "architecture": architecture.to_json()
-        if architecture
-        else {"name": None, "module": repr(type(source.module))},
+        "architecture": of_network(source),
         "weights": models.weights_sha256(state) if state is not None else "trained",
         "data": of_data(data),
         "test": data.test.fingerprint if data.test else None,

@@ -91,7 +91,10 @@ class Rounds:
         """The one to commit."""
         if self.shared is not None:
             return self.all[self.shared.number]
-        return self.all[best(self.intent, [one.outcome for one in self.all])]
+        # a round on the way is trained little: it counts where it keeps the promise, and is not the closest to one that none keeps
+        ended = [one for one in self.all if not one.on_the_way or keeps(self.intent, one.outcome)]
+        looked = ended or self.all
+        return looked[best(self.intent, [one.outcome for one in looked])]
 
     @property
     def searches(self) -> dict[int, Searched]:
@@ -156,10 +159,11 @@ class Making:
         self.done: list[Round] = []
 
     def made(self, choice: Choice, requested: int | None, rungs_left: int = 0) -> bool:
-        """Whether a round of this choice was made, held at the same size."""
+        """Whether a round of this choice was made, held at the same size and trained as long: one on the way has fewer epochs."""
         held = self.size(requested, rungs_left)
         wanted = (_thetas(choice), held and held.bytes)
-        return any(wanted == (_thetas(one.choice), one.held) for one in self.done)
+        alike = [one for one in self.done if rungs_left or not one.on_the_way]
+        return any(wanted == (_thetas(one.choice), one.held) for one in alike)
 
     def planned(self, requested: int | None) -> int | None:
         """The bytes to plan for a file of `requested` bytes."""

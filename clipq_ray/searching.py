@@ -87,9 +87,8 @@ def planned(
         config.search_evaluations, min(config.search_start, config.search_evaluations), lambdas, config.seed,
         config.search_stop_gain, config.search_loss_share, config.search_early_stop, plan is not None,
     )  # fmt: skip
-    architecture = run.source.architecture()
     inputs = {
-        "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
+        "architecture": identity.of_network(run.source),
         "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
         "groups": [asdict(group) for group in groups], "images": config.search_images, "bytes": inventory.bytes_before,
         "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,

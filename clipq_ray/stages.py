@@ -207,9 +207,9 @@ def trained(
 ) -> Store:
     """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind.
     `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at; `costs`: what places are charged for."""
-    config, architecture = run.config, run.source.architecture()
+    config = run.config
     inputs = {
-        "architecture": architecture.to_json() if architecture else repr(type(run.source.module)),
+        "architecture": identity.of_network(run.source),
         "weights": models.weights_sha256(read_state(initial)) if initial else None,
         "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,

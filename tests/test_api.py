@@ -146,6 +146,14 @@ def test_wrong_calls_are_one_line(tmp_path: Path) -> None:
         clipq_ray.compress(Tied(), storage=str(tmp_path))
     with pytest.raises(ConfigError, match="together with a train_loader"):
         clipq_ray.compress(None, loader(), storage=str(tmp_path))
+    with pytest.raises(ConfigError, match="a train_loader with the test_loader"):
+        clipq_ray.compress(test_loader=loader(), storage=str(tmp_path))
+    with pytest.raises(ConfigError, match="limit_images and resize as well"):
+        clipq_ray.compress(Tied(), loader(), limit_images=50, resize=8, storage=str(tmp_path))
+    with pytest.raises(ConfigError, match="dry_run on the command line only"):
+        clipq_ray.compress(Tied(), loader(), dry_run=True, storage=str(tmp_path))
+    with pytest.raises(DataError, match="other than the test images"):
+        clipq_ray.compress(Tied(), loader(), loader(60, 2), loader(60, 2), storage=str(tmp_path), **QUICK)
     with pytest.raises(ConfigError, match="did you mean --target-ratio"):
         clipq_ray.compress(Tied(), loader(), targetratio=3, storage=str(tmp_path))
     with pytest.raises(DataError):

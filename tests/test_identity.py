@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from clipq_ray.config import make
-from clipq_ray.identity import stage_key
+from clipq_ray.identity import of_network, stage_key
+from clipq_ray.work import Source
 
 
 def key(**options: Any) -> str:
@@ -18,3 +21,17 @@ def test_how_faults_are_met_decides_nothing() -> None:
 
 def test_a_number_of_workers_that_may_shrink_is_another_stage() -> None:
     assert len({key(), key(min_workers=1), key(min_workers=2)}) == 3
+
+
+def test_a_callers_module_that_computes_something_else_is_another_one() -> None:
+    class Net(nn.Linear):
+        pass
+
+    class Other(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    Other.__name__, Other.__qualname__ = Net.__name__, Net.__qualname__
+    named = [of_network(Source(make(), one)) for one in (Net(3, 2), Net(3, 2), Other(3, 2), Net(3, 4))]
+    assert named[0] == named[1]
+    assert named[0] not in named[2:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
 from clipq_ray.evaluate import evaluate
-from clipq_ray.intent import MOST_SHRUNK, Drop, Intent, Outcome
+from clipq_ray.intent import MOST_SHRUNK, SPARE, Drop, Intent, Outcome
 from clipq_ray.pipeline import Result
 from clipq_ray.places import Costs
 from clipq_ray.progress import Reporter
@@ -117,7 +118,7 @@ def test_the_same_plan_held_at_another_size_is_another_round() -> None:
     making.run = SimpleNamespace(config=make(target_bytes=1500, hold_size=True), source=None)  # type: ignore[assignment]
     making.given, making._intent = SimpleNamespace(inventory=None), Intent("bytes", 1500)  # type: ignore[assignment]
     packed = SimpleNamespace(precision=None)
-    making.done = [SimpleNamespace(choice=tried, held=3000, packed=packed)]  # type: ignore[list-item]
+    making.done = [SimpleNamespace(choice=tried, held=3000, on_the_way=True, packed=packed)]  # type: ignore[list-item]
     assert making.made(tried, 3000, 1)
     assert not making.made(tried, 1500, 0)
     assert not making.made(choose_for_bytes(TRIALS, 10**9), 3000, 1)
@@ -129,11 +130,16 @@ def test_rounds_behind_the_size_are_short_also_where_rungs_were_left_out() -> No
     assert [(one.epochs, one.learning_rate) for one in told] == [(3, 0.1), (20, 0.1), (5, 0.05)]
 
 
-def test_rungs_that_choose_the_same_plan_are_made_once(promised: tuple[Path, Result]) -> None:
+def test_rungs_that_choose_the_same_plan_are_made_once_and_the_last_one_in_full(
+    promised: tuple[Path, Result],
+) -> None:
     """Without a search in between the last ones choose the smallest."""
-    result = run(promised[0], target_bytes=10, rungs=4, rung_epochs=1, rounds=2)
-    made = result.manifest["promise"]["rounds"]
-    assert len(made) < 4
+    result = run(promised[0], target_bytes=10, rungs=4, rung_epochs=1, epochs=3, rounds=2)
+    rounds = result.manifest["promise"]["rounds"]
+    assert len(rounds) < 5
+    epochs = [one["epochs"] for one in rounds]
+    assert [more - less for less, more in pairwise([0, *epochs])] == [1] * (len(rounds) - 1) + [3]
+    assert result.manifest["promise"]["round"] == len(rounds)  # none of those that were trained little
     assert any("the search has no other point" in note for note in result.manifest["notes"])
 
 
@@ -147,8 +153,13 @@ def test_a_size_that_no_epoch_can_be_held_at_is_said(promised: tuple[Path, Resul
 
 
 def test_a_size_is_held_while_training(promised: tuple[Path, Result]) -> None:
-    given: dict[str, Any] = {"target_bytes": 3600, "epochs": 12, "rounds": 1}
-    held, left = (run(promised[0], **given, hold_size=hold).manifest for hold in (True, False))
+    given: dict[str, Any] = {"epochs": 12, "rounds": 1}
+    near = run(promised[0], target_bytes=3600, **given).manifest["promise"]["rounds"][0]
+    # a size that a plan was found for, whatever points this machine's search has measured
+    size = math.ceil(near["predicted_bytes"] / SPARE) + 1
+    held, left = (
+        run(promised[0], target_bytes=size, **given, hold_size=hold).manifest for hold in (True, False)
+    )
 
     def off(made: dict[str, Any]) -> float:
         return abs(made["metrics"]["bytes_after"] / made["promise"]["rounds"][0]["requested_bytes"] - 1)
@@ -344,7 +355,9 @@ def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, 
         made = rounds.Making.__new__(rounds.Making)
         made.searched, made.other = SimpleNamespace(trials=TRIALS), 0  # type: ignore[assignment]
         made._intent = None
-        made.done = [SimpleNamespace(choice=tried, held=None, outcome=one) for one in outcomes]  # type: ignore[misc]
+        made.done = [
+            SimpleNamespace(choice=tried, held=None, on_the_way=False, outcome=one) for one in outcomes
+        ]  # type: ignore[misc]
         return made
 
     outcome = Outcome(900, tried.bytes, tried.bytes, Drop(points, points - 1, points + 1, 500), 1)

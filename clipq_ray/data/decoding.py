@@ -21,7 +21,7 @@ from PIL import Image
 from clipq_ray import logs
 from clipq_ray.data.augment import crop_box
 from clipq_ray.data.listing import few
-from clipq_ray.data.preprocessing import Preprocessing
+from clipq_ray.data.preprocessing import WRONG_SIZE, Preprocessing
 from clipq_ray.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -31,6 +31,10 @@ Decoded = Pixels | str
 # Below this mean size in bytes, two threads took 2.3 s for what one did in 1.3 s (10,000 CIFAR WebP images, 2 cores).
 _WORTH_A_THREAD = 8192
 _log = logs.logger(__name__)
+
+
+class WrongSize(str):
+    """The reason of an image that can be read and has another size than the input."""
 
 
 class BadImages:
@@ -51,9 +55,12 @@ class BadImages:
             return
         self._reasons[name] = reason
         if len(self._reasons) > self.limit:
+            advice = (
+                WRONG_SIZE if isinstance(reason, WrongSize) else "replace them or raise --bad-image-limit"
+            )
             raise DataError(
                 f"expected at most {self.limit} unreadable images, found {len(self._reasons)}: {few(self.names)} "
-                f"(the last: {reason}); replace them or raise --bad-image-limit"
+                f"(the last: {reason}); {advice}"
             )
         _log.warning(
             "unreadable image %s: %s (%d of at most %d)", name, reason, len(self._reasons), self.limit
@@ -81,7 +88,7 @@ def _fitted(image: Image.Image, preprocessing: Preprocessing, numbers: Numbers |
     mirrored = False
     if preprocessing.resize is None:
         if image.size != (width, height):
-            return f"expected {width}x{height} pixels, got {image.width}x{image.height}"
+            return WrongSize(f"expected {width}x{height} pixels, got {image.width}x{image.height}")
     elif numbers is None:
         shorter = min(image.size)
         size = [preprocessing.resize * side // shorter for side in image.size]  # as torchvision rounds

@@ -29,10 +29,12 @@ _DECODE_AT_ONCE = 2048
 
 
 class ImageRows(Protocol):
-    """A source of encoded images. `groups`: int64 (n,), which group each row is read with; None: rows are read one by one."""
+    """A source of encoded images. `groups`: int64 (n,), which group each row is read with; None: rows are read one by one. `fingerprint`: of what decides a
+    training, the order of reading with it; `content`: of the images alone."""
 
     labels: Labels
     fingerprint: str
+    content: str
     groups: Rows | None
 
     def name(self, row: int) -> str:

@@ -140,6 +140,11 @@ def _folders(listing: Listing, _: int, classes: Sequence[str] | None) -> Found |
         return None
     if len(groups) > 1:
         groups.pop(("any", ""), None)  # pictures that lie about beside train/ and test/
+    for split in {split for split, _ in groups}:
+        if len(same := [top for one, top in groups if one == split]) > 1:
+            raise DataError(
+                f"expected one folder of {split} images, got {few(sorted(same))} in {listing.store.uri}; rename or remove the others"
+            )
     sources: dict[str, Source] = {}
     first = next((key for key in groups if key[0] in ("train", "any")), next(iter(groups)))
     known = list(classes or sorted({class_of(name, first[1]) for name in groups[first]} - {""}))

@@ -43,8 +43,10 @@ class ImageFiles:
             )
         self.labels: Labels = np.array([number[name] for name in of], dtype=np.int64)
         spaced = np.unique(np.linspace(0, len(self.names) - 1, SAMPLE_FILES).astype(int))
-        inside = "\n".join(f"{name.removeprefix(folder)}\t{listing.sizes[name]}" for name in self.names)
+        below = f"{folder}/" if folder else ""  # the same images are the same, whichever folder was opened
+        inside = "\n".join(f"{name.removeprefix(below)}\t{listing.sizes[name]}" for name in self.names)
         self.fingerprint = content_hash("files", inside, *[data or b"" for data in self.read(spaced)])
+        self.content = self.fingerprint
 
     def __len__(self) -> int:
         return len(self.names)

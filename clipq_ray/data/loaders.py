@@ -99,6 +99,10 @@ def from_loaders(
     train = _split(train_loader, "training")
     validation = None if validation_loader is None else _split(validation_loader, "validation")
     test = None if test_loader is None else _split(test_loader, "test")
+    if validation is not None and test is not None and validation.fingerprint == test.fingerprint:
+        raise DataError(
+            "expected validation images other than the test images, got the same; the test set decides nothing, give others"
+        )
     splits = [one for one in (train, validation, test) if one is not None]
     if min(int(one.labels.min()) for one in splits) < 0:
         raise DataError("expected labels from 0 on, got negative ones; number the classes from 0")

@@ -59,7 +59,7 @@ def open_data(
     """
     _check_options(memory_limit_bytes, bad_image_limit, validation_uri, validation_images)
     found = find(uri, data_root, memory_limit_bytes // 2)
-    train, validation, test, notes = _assigned(found, uri)
+    train, validation, test, notes = _assigned(found, uri, validation_uri is not None)
     if validation_uri is not None:
         validation, more = _validation(
             validation_uri, data_root, memory_limit_bytes // 8, found, validation is not None
@@ -76,7 +76,7 @@ def open_data(
     chosen, more = _chosen(present, limit_images, validation_images, seed)
     bad = BadImages(bad_image_limit)
     splits = _splits(chosen, preprocessing, memory_limit_bytes, bad, shift_pixels)
-    if "test" in splits and splits["validation"].fingerprint == splits["test"].fingerprint:
+    if "test" in splits and _same(chosen, splits):
         raise DataError(
             "expected validation images other than the test images, got the same; the test set decides nothing, give others"
         )
@@ -106,8 +106,8 @@ def _check_options(
         )
 
 
-def _assigned(found: Found, uri: str) -> tuple[Source, Source | None, Source | None, list[str]]:
-    """Training, validation and test images among what was found, and notes."""
+def _assigned(found: Found, uri: str, others: bool) -> tuple[Source, Source | None, Source | None, list[str]]:
+    """Training, validation and test images among what was found, and notes; `others`: validation images come from elsewhere."""
     given = found.sources
     if "train" not in given:
         names = [_UNNAMED if split == "any" else split for split in sorted(given)]
@@ -118,7 +118,9 @@ def _assigned(found: Found, uri: str) -> tuple[Source, Source | None, Source | N
     if "test" in given:
         return given["train"], given.get("validation"), given["test"], []
     if "validation" in given:
-        note = "no test* data: the validation data is the test set, and validation images are held out of the training images"
+        note = "no test* data: the validation data is the test set"
+        if not others:
+            note += ", and validation images are held out of the training images"
         return given["train"], None, given["validation"], [note]
     return given["train"], None, None, ["no test data: results are reported on validation images only"]
 
@@ -225,6 +227,14 @@ def _splits(
         else:
             splits[split] = EncodedSplit(source, rows, preprocessing, bad, shift)
     return splits
+
+
+def _same(chosen: Chosen, splits: dict[str, Split]) -> bool:
+    """Whether the validation images are the test images."""
+    ours, others = chosen["validation"][0], chosen["test"][0]
+    if isinstance(ours, Images) or isinstance(others, Images):
+        return splits["validation"].fingerprint == splits["test"].fingerprint
+    return ours.content == others.content
 
 
 def _bad_notes(bad: BadImages) -> list[str]:

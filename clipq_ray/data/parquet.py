@@ -62,7 +62,8 @@ class ParquetRows:
         self.labels: Labels = np.concatenate([file.labels for file in self.files])
         if not len(self.labels):
             raise DataError(f"expected images in {listing.at(names[0])}, found no rows; check the files")
-        self.fingerprint = content_hash("parquet", *[file.fingerprint for file in self.files])
+        self.content = content_hash("parquet", *[file.fingerprint for file in self.files])
+        self.fingerprint = self.content
         counts, sizes = [], []
         self._groups: list[tuple[int, int]] = []
         for position, file in enumerate(self.files):
@@ -77,7 +78,7 @@ class ParquetRows:
         if (
             sum(sizes) > cache_bytes // 2
         ):  # then an epoch's order, and so what is trained, depends on the window
-            self.fingerprint = content_hash(self.fingerprint, str(cache_bytes // 2))
+            self.fingerprint = content_hash(self.content, str(cache_bytes // 2))
         self._group_starts: Rows = np.cumsum([0, *counts])[:-1]
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._cached_bytes = 0

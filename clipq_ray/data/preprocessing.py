@@ -24,6 +24,9 @@ RGB_MEAN, RGB_STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
 )  # ImageNet's, as torchvision's weights use them
+WRONG_SIZE = (
+    "give images of that size, or to jobs/compress.py --resize PIXELS, to which shorter sides are scaled"
+)
 _AT_ONCE = (
     2**16
 )  # pixels of a channel that stay in a cache: 0.34 ms became 0.21 ms per image of 3 x 224 x 224 (CPU time of one thread)

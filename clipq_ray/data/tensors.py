@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipq_ray.data.augment import crop_and_flip, crop_box, draws
-from clipq_ray.data.preprocessing import Preprocessing
+from clipq_ray.data.preprocessing import WRONG_SIZE, Preprocessing
 from clipq_ray.data.split import Labels, Split, content_hash, subset_hash
 from clipq_ray.errors import DataError
 
@@ -37,7 +37,7 @@ class TensorSplit(Split):
         size = tuple(images.shape[2:])
         if preprocessing.resize is None and size != preprocessing.input_shape[1:]:
             raise DataError(
-                f"expected images of {preprocessing.input_shape[1:]} pixels, got {size}; give --resize PIXELS"
+                f"expected images of {preprocessing.input_shape[1:]} pixels, got {size}; {WRONG_SIZE}"
             )
         self.images = with_channels(images, preprocessing.input_shape[0])
         self.labels = labels

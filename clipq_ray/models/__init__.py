@@ -5,6 +5,7 @@ network. torchvision is imported only where one of its networks is asked for. No
 `package.module:function`.
 """
 
+from clipq_ray.models.definition import definition_sha256
 from clipq_ray.models.registry import (
     Architecture,
     architecture,
@@ -12,6 +13,7 @@ from clipq_ray.models.registry import (
     default_input,
     default_kwargs,
     default_weights,
+    imported,
     names,
 )
 from clipq_ray.models.weights import apply_weights, read_weights, weights_sha256
@@ -24,6 +26,8 @@ __all__ = [
     "default_input",
     "default_kwargs",
     "default_weights",
+    "definition_sha256",
+    "imported",
     "names",
     "read_weights",
     "weights_sha256",

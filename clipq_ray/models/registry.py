@@ -157,14 +157,15 @@ def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Modul
 
 def _made(name: str, kwargs: Mapping[str, Any]) -> Any:
     if ":" in name:
-        return _imported(name)(**kwargs)
+        return imported(name)(**kwargs)
     if name in _BUILT_IN:
         kind, fixed, _ = _BUILT_IN[name]
         return kind(**fixed, **kwargs)
     return zoo().get_model(name, weights=None, **kwargs)
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
+    """What `package.module:function` names; `ModelError` where that cannot be imported."""
     module_name, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), function)

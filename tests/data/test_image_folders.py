@@ -61,6 +61,26 @@ def test_validation_folders_follow_the_training_classes(tmp_path: Path) -> None:
         opened(str(tmp_path / "a"), validation_uri=str(tmp_path / "own"))
 
 
+@pytest.mark.parametrize("pixels", [(8, 8), (30, 20)])
+def test_the_test_folder_decides_nothing_also_under_its_own_name(
+    tmp_path: Path, pixels: tuple[int, int]
+) -> None:
+    folder(tmp_path, "train", 30, pixels)
+    folder(tmp_path, "val", 6, pixels, first=100)
+    with pytest.raises(DataError, match="other than the test images"):
+        opened(str(tmp_path), validation_uri=str(tmp_path / "val"))
+    folder(tmp_path / "own", "val", 6, pixels, first=200)
+    data = opened(str(tmp_path), validation_uri=str(tmp_path / "own"))
+    assert not any("held out" in note for note in data.notes)
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
+    for name in ("train", "val", "validation"):
+        folder(tmp_path, name, 6)
+    with pytest.raises(DataError, match="one folder of validation images, got val, validation"):
+        opened(str(tmp_path))
+
+
 def test_fingerprints_follow_names_and_content(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         folder(tmp_path / name, "train", 30)
