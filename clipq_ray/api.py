@@ -16,7 +16,6 @@ from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
 from clipq_ray.work import Source
 
-
 OF_OPENED_DATA = (
     "data", "data_root", "validation_data", "limit_images", "mean", "std", "resize", "input_size", "shift_pixels", "bad_image_limit",
 )  # fmt: skip

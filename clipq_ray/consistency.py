@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
 
 INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 """What the user wants of the result: one of these options."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME_WORDS = "letters, digits, '.', '_' and '-' that begins with a letter or digit"
+"""What a result may be called: it is a hive partition, which every reader takes as it is."""
 
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
@@ -73,10 +78,9 @@ def _limits(config: Config) -> Iterator[str]:
 
 
 def _values(config: Config) -> Iterator[str]:
-    if config.warmup_epochs >= min(config.epochs, config.baseline_epochs):
-        yield f"expected --warmup-epochs below --epochs, got {config.warmup_epochs}"
+    if config.warmup_epochs >= config.epochs:
+        yield f"expected --warmup-epochs below --epochs ({config.epochs}), got {config.warmup_epochs}"
     if config.std is not None and min(config.std, default=1.0) <= 0:
         yield f"expected --std above 0, got {config.std}"
-    name = config.name
-    if name is not None and (not name or set(name) & set("/=\\ \t\n") or name.startswith((".", "_"))):
-        yield f"expected a --name without spaces, '/', '=' or a leading '.' or '_', got {name!r}"
+    if config.name is not None and not NAME.fullmatch(config.name):
+        yield f"expected a --name of {NAME_WORDS}, got {config.name!r}"

@@ -43,7 +43,7 @@ def parser(description: str) -> OneLineParser:
 def _add(result: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
     option = "--" + name.replace("_", "-")
     default = field.get_default(call_default_factory=True)
-    shown = "" if default in (None, (), {}) else f" (default: {default})"
+    shown = "" if default in (None, (), {}) else f" (default: {default})".replace("%", "%%")
     text = (field.description or "") + shown
     if field.annotation is bool:
         result.add_argument(
@@ -132,9 +132,23 @@ def _value(name: str, text: Any) -> Any:
     return text
 
 
+def _loaded(path: str, text: str) -> Any:
+    """The content of a YAML file; `ConfigError` for an option that it says twice, of which YAML would take the last."""
+    root, seen = yaml.compose(text, Loader=yaml.SafeLoader), set[str]()
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = str(key.value).replace("-", "_")
+        if name in seen:
+            line = key.start_mark.line + 1
+            raise ConfigError(
+                f"--config: expected each option once in {path!r}, got {name} again in line {line}; leave one out"
+            )
+        seen.add(name)
+    return yaml.safe_load(text)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The options of a YAML file; unknown keys are refused by `make`."""
-    content = parsed("--config", path, yaml.safe_load)
+    content = parsed("--config", path, lambda text: _loaded(path, text))
     if not isinstance(content, dict):
         raise ConfigError(
             f"--config: expected options as 'name: value' lines in {path!r}, got {type(content).__name__}"

@@ -378,8 +378,7 @@ def _schedule(config: Config, rungs_left: int, further: bool) -> Schedule:
         epochs = config.rung_epochs or math.ceil(epochs / 2)
     elif further:
         epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2
-    schedule = stages.schedule_of(config, epochs, rate)
-    return replace(schedule, warmup_epochs=min(schedule.warmup_epochs, epochs / 2))
+    return stages.schedule_of(config, epochs, rate)
 
 
 def _ramp(config: Config, model: nn.Module, plan: Plan, before: Sequence[Round]) -> Ramp | None:

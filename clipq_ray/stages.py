@@ -187,7 +187,7 @@ def scored(run: Run, model: nn.Module, images: Split | None) -> Evaluation | Non
 def schedule_of(config: Config, epochs: int, rate: float) -> Schedule:
     """A schedule of so many epochs up to this rate, the rest from the configuration."""
     return Schedule(
-        epochs, config.batch_size, rate, config.warmup_epochs, config.momentum, config.weight_decay,
+        epochs, config.batch_size, rate, min(config.warmup_epochs, epochs / 2), config.momentum, config.weight_decay,
         config.label_smoothing,
     )  # fmt: skip
 

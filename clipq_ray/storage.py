@@ -24,6 +24,7 @@ from typing import Any
 from clipq_ray import refusals
 from clipq_ray.backends import INTERNAL, Backend, Directory, Entry, Objects, Upload
 from clipq_ray.connections import S3, Connection, connection
+from clipq_ray.consistency import NAME, NAME_WORDS
 from clipq_ray.errors import ClipqError, ConfigError, StorageError
 
 MODEL = "model.clq"
@@ -35,8 +36,6 @@ REPORT = "report.html"
 MANIFEST = "manifest.json"
 WORK = "_work"
 USES = "uses"
-
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Store:
@@ -241,6 +240,10 @@ def _parse(uri: str) -> tuple[str, str]:
             f"expected a storage URI (a path, s3://bucket/prefix, memory://name), got {uri!r}; chained URIs are not taken"
         )
     protocol, separator, path = uri.partition("://")
+    if not separator and re.match(r"(s3a?|gs|gcs|az|abfs|file|memory):/", uri):
+        raise StorageError(
+            f"expected two slashes behind the protocol, as s3://bucket/prefix, got {uri!r}; add one"
+        )
     if not separator:
         return "file", os.path.abspath(os.path.expanduser(uri))
     if protocol in ("file", "local"):
@@ -264,11 +267,9 @@ def _checked(uri: str, name: str) -> str:
 
 def _label(what: str, text: str) -> str:
     """A name that every reader of hive partitions takes as it is (no '=', '%', '/', ':' or spaces)."""
-    if _LABEL.fullmatch(text):
+    if NAME.fullmatch(text):
         return text
-    raise ConfigError(
-        f"expected a {what} of letters, digits, '.', '_' and '-' that begins with a letter or digit, got {text!r}; choose another name"
-    )
+    raise ConfigError(f"expected a {what} of {NAME_WORDS}, got {text!r}; choose another name")
 
 
 def _connection(protocol: str) -> Connection:

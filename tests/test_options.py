@@ -42,6 +42,14 @@ def test_help_shows_every_option_with_its_text_and_default(shown: str) -> None:
             assert f"{text}(default:{default})".replace(" ", "") in shown.replace(" ", ""), option
 
 
+def test_help_shows_a_default_with_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPQ_STORAGE", "s3://bucket/100%done")
+    text = io.StringIO()
+    with redirect_stdout(text), pytest.raises(SystemExit):
+        parsed(["--help"])
+    assert "s3://bucket/100%done" in text.getvalue()
+
+
 def test_the_defaults_of_the_command_line_are_those_of_the_configuration() -> None:
     assert parsed([]) == make()
 
@@ -123,6 +131,8 @@ def test_a_file_may_hold_lists_objects_and_names_with_hyphens(tmp_path: Path) ->
         ("- a\n- b\n", "'name: value'"),
         ("epochs\n", "'name: value'"),
         ("epochs: [\n", "expected YAML"),
+        ("name: 2026-02-30\n", "expected YAML"),
+        ("max-drop: 1\nepochs: 3\nmax_drop: 2\n", "got max_drop again in line 3"),
         ("!!python/object/apply:os.getcwd []\n", "expected YAML"),
     ],
 )

@@ -239,7 +239,7 @@ def test_local_uris_are_absolute_whatever_way_they_are_written(
 
 
 @pytest.mark.parametrize(
-    "uri", ["", " ", "s3://", "memory:///", "nosuch://bucket/x", "simplecache::s3://bucket/x"]
+    "uri", ["", " ", "s3://", "memory:///", "nosuch://bucket/x", "simplecache::s3://bucket/x", "s3:/bucket/x"]
 )
 def test_a_uri_that_names_no_storage_is_refused_at_once(uri: str) -> None:
     with pytest.raises(StorageError) as error:

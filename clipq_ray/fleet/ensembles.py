@@ -17,13 +17,15 @@ from torch import nn
 
 from clipq_ray import loading
 from clipq_ray.data import Split, batches
-from clipq_ray.errors import DataError, FormatError
+from clipq_ray.errors import ClipqError, DataError
 from clipq_ray.evaluate import Forward, evaluating
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import Drop
 from clipq_ray.pipeline import Result
 from clipq_ray.storage import Store, stage_store
 from clipq_ray.work import Source, prepare_process, read_state
+
+Votes = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Member:
 
 def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
     """What the members score together before and after, as a JSON object; `DataError` where they are not judged on the same images."""
-    votes: dict[str, npt.NDArray[np.float64]] = {}
+    votes: dict[str, list[Votes]] = {"original": [], "compressed": []}
     labels: npt.NDArray[np.int64] | None = None
     split = "test"
     for member in members:
@@ -51,9 +53,10 @@ def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
             )
         labels = found
         for name, network in (("original", _original), ("compressed", _decoded)):
-            votes[name] = votes.get(name, 0.0) + probabilities(member.source, network(member), images)
+            votes[name].append(probabilities(member.source, network(member), images))
     assert labels is not None
-    original, compressed = (votes[name].argmax(axis=1) for name in ("original", "compressed"))
+    names = [member.source.name for member in members]
+    original, compressed = (together(ensemble, names, votes[name]).argmax(axis=1) for name in votes)
     drop = Drop.between(original, compressed, labels)
     before, after = (
         sum(one.result.manifest["metrics"][name] for one in members)
@@ -66,6 +69,17 @@ def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
         "bytes_before": before, "bytes": after, "ratio": before / after,
         **({"promise": members[0].result.manifest["promise"]["ensemble"]} if ensemble.wants else {}),
     }  # fmt: skip
+
+
+def together(ensemble: Ensemble, names: Sequence[str], votes: Sequence[Votes]) -> Votes:
+    """The sum of the members' probabilities, (n, classes); `DataError` where they have different classes."""
+    classes = [one.shape[1] for one in votes]
+    if len(set(classes)) > 1:
+        got = ", ".join(f"{name} with {n}" for name, n in zip(names, classes, strict=True))
+        raise DataError(
+            f"ensemble {ensemble.name}: expected members with the same number of outputs, got {got}; leave some out"
+        )
+    return sum(votes[1:], votes[0])
 
 
 def _original(member: Member) -> nn.Module:
@@ -83,7 +97,7 @@ def _decoded(member: Member) -> nn.Module:
 
 
 @torch.inference_mode()
-def probabilities(source: Source, model: nn.Module, images: Split) -> npt.NDArray[np.float64]:
+def probabilities(source: Source, model: nn.Module, images: Split) -> Votes:
     """Softmax of the network's class scores on all images, float64 (n, classes)."""
     model = model.to(source.device())
     forward, parts = (
@@ -117,6 +131,6 @@ def all_scored(
             continue
         try:
             found.append(scored(ensemble, [Member(*by_name[name]) for name in ensemble.members]))
-        except (DataError, FormatError) as error:
+        except ClipqError as error:  # the fleet is written whatever becomes of a vote
             found.append({"name": ensemble.name, "members": list(ensemble.members), "error": str(error)})
     return found

@@ -24,7 +24,7 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
 from clipq_ray.config import Config, checked, make
-from clipq_ray.consistency import INTENTS
+from clipq_ray.consistency import INTENTS, NAME, NAME_WORDS
 from clipq_ray.errors import ConfigError, UserError
 from clipq_ray.intent import Intent
 from clipq_ray.work import Source
@@ -40,6 +40,8 @@ _LIMITS = {
 _OF_THE_JOB = ("dry_run", "engine", "storage", "force", "on_claim", *_LIMITS.values())
 """Options that are one for all networks of a job."""
 _OF_ENSEMBLES = ("max_drop", "target_ratio", "target_bytes")
+_OF_OWN_SIZES = {"rungs": 1, "search_again": False, "hold_size": False}
+"""Options that are ways to a size of one network, and their values without."""
 _SAME_IMAGES = ("data", "data_root", "validation_data", "validation_images", "limit_images", "seed")
 """What members of an ensemble with one intent must have in common: their votes on validation images decide."""
 
@@ -82,7 +84,7 @@ def parsed(option: str, path: str, parse: Callable[[str], Any]) -> Any:
         return parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}: expected a readable YAML file, got {path!r} ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # of a date that is none
         raise ConfigError(
             f"{option}: expected YAML in {path!r}, got {' '.join(str(error).split())}"
         ) from error
@@ -118,9 +120,13 @@ class _Reading:
 
     def __init__(self) -> None:
         self.mistakes: list[tuple[int, str]] = []
+        self.wrong: set[str] = (
+            set()
+        )  # networks whose options are wrong: they are there, whatever else is said
 
     def say(self, line: int, text: str) -> None:
-        self.mistakes.append((line, text))
+        if (line, text) not in self.mistakes:  # what the defaults say is said for every network
+            self.mistakes.append((line, text))
 
     def part(self, node: yaml.Node | None, what: str) -> _Part:
         """A mapping; anything else is a mistake and taken as empty."""
@@ -149,8 +155,9 @@ class _Reading:
         for key, node in part.values.items():
             try:
                 value = SafeConstructor().construct_object(node, deep=True)
-            except ConstructorError as error:
-                self.say(part.at(key), f"{key}: {' '.join(str(error.problem).split())}")
+            except (ConstructorError, ValueError) as error:  # ValueError: a date that is none
+                problem = error.problem if isinstance(error, ConstructorError) else error
+                self.say(part.at(key), f"{key}: {' '.join(str(problem).split())}")
                 continue
             values[key] = tuple(value) if isinstance(value, list) else value
         return _Part(part.line, values, part.lines)
@@ -173,13 +180,8 @@ class _Reading:
         name = self.plain(
             _Part(top.line, {k: v for k, v in sections.items() if k == "name"}, top.lines)
         ).values.get("name")
-        if (
-            not isinstance(name, str)
-            or not name
-            or set(name) & set("/=\\ \t\n")
-            or name.startswith((".", "_"))
-        ):
-            self.say(top.at("name"), f"name: expected a name without spaces, '/' or '=', got {name!r}")
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            self.say(top.at("name"), f"name: expected a name of {NAME_WORDS}, got {name!r}")
         defaults = (
             self.plain(self.part(sections["defaults"], "defaults")) if "defaults" in sections else _Part(1)
         )
@@ -247,12 +249,13 @@ class _Reading:
                     self.say(part.at(key), f"{key}: expected one for the whole fleet; move it to defaults")
             if "model" not in own:
                 self.say(part.line, "model: expected the name of a network, got none")
-            ensemble = decided.get(str(own.get("name") or str(own.get("model")).replace(":", ".")))
+            named = str(own.get("name") or str(own.get("model")).replace(":", "."))
+            ensemble = decided.get(named)
             if self.one_intent(part, "a network", ensemble):
                 own = {name: value for name, value in own.items() if name not in INTENTS}
             merged = _merged(defaults.values, options, own)
             if ensemble is not None:
-                merged = {name: value for name, value in merged.items() if name not in INTENTS}
+                merged = self.of_ensemble(ensemble, merged, part, defaults)
             config, problems = checked(merged)
             for option, text in problems:
                 if option in own or option not in defaults.values:
@@ -261,6 +264,7 @@ class _Reading:
                     wrong_defaults.add(option)
                     self.say(defaults.at(option), text)
             if config is None:
+                self.wrong.add(named)
                 continue
             try:
                 Source(config).check()
@@ -275,6 +279,20 @@ class _Reading:
             lines[name] = part.line
             found.append((priority, config))
         return found
+
+    def of_ensemble(
+        self, ensemble: Ensemble, merged: Mapping[str, Any], part: _Part, defaults: _Part
+    ) -> dict[str, Any]:
+        """The options of a member of an ensemble with one intent: none of its own, nor what only a network with one can have."""
+        left = {name: value for name, value in merged.items() if name not in INTENTS}
+        for option, usual in _OF_OWN_SIZES.items():
+            if left.pop(option, usual) != usual:
+                place = part if option in part.values or option not in defaults.values else defaults
+                self.say(
+                    place.at(option),
+                    f"{option}: expected none with the networks of ensemble {ensemble.name!r}, whose one intent shares out the bytes by one search of all; leave it out",
+                )
+        return left
 
     def one_intent(self, part: _Part, what: str, ensemble: Ensemble | None = None) -> bool:
         """Say where there are several intents, or one beside that of an ensemble; whether there was something to say."""
@@ -346,18 +364,12 @@ class _Reading:
                         part.at("members"),
                         f"members: expected networks, got the ensemble {member!r}; name its members",
                     )
-                else:
+                elif member not in self.wrong:
                     self.say(
                         part.at("members"),
                         f"members: expected names of networks in this fleet, got {member!r}",
                     )
             known = [networks[member] for member in one.members if member in networks]
-            if one.wants and any(config.rungs > 1 or config.search_again for config in known):
-                self.say(
-                    part.at("members"),
-                    "members: expected networks without rungs and search_again in an ensemble with one intent, whose bytes are shared out by one search of "
-                    "all; leave them out",
-                )
             for option in _SAME_IMAGES if one.wants else ():
                 if len({getattr(config, option) for config in known}) > 1:
                     self.say(

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from clipq_ray import loading, logs, search, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.errors import ClipqError, DataError, RunError
-from clipq_ray.fleet.ensembles import probabilities
+from clipq_ray.fleet.ensembles import Votes, probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import (
     LARGER,
@@ -39,7 +39,6 @@ from clipq_ray.rounds import START_ERROR, STEPS, Making, Rounds, Shared
 from clipq_ray.work import prepare_process, read_state
 
 T = TypeVar("T")
-Votes = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,7 @@ class _Vote:
 
     def __init__(self, ensemble: Ensemble, members: Sequence[Prepared], parallel: bool) -> None:
         self._ensemble, self._members = ensemble, members
+        self._names = [one.run.source.name for one in members]
         self._turn, self._parallel = members[0].run.turn, parallel
         self._opened: list[Opened] = self._each(open_rounds, members)
         self._making = [Making(one.prepared.run, one.given) for one in self._opened]
@@ -187,12 +187,11 @@ class _Vote:
 
     def again(self, stated: Mapping[str, Any]) -> dict[str, Any]:
         """The rounds that the committed members state, for the others: their trainings are there."""
-        names = [one.run.source.name for one in self._members]
         for one in stated["rounds"]:
             self._made(
                 [
                     _share(curves, one["shares"][name]["steps"], one["tradeoff"])
-                    for name, curves in zip(names, self._curves, strict=True)
+                    for name, curves in zip(self._names, self._curves, strict=True)
                 ]
             )
         return dict(stated)
@@ -250,7 +249,7 @@ class _Vote:
             model.load_state_dict(read_state(one.reference))
             votes.append(probabilities(source, model, images))
         assert labels is not None
-        return sum(votes[1:], votes[0]), labels
+        return together(self._ensemble, self._names, votes), labels
 
     def _outcome(self, requested: int, reference: Votes, labels: npt.NDArray[np.int64]) -> Outcome:
         votes = []
@@ -258,7 +257,7 @@ class _Vote:
             source, file = one.prepared.run.source, making.done[-1].packed.file
             decoded = loading.from_bytes(file, factory=source.network)
             votes.append(probabilities(source, decoded, source.data().validation))
-        total = sum(votes[1:], votes[0])
+        total = together(self._ensemble, self._names, votes)
         drop = Drop.between(reference.argmax(axis=1), total.argmax(axis=1), labels)
         last = [making.done[-1].outcome for making in self._making]
         predicted, size = sum(one.predicted for one in last), sum(one.bytes for one in last)
@@ -272,7 +271,6 @@ class _Vote:
         )
 
     def _document(self, outcomes: Sequence[Outcome], shared: Sequence[Sequence[Share]]) -> dict[str, Any]:
-        names = [one.run.source.name for one in self._members]
         number = best(self._intent, outcomes)
         chosen = outcomes[number]
         rows = [
@@ -280,13 +278,13 @@ class _Vote:
                 **outcome.to_json(), "tradeoff": shares[0].choice.tradeoff,
                 "shares": {
                     name: {**share.to_json(), "bytes": making.done[index].outcome.bytes}
-                    for name, share, making in zip(names, shares, self._making, strict=True)
+                    for name, share, making in zip(self._names, shares, self._making, strict=True)
                 },
             }
             for index, (outcome, shares) in enumerate(zip(outcomes, shared, strict=True))
         ]  # fmt: skip
         return {
-            "name": self._ensemble.name, "members": names, "intent": self._intent.kind, "value": self._intent.value,
+            "name": self._ensemble.name, "members": self._names, "intent": self._intent.kind, "value": self._intent.value,
             "words": self._intent.words() + " together", "kept": keeps(self._intent, chosen), "round": number + 1,
             "reference": "control" if any(one.control for one in self._opened) else "original",
             "validation_images": chosen.drop.n, **chosen.to_json(), "rounds": rows,

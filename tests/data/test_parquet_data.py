@@ -192,7 +192,7 @@ def test_an_unreadable_image_met_in_a_batch_is_replaced_by_the_next_one_and_its_
 def test_images_of_another_size_than_stated_count_as_unreadable(tmp_path: Path) -> None:
     images = [png(0), png(1, (9, 8)), *[png(number) for number in range(2, 10)]]
     with pytest.raises(
-        DataError, match="expected 8x8 pixels, got 9x8.*give images of that size, or .* --resize"
+        DataError, match=r"expected 8x8 pixels, got 9x8.*give images of that size, or .* --resize"
     ):
         opened(write(tmp_path, {"train.parquet": parquet(images, [0] * 10, ())}))
 

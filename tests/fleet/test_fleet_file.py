@@ -101,7 +101,7 @@ ensembles:
     )
     assert said.startswith(f"{tmp_path}/fleet.yaml: ")
     for line, words in (
-        (1, "name: expected a name without spaces"),
+        (1, "name: expected a name of letters, digits, '.', '_' and '-'"),
         (4, "--epochs: expected greater than or equal to 1, got 0"),
         (5, "unknown key 'cores' in limits; expected trainings, searches, cpus, gpus"),
         (5, "trainings: expected a whole number of at least 1, got 0"),
@@ -125,7 +125,9 @@ ensembles:
         ("name: a\nmodels: lenet5\n", "line 2: models: expected a list, got 'lenet5'"),
         ("name: a\nmodels: []\n", "line 2: models: expected at least one network, got none"),
         ("name: a\nname: b\nmodels: [{model: lenet5}]\n", "line 2: name: is there twice in a fleet"),
-        ("models: [{model: lenet5}]\n", "name: expected a name without spaces"),
+        ("models: [{model: lenet5}]\n", "name: expected a name of letters, digits, '.', '_' and '-'"),
+        ("name: a\nmodels: [{model: lenet5, name: 'c:50'}]\n", "line 2: expected a --name of letters, digits"),
+        ("name: 2026-02-30\nmodels: [{model: lenet5}]\n", "line 1: name: day is out of range for month"),
         ("name: a\nmodels: [{model: lenet5}, {model: lenet5}]\n", "line 2: expected names that differ, got 'lenet5' as in line 2"),
         ("name: a\nmodels: [{model: lenet5, storage: /x}]\n", "storage: expected one for the whole fleet; move it to defaults"),
         ("name: a\nmodels: [{model: lenet5, max_drop: 1, target_ratio: 2}]\n", "line 2: expected one intent in a network, got max_drop and target_ratio; leave one out"),
@@ -141,6 +143,20 @@ ensembles:
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, words: str) -> None:
     assert words in mistakes(tmp_path, text)
+
+
+def test_ways_to_a_size_of_one_network_are_refused_in_an_ensemble_with_one_intent_and_nothing_else_is_said(
+    tmp_path: Path,
+) -> None:
+    text = ONE_INTENT.replace("epochs: 3", "epochs: 3, hold_size: true, rungs: 3")
+    said = mistakes(tmp_path, text)
+    assert said.count("line 2: ") == 2
+    assert "2 mistakes: " in said
+    assert "hold_size: expected none with the networks of ensemble 'vote'" in said
+    own = text.replace("{model: lenet5}", "{model: lenet5, hold_size: false, rungs: 1}").replace(
+        "{model: lenet_300_100}", "{model: lenet_300_100, hold_size: false, rungs: 1}"
+    )
+    assert [config.hold_size for config in read(tmp_path, own).configs] == [False, False, True]
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -182,7 +198,7 @@ def test_an_ensembles_intent_takes_the_place_of_its_members(tmp_path: Path) -> N
         ("target_bytes: 60000", "tradeoff: 8", "line 8: unknown key 'tradeoff' in an ensemble"),
         ("[lenet5, lenet_300_100]", "[lenet5, lenet9]", "line 8: members: expected names of networks in this fleet, got 'lenet9'"),
         ("{model: lenet5}", "{model: lenet5, seed: 3}", "line 8: members: expected the same seed for all"),
-        ("{model: lenet5}", "{model: lenet5, search_again: true}", "line 8: members: expected networks without rungs and search_again"),
+        ("{model: lenet5}", "{model: lenet5, search_again: true}", "line 4: search_again: expected none with the networks of ensemble 'vote'"),
         ("name: vote", "name: lenet5", "line 8: name: expected one that no network has, got 'lenet5'"),
         ("name: vote, ", "", "line 8: name: expected one that no network has, got None"),
         ("60000}", "60000}\n  - {name: pair, members: [resnet20, lenet5], max_drop: 1}", "line 9: members: expected networks that no other intent decides, got 'lenet5' as in 'vote'"),

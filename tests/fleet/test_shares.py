@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_fleet_run import DEFAULTS, ROOT, fleet, rows, submitted
@@ -14,6 +15,9 @@ import clipq_ray
 from clipq_ray import search
 from clipq_ray.choice import choose_for_bytes
 from clipq_ray.data import open_data
+from clipq_ray.errors import DataError
+from clipq_ray.fleet.ensembles import together
+from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import Curves, first_budget, shared_out
 from clipq_ray.intent import Intent
 
@@ -51,6 +55,17 @@ def test_a_byte_has_one_price_although_members_differ_in_size() -> None:
     """Equal curves of error over bytes get equal shares, whatever the size of the networks."""
     shares = shared_out([curves([0.0, 0.1, 0.3], 4000), curves([0.0, 0.1, 0.3], 40_000)], 420)
     assert [one.bytes for one in shares] == [210, 210]
+
+
+def test_members_with_other_classes_have_no_vote_together() -> None:
+    vote = Ensemble("vote", ("a", "b"))
+    assert together(vote, vote.members, [np.full((3, 4), 0.25), np.eye(3, 4)]).argmax(axis=1).tolist() == [
+        0,
+        1,
+        2,
+    ]
+    with pytest.raises(DataError, match="same number of outputs, got a with 4, b with 5; leave some out"):
+        together(vote, vote.members, [np.zeros((3, 4)), np.zeros((3, 5))])
 
 
 def test_the_first_budget_of_a_drop_is_the_smallest_that_may_be_recovered() -> None:
