@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import torch
 
 from clipq_ray import codec, console
-from clipq_ray.data import open_data
+from clipq_ray.data import Preprocessing, open_test
 from clipq_ray.errors import ConfigError, FormatError, ModelError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.loading import from_bytes, read_file
@@ -27,7 +27,10 @@ def main(arguments: list[str]) -> int:
     parser = console.OneLineParser(description=__doc__)
     parser.add_argument("file", metavar="FILE", help=".clq file or run directory")
     parser.add_argument(
-        "--data", required=True, metavar="URI", help="data as for compress.py; its test set is used"
+        "--data",
+        required=True,
+        metavar="URI",
+        help="data as for compress.py; its test set is used, or all of it where there are no training images",
     )
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the files of a torchvision set")
     parser.add_argument(
@@ -47,12 +50,10 @@ def main(arguments: list[str]) -> int:
         raise FormatError(
             f"expected a file that states its input, got none in {given.file}; make it by jobs/compress.py"
         )
-    opened = open_data(
-        given.data, data_root=given.data_root or "data", input_shape=tuple(stated["shape"]), mean=tuple(stated["mean"]),
-        std=tuple(stated["std"]), resize=stated["resize"], validation_images=None, validation_uri=None, seed=0, memory_limit_bytes=4 * 2**30,
-        bad_image_limit=0,
+    split, kind = open_test(
+        given.data, Preprocessing.from_json(stated), content.get("class_names", []), memory_limit_bytes=4 * 2**30,
+        data_root=given.data_root or "data",
     )  # fmt: skip
-    split = opened.test if opened.test is not None else opened.validation
     exact_float32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = evaluate(from_bytes(data).to(device), split, batch_size=given.batch_size, device=device)
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
     print(f"bytes       {len(data):,}")
     print(f"ratio       {before / len(data):.2f}x (of {before:,} bytes)")
     print(
-        f"top-1       {100 * result.top1:.2f} % on {result.n:,} {'test' if opened.test is not None else 'validation'} images "
+        f"top-1       {100 * result.top1:.2f} % on {result.n:,} {kind} images "
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
     )
     return 0

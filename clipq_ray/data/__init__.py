@@ -5,9 +5,9 @@ puts decoded images onto a GPU. Not covered: which images go to which step or ra
 """
 
 from clipq_ray.data.loaders import from_loaders
-from clipq_ray.data.opening import open_data
+from clipq_ray.data.opening import open_data, open_test
 from clipq_ray.data.prefetch import batches
 from clipq_ray.data.preprocessing import Preprocessing
 from clipq_ray.data.split import Data, Split
 
-__all__ = ["Data", "Preprocessing", "Split", "batches", "from_loaders", "open_data"]
+__all__ = ["Data", "Preprocessing", "Split", "batches", "from_loaders", "open_data", "open_test"]

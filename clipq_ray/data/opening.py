@@ -7,6 +7,7 @@ is a note. Not covered: augmentation beyond the usual crop and flip; more than o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -91,6 +92,32 @@ def open_data(
         description=found.description,
         notes=(*found.notes, *notes, *more, *_bad_notes(bad)),
     )
+
+
+def open_test(
+    uri: str,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str],
+    *,
+    memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
+    data_root: str = "data",
+) -> tuple[Split, str]:
+    """The images that judge a finished network, and whether they are "test" or "validation" images: those of `open_data`, or where no training images lie
+    beside them, all that there are. `class_names`: the network's, in its order, which folders of images must have; empty where they are not known."""
+    found = find(uri, data_root, memory_limit_bytes // 2, class_names or None)
+    if "train" in found.sources:
+        opened = open_data(
+            uri, input_shape=preprocessing.input_shape, mean=preprocessing.mean, std=preprocessing.std, resize=preprocessing.resize,
+            memory_limit_bytes=memory_limit_bytes, data_root=data_root,
+        )  # fmt: skip
+        return (opened.validation, "validation") if opened.test is None else (opened.test, "test")
+    split = next((one for one in ("test", "any", "validation") if one in found.sources), None)
+    if split is None:
+        raise DataError(f"expected labelled test images at {uri}, found none; check the URI")
+    source = found.sources[split]
+    _class_names(found.class_names, {"test": source})
+    chosen: Chosen = {"test": (source, np.arange(len(source.labels)))}
+    return _splits(chosen, preprocessing, memory_limit_bytes, BadImages(0), None)["test"], "test"
 
 
 def _check_options(

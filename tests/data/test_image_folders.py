@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_files import CLASSES, folder, number_of, png, write
 
-from clipq_ray.data import Data, open_data
+from clipq_ray.data import Data, Preprocessing, open_data, open_test
 from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import DataError
@@ -72,6 +72,20 @@ def test_the_test_folder_decides_nothing_also_under_its_own_name(
     folder(tmp_path / "own", "val", 6, pixels, first=200)
     data = opened(str(tmp_path), validation_uri=str(tmp_path / "own"))
     assert not any("held out" in note for note in data.notes)
+
+
+def test_a_folder_of_test_images_alone_judges_a_network_with_its_classes(tmp_path: Path) -> None:
+    write(tmp_path, {f"{name}/1.png": png(number) for number, name in enumerate(("bee", "cat"), 1)})
+    preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
+    split, kind = open_test(str(tmp_path), preprocessing, ("ant", "bee", "cat"))
+    images, labels = split.batch(torch.arange(2), None)
+    assert (kind, [number_of(image * 255) for image in images.numpy()], labels.tolist()) == (
+        "test",
+        [1, 2],
+        [1, 2],
+    )
+    with pytest.raises(DataError, match=r"expected the classes .* got cat"):
+        open_test(str(tmp_path), preprocessing, ("ant", "bee"))
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
