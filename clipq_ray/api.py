@@ -56,7 +56,8 @@ def compress(
         )
     own_data = None
     if train_loader is not None:
-        if unused := [name for name in OF_OPENED_DATA if name in options]:
+        usual = make()
+        if unused := [name for name in OF_OPENED_DATA if getattr(config, name) != getattr(usual, name)]:
             raise ConfigError(
                 f"expected images as the loaders give them, got {' and '.join(unused)} as well; leave it out, or prepare the images in the dataset"
             )

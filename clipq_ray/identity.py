@@ -66,11 +66,9 @@ def of_network(source: Source) -> dict[str, Any]:
     if architecture is None:
         assert source.module is not None
         named = {"name": None, "module": repr(type(source.module))}
-        return {**named, "definition": models.definition_sha256(source.module)}
-    if ":" not in architecture.name:
-        return architecture.to_json()
-    made = models.definition_sha256(source.network(), models.imported(architecture.name))
-    return {**architecture.to_json(), "definition": made}
+    else:
+        named = architecture.to_json()
+    return {**named, "definition": source.definition} if source.definition else named
 
 
 def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> dict[str, Any]:

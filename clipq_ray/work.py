@@ -62,6 +62,15 @@ class Source:
             self.config.model, classes, self.config.model_args, allow_import=":" in self.config.model
         )
 
+    @functools.cached_property
+    def definition(self) -> str | None:
+        """What a network that is not registered computes, as it was when it was first asked for; None for others."""
+        if self.module is not None:
+            return models.definition_sha256(self.module)
+        if ":" not in self.config.model:
+            return None
+        return models.definition_sha256(self.network(), models.imported(self.config.model))
+
     def weights_origin(self) -> str:
         """Where the weights come from: a URI, "torchvision", "train", "random" or "module"."""
         if self.module is not None:

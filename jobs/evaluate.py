@@ -46,12 +46,16 @@ def main(arguments: list[str]) -> int:
             "expected a file with a registered network, got one of the user's own; use clipq_ray.load(uri, factory)"
         )
     stated = content.get("input")
-    if not isinstance(stated, dict) or {"shape", "mean", "std", "resize"} - stated.keys():
+    if (
+        not isinstance(stated, dict)
+        or {"shape", "mean", "std", "resize"} - stated.keys()
+        or not isinstance(content.get("classes"), int)
+    ):
         raise FormatError(
             f"expected a file that states its input, got none in {given.file}; make it by jobs/compress.py"
         )
     split, kind = open_test(
-        given.data, Preprocessing.from_json(stated), content.get("class_names", []), memory_limit_bytes=4 * 2**30,
+        given.data, Preprocessing.from_json(stated), content["classes"], content.get("class_names", []), memory_limit_bytes=4 * 2**30,
         data_root=given.data_root or "data",
     )  # fmt: skip
     exact_float32()

@@ -29,12 +29,10 @@ _DECODE_AT_ONCE = 2048
 
 
 class ImageRows(Protocol):
-    """A source of encoded images. `groups`: int64 (n,), which group each row is read with; None: rows are read one by one. `fingerprint`: of what decides a
-    training, the order of reading with it; `content`: of the images alone."""
+    """A source of encoded images. `groups`: int64 (n,), which group each row is read with; None: rows are read one by one."""
 
     labels: Labels
     fingerprint: str
-    content: str
     groups: Rows | None
 
     def name(self, row: int) -> str:
@@ -47,6 +45,10 @@ class ImageRows(Protocol):
 
     def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
         """Shuffled positions 0..m-1 in `rows` (m,) for each rank, int64 (counts[rank],), in an order that is cheap to read; sum of `counts`: m."""
+        ...
+
+    def same_images(self, other: object) -> bool:
+        """Whether `other` holds the same images, in whatever order."""
         ...
 
     def unbuffered(self) -> ImageRows:

@@ -43,6 +43,11 @@ class Found:
     description: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def numbered(self) -> bool:
+        """Whether classes are called by numbers."""
+        return bool(self.class_names) and all(name.isdecimal() for name in self.class_names)
+
 
 def find(uri: str, data_root: str, cache_bytes: int, classes: Sequence[str] | None = None) -> Found:
     """What lies at `uri`; files of no split count as "any".

@@ -22,6 +22,7 @@ Rows = NDArray[np.int64]
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SAMPLE_FILES = 64
 _AT_ONCE = 8
+_FEW = 256
 
 
 class ImageFiles:
@@ -45,8 +46,7 @@ class ImageFiles:
         spaced = np.unique(np.linspace(0, len(self.names) - 1, SAMPLE_FILES).astype(int))
         below = f"{folder}/" if folder else ""  # the same images are the same, whichever folder was opened
         inside = "\n".join(f"{name.removeprefix(below)}\t{listing.sizes[name]}" for name in self.names)
-        self.fingerprint = content_hash("files", inside, *[data or b"" for data in self.read(spaced)])
-        self.content = self.fingerprint
+        self.fingerprint = content_hash("files", inside, *self._contents(spaced))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,6 +66,39 @@ class ImageFiles:
     def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
         """A plain permutation, cut."""
         return list(torch.randperm(len(rows), generator=generator).split(list(counts)))
+
+    def same_images(self, other: object) -> bool:
+        """Whether these are the files of `other`, whatever they are called: of as many bytes in each class, and the same where that tells them apart. Many files
+        of one size (bitmaps) are told by their names too."""
+        if not isinstance(other, ImageFiles):
+            return False
+        mine, theirs = self._by_size(), other._by_size()
+        if {key: len(rows) for key, rows in mine.items()} != {key: len(rows) for key, rows in theirs.items()}:
+            return False
+        if len(self) <= _FEW:
+            everything = np.arange(len(self))
+            return sorted(map(bytes, self._contents(everything))) == sorted(
+                map(bytes, other._contents(everything))
+            )
+        alone = sorted(key for key, rows in mine.items() if len(rows) == 1)
+        if not alone:
+            return self.fingerprint == other.fingerprint
+        chosen = [alone[at] for at in np.unique(np.linspace(0, len(alone) - 1, SAMPLE_FILES).astype(int))]
+        contents = (
+            one._contents(np.array([rows[key][0] for key in chosen]))
+            for one, rows in ((self, mine), (other, theirs))
+        )
+        return next(contents) == next(contents)
+
+    def _by_size(self) -> dict[tuple[int, int], list[int]]:
+        """The rows by label and bytes of the file."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for row, name in enumerate(self.names):
+            found.setdefault((int(self.labels[row]), self.listing.sizes[name]), []).append(row)
+        return found
+
+    def _contents(self, rows: Rows) -> list[bytes]:
+        return [data or b"" for data in self.read(rows)]
 
     def unbuffered(self) -> ImageFiles:
         """Itself: no file is kept."""

@@ -18,6 +18,8 @@ from clipq_ray.data.builtin import Images
 from clipq_ray.data.decoding import BadImages, image_size
 from clipq_ray.data.encoded import EncodedSplit, decoded
 from clipq_ray.data.finding import Found, Source, find
+from clipq_ray.data.folders import ImageFiles
+from clipq_ray.data.listing import few
 from clipq_ray.data.preprocessing import Preprocessing, default_normalisation
 from clipq_ray.data.sampling import hold_out, stratified
 from clipq_ray.data.split import Data, Split
@@ -46,6 +48,7 @@ def open_data(
     limit_images: int | None = None,
     shift_pixels: int | None = None,
     data_root: str = "data",
+    class_names: Sequence[str] = (),
 ) -> Data:
     """Open a data set for a network of `input_shape` (channels, height, width).
 
@@ -56,10 +59,11 @@ def open_data(
     of the input's size are decoded into memory if they fit, else half of it caches row groups. `bad_image_limit`: how many unreadable
     images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all, the same for
     every seed; row groups are then taken as few as possible. `shift_pixels`: the largest random shift of training images that have the
-    input's size, by default an eighth of its height. Raises `DataError` and `ConfigError`.
+    input's size, by default an eighth of its height. `class_names`: those that folders of images must have, in their order; sorted ones decide where it is empty.
+    Raises `DataError` and `ConfigError`.
     """
     _check_options(memory_limit_bytes, bad_image_limit, validation_uri, validation_images)
-    found = find(uri, data_root, memory_limit_bytes // 2)
+    found = find(uri, data_root, memory_limit_bytes // 2, class_names or None)
     train, validation, test, notes = _assigned(found, uri, validation_uri is not None)
     if validation_uri is not None:
         validation, more = _validation(
@@ -97,18 +101,23 @@ def open_data(
 def open_test(
     uri: str,
     preprocessing: Preprocessing,
-    class_names: Sequence[str],
+    classes: int,
+    class_names: Sequence[str] = (),
     *,
     memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
     data_root: str = "data",
 ) -> tuple[Split, str]:
-    """The images that judge a finished network, and whether they are "test" or "validation" images: those of `open_data`, or where no training images lie
-    beside them, all that there are. `class_names`: the network's, in its order, which folders of images must have; empty where they are not known."""
+    """The images that judge a finished network of so many `classes`, and whether they are "test" or "validation" images: those of `open_data`, or where no
+    training images lie beside them, all that there are. `class_names`: the network's, in its order; empty where they are not known. `DataError` for
+    images whose classes are numbered otherwise."""
     found = find(uri, data_root, memory_limit_bytes // 2, class_names or None)
+    if not class_names and found.numbered and len(found.class_names) < classes <= 10:
+        found = find(uri, data_root, memory_limit_bytes // 2, [str(number) for number in range(classes)])
+    _check_order(found, uri, classes, class_names)
     if "train" in found.sources:
         opened = open_data(
             uri, input_shape=preprocessing.input_shape, mean=preprocessing.mean, std=preprocessing.std, resize=preprocessing.resize,
-            memory_limit_bytes=memory_limit_bytes, data_root=data_root,
+            memory_limit_bytes=memory_limit_bytes, data_root=data_root, class_names=class_names,
         )  # fmt: skip
         return (opened.validation, "validation") if opened.test is None else (opened.test, "test")
     split = next((one for one in ("test", "any", "validation") if one in found.sources), None)
@@ -118,6 +127,23 @@ def open_test(
     _class_names(found.class_names, {"test": source})
     chosen: Chosen = {"test": (source, np.arange(len(source.labels)))}
     return _splits(chosen, preprocessing, memory_limit_bytes, BadImages(0), None)["test"], "test"
+
+
+def _check_order(found: Found, uri: str, classes: int, class_names: Sequence[str]) -> None:
+    """Refuse images whose class numbers are not those of a network: the same names in another order, folders that are not all of its classes."""
+    names = found.class_names
+    if class_names and names != tuple(class_names) and sorted(names) == sorted(class_names):
+        raise DataError(
+            f"expected the classes in the order {few(list(class_names))}, got {few(list(names))} at {uri}; give the data that the network was made with"
+        )
+    if (
+        not class_names
+        and any(isinstance(one, ImageFiles) for one in found.sources.values())
+        and len(names) != classes
+    ):
+        raise DataError(
+            f"expected a folder for each of {classes} classes at {uri}, got {len(names)}; give all of them"
+        )
 
 
 def _check_options(
@@ -258,10 +284,12 @@ def _splits(
 
 def _same(chosen: Chosen, splits: dict[str, Split]) -> bool:
     """Whether the validation images are the test images."""
-    ours, others = chosen["validation"][0], chosen["test"][0]
-    if isinstance(ours, Images) or isinstance(others, Images):
-        return splits["validation"].fingerprint == splits["test"].fingerprint
-    return ours.content == others.content
+    if splits["validation"].fingerprint == splits["test"].fingerprint:
+        return True
+    (ours, rows), (others, _) = chosen["validation"], chosen["test"]
+    if isinstance(ours, Images) or isinstance(others, Images) or len(rows) < len(ours.labels):
+        return False  # of images in memory, the fingerprint is that of their pixels; a part is not the whole
+    return ours.same_images(others)
 
 
 def _bad_notes(bad: BadImages) -> list[str]:

@@ -48,6 +48,7 @@ class File:
     labels: Labels
     names: tuple[str, ...]
     fingerprint: str
+    content: str  # whatever the file is called
 
 
 class ParquetRows:
@@ -62,8 +63,7 @@ class ParquetRows:
         self.labels: Labels = np.concatenate([file.labels for file in self.files])
         if not len(self.labels):
             raise DataError(f"expected images in {listing.at(names[0])}, found no rows; check the files")
-        self.content = content_hash("parquet", *[file.fingerprint for file in self.files])
-        self.fingerprint = self.content
+        self.fingerprint = content_hash("parquet", *[file.fingerprint for file in self.files])
         counts, sizes = [], []
         self._groups: list[tuple[int, int]] = []
         for position, file in enumerate(self.files):
@@ -78,7 +78,7 @@ class ParquetRows:
         if (
             sum(sizes) > cache_bytes // 2
         ):  # then an epoch's order, and so what is trained, depends on the window
-            self.fingerprint = content_hash(self.content, str(cache_bytes // 2))
+            self.fingerprint = content_hash(self.fingerprint, str(cache_bytes // 2))
         self._group_starts: Rows = np.cumsum([0, *counts])[:-1]
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._cached_bytes = 0
@@ -102,6 +102,12 @@ class ParquetRows:
     def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
         """Shuffled row groups, dealt to the ranks, then rows inside windows of them (`sampling.windowed_shares`)."""
         return windowed_shares(self._group[rows], self._group_bytes, self.cache_bytes // 2, counts, generator)
+
+    def same_images(self, other: object) -> bool:
+        """Whether these are the files of `other`, whatever they are called."""
+        if not isinstance(other, ParquetRows):
+            return False
+        return sorted(file.content for file in self.files) == sorted(file.content for file in other.files)
 
     def unbuffered(self) -> ParquetRows:
         """The same rows for a process that asks for each row group once: none but the last is kept."""
@@ -181,8 +187,9 @@ def _open(listing: Listing, name: str) -> File:
         raise DataError(f"expected a label in every row, found {column.null_count} rows without: {at}")
     labels = np.asarray(column.cast(pa.int64()).to_numpy(), dtype=np.int64)
     base = name.rpartition("/")[2]
-    mark = content_hash(base, str(size), tail[-footer:], labels, sample)
-    return File(name, metadata, leaf, labels, _class_names(schema, at), mark)
+    parts = (str(size), tail[-footer:], labels, sample)
+    mark, content = content_hash(base, *parts), content_hash("file", *parts)
+    return File(name, metadata, leaf, labels, _class_names(schema, at), mark, content)
 
 
 def _image_leaf(schema: Any, at: str) -> str:

@@ -286,7 +286,8 @@ class _Reading:
         """The options of a member of an ensemble with one intent: none of its own, nor what only a network with one can have."""
         left = {name: value for name, value in merged.items() if name not in INTENTS}
         for option, usual in _OF_OWN_SIZES.items():
-            if left.pop(option, usual) != usual:
+            said = left.pop(option, usual)  # as text where the command line says it
+            if getattr(checked({option: said})[0], option, said) != usual:
                 place = part if option in part.values or option not in defaults.values else defaults
                 self.say(
                     place.at(option),

@@ -74,10 +74,22 @@ def test_the_test_folder_decides_nothing_also_under_its_own_name(
     assert not any("held out" in note for note in data.notes)
 
 
+@pytest.mark.parametrize("memory", [1000, 10**8])
+def test_copies_of_the_test_images_are_the_test_images_whatever_they_are_called(
+    tmp_path: Path, memory: int
+) -> None:
+    folder(tmp_path, "train", 30)
+    folder(tmp_path, "test", 6, first=100)
+    for file in (tmp_path / "test").rglob("*.png"):
+        write(tmp_path, {f"val/{file.parent.name}/copy{file.name}": file.read_bytes()})
+    with pytest.raises(DataError, match="other than the test images"):
+        opened(str(tmp_path), memory_limit_bytes=memory)
+
+
 def test_a_folder_of_test_images_alone_judges_a_network_with_its_classes(tmp_path: Path) -> None:
     write(tmp_path, {f"{name}/1.png": png(number) for number, name in enumerate(("bee", "cat"), 1)})
     preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
-    split, kind = open_test(str(tmp_path), preprocessing, ("ant", "bee", "cat"))
+    split, kind = open_test(str(tmp_path), preprocessing, 3, ("ant", "bee", "cat"))
     images, labels = split.batch(torch.arange(2), None)
     assert (kind, [number_of(image * 255) for image in images.numpy()], labels.tolist()) == (
         "test",
@@ -85,7 +97,19 @@ def test_a_folder_of_test_images_alone_judges_a_network_with_its_classes(tmp_pat
         [1, 2],
     )
     with pytest.raises(DataError, match=r"expected the classes .* got cat"):
-        open_test(str(tmp_path), preprocessing, ("ant", "bee"))
+        open_test(str(tmp_path), preprocessing, 2, ("ant", "bee"))
+    with pytest.raises(DataError, match=r"a folder for each of 3 classes .* got 2"):
+        open_test(str(tmp_path), preprocessing, 3)
+    write(tmp_path / "numbers", {f"{name}/1.png": png(name) for name in (3, 7)})
+    assert open_test(str(tmp_path / "numbers"), preprocessing, 10)[0].labels.tolist() == [3, 7]
+
+
+def test_beside_training_images_the_networks_order_of_classes_decides_too(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path, {f"{name}/{one}/{n}.png": png(n) for one in ("ant", "bee") for n in range(10)})
+    preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
+    split, kind = open_test(str(tmp_path), preprocessing, 2, ("bee", "ant"))
+    assert (kind, split.labels.tolist()) == ("test", [1] * 10 + [0] * 10)
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:

@@ -284,6 +284,10 @@ def test_the_users_own_validation_data_is_used_and_must_not_be_the_test_set(tmp_
     for memory in (10**9, 10**4):  # read by row groups the same images are the same too
         with pytest.raises(DataError, match="other than the test images"):
             opened(uri, validation_uri=uri, memory_limit_bytes=memory)
+    copied = write(tmp_path / "copied", {"held.parquet": files["test.parquet"]})
+    for memory in (10**9, 10**4):
+        with pytest.raises(DataError, match="other than the test images"):
+            opened(uri, validation_uri=copied, memory_limit_bytes=memory)
     with pytest.raises(ConfigError, match="got both"):
         opened(uri, validation_uri=own, validation_images=5)
     names = write(tmp_path / "names", {"val.parquet": parquet([png(1)], [0], ("x", "y", "z"))})

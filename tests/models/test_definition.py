@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +50,87 @@ def test_structure_attributes_and_code_do() -> None:
     assert len({definition_sha256(one) for one in networks}) == len(networks)
 
 
+class Holding(nn.Module):
+    """A network whose `forward` reads what it holds."""
+
+    def __init__(self, value: Any, buffer: Tensor | None = None) -> None:
+        super().__init__()
+        self.linear, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.value = value
+        self.register_buffer("constant", buffer, persistent=False)
+
+
+def closed(number: int) -> Any:
+    return lambda x: x + number
+
+
+def hooked(factor: int) -> nn.Module:
+    net = Holding(0)
+    net.linear.register_forward_hook(lambda module, given, out: out * factor)
+    return net
+
+
+def own_order(*names: str) -> nn.Module:
+    net = Holding(0)
+    net.value = [getattr(net, name) for name in names]
+    return net
+
+
+def graph(function: Any) -> nn.Module:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = function(x)
+            return result
+
+    return torch.fx.symbolic_trace(Root())
+
+
+DIFFER: dict[str, tuple[Any, Any]] = {
+    "lists": (Holding([0, 1, 2]), Holding([2, 1, 0])),
+    "dictionaries": (Holding({"a": 1}), Holding({"a": 2})),
+    "functions of torch": (Holding(torch.relu), Holding(torch.tanh)),
+    "arguments": (Holding(partial(torch.clamp, min=0)), Holding(partial(torch.clamp, min=1))),
+    "closures": (Holding(closed(1)), Holding(closed(2))),
+    "tensors": (Holding(torch.zeros(2)), Holding(torch.ones(2))),
+    "buffers that no state dict has": (Holding(0, torch.zeros(2)), Holding(0, torch.ones(2))),
+    "hooks": (hooked(1), hooked(2)),
+    "modules in a list": (own_order("linear", "other"), own_order("other", "linear")),
+    "graphs": (graph(torch.relu), graph(torch.tanh)),
+}
+
+
+@pytest.mark.parametrize("what", DIFFER)
+def test_what_a_network_holds_counts_by_its_value(what: str) -> None:
+    one, other = DIFFER[what]
+    assert definition_sha256(one) == definition_sha256(copy.deepcopy(one)) != definition_sha256(other)
+
+
+def test_libraries_wrap_and_keep_what_is_the_same() -> None:
+    def twice(wrap: Any) -> list[str]:
+        return [definition_sha256(wrap(Net())) for _ in range(2)]
+
+    for wrap in (
+        nn.DataParallel,
+        lambda net: nn.utils.parametrizations.weight_norm(net.linear),
+        torch.compile,
+    ):
+        first, second = twice(wrap)
+        assert first == second
+
+
+def test_a_maker_may_be_any_object_that_can_be_called() -> None:
+    class Maker:
+        def __init__(self, hidden: int) -> None:
+            self.hidden = hidden
+
+        def __call__(self) -> nn.Module:
+            return Net()
+
+    made = [definition_sha256(Net(), maker) for maker in (Maker(1), Maker(1), Maker(2), partial(Net, 4), Net)]
+    assert made[0] == made[1]
+    assert len(set(made)) == 4
+
+
 TEXT = """from torch import nn
 
 def active(x):
@@ -83,9 +167,15 @@ def test_an_edited_file_does_also_where_only_a_function_beside_the_class_was(
 SCRIPT = """
 import sys
 from torch import nn
+def active(x):
+    return x.{what}() if "{what}" in {{"relu", "tanh", "gelu"}} else x
 class Own(nn.Module):
-    def forward(self, x):
+    mode = "{mode}"
+    @staticmethod
+    def small(x):
         return x.{what}()
+    def forward(self, x):
+        return active(x) if self.mode in {{"a", "b"}} else self.small(x)
 # {comment}
 from clipq_ray.models import definition_sha256
 print(definition_sha256(Own()))
@@ -93,13 +183,14 @@ print(definition_sha256(Own()))
 
 
 def test_of_a_script_the_classes_alone_count(tmp_path: Path) -> None:
-    def said(what: str, comment: str) -> str:
+    def said(what: str, comment: str, mode: str = "a", seed: str = "1") -> str:
         script = tmp_path / "script.py"
-        script.write_text(SCRIPT.format(what=what, comment=comment))
+        script.write_text(SCRIPT.format(what=what, comment=comment, mode=mode))
         root = str(Path(__file__).parents[2])
         return subprocess.run(
-            [sys.executable, str(script)], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root}
+            [sys.executable, str(script)], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": seed}
         ).stdout  # fmt: skip
 
     first = said("relu", "one")
-    assert first == said("relu", "two") != said("tanh", "one")
+    assert first == said("relu", "two", seed="2")
+    assert first not in (said("tanh", "one"), said("relu", "one", mode="b"))
