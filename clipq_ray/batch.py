@@ -20,7 +20,7 @@ from clipq_ray.cluster.engine import Engine
 from clipq_ray.errors import ClipqError, RunError
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import finish_ensemble, without
-from clipq_ray.pipeline import Prepared, Result, finish, inputs_of, prepare
+from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
 from clipq_ray.work import Source
@@ -54,17 +54,17 @@ def compress_all(
     try:
         job.identify()
         job.prepare()
+        aside = job.set_aside()
         job.drop_incomplete()
-        waiting = job.waiting()
-        if engine.parallel:
-            job.search_and_finish(waiting, reporter)
-        else:
-            for numbers in waiting:
-                job.search_and_finish([numbers], own[numbers[0]])
+        job.make(reporter)
+        for numbers in aside:  # nothing is held here that the other job could wait for
+            job.give_back()
+            job.ask_again(numbers)
+            job.drop_incomplete()
+            job.make(reporter)
         return job.found
     finally:
-        for claim in job.held:
-            claim.give_back()
+        job.give_back()
 
 
 class _Job:
@@ -109,22 +109,56 @@ class _Job:
         return found
 
     def prepare(self) -> None:
-        """Everything before the search."""
-
-        def step(number: int) -> None:
-            def made() -> dict[int, Any]:
-                reporter = self._reporters[number]
-                return {number: prepare(self._sources[number], self._engine, reporter, self._turn, self.held)}
-
-            self._in_turn(made, [number])
-
+        """Everything before the search, of what no other job makes."""
         numbers = [number for number, one in enumerate(self.found) if one is None]
         if self._at_once == 1:
             for number in numbers:
-                step(number)
+                self._prepare(number, wait=self._alone)
             return
         with self._threads() as pool:
-            _wait([pool.submit(step, number) for number in numbers])
+            _wait([pool.submit(self._prepare, number, wait=False) for number in numbers])
+
+    def _prepare(self, number: int, wait: bool) -> None:
+        def made() -> dict[int, Any]:
+            source, reporter = self._sources[number], self._reporters[number]
+            return {number: prepare(source, self._engine, reporter, self._turn, self.held, wait)}
+
+        self._in_turn(made, [number])
+
+    def set_aside(self) -> list[tuple[int, ...]]:
+        """The networks that another job makes by now, with the others of an ensemble that is made as one, whose claims are given back."""
+        taken = [number for number, one in enumerate(self.found) if isinstance(one, Taken)]
+        aside = dict.fromkeys(
+            next((one for one in self._ensembles if number in one), (number,)) for number in taken
+        )
+        for number in (number for numbers in aside for number in numbers):
+            one = self.found[number]
+            if isinstance(one, Prepared):
+                self.held.remove(one.own.claim)
+                one.own.claim.give_back()
+            if isinstance(one, Prepared | Taken):
+                self.found[number] = None
+        return list(aside)
+
+    def ask_again(self, numbers: Sequence[int]) -> None:
+        """Everything before the search of networks that were set aside; members of an ensemble by name, so that no two jobs wait for each other."""
+        for number in sorted(numbers, key=lambda number: self._sources[number].name):
+            if self.found[number] is None:
+                self._prepare(number, wait=True)
+
+    def give_back(self) -> None:
+        """All claims: what was to be made under them is committed, or failed."""
+        while self.held:
+            self.held.pop().give_back()
+
+    def make(self, reporter: Reporter) -> None:
+        """Search and finish what is prepared."""
+        waiting = self.waiting()
+        if self._engine.parallel:
+            self.search_and_finish(waiting, reporter)
+            return
+        for numbers in waiting:
+            self.search_and_finish([numbers], self._reporters[numbers[0]])
 
     def drop_incomplete(self) -> None:
         """Give up members of an ensemble with one intent of which another one failed."""
@@ -237,7 +271,7 @@ class _Job:
             return self._sources[numbers[0]].name
         return next(f"ensemble {one.name}" for whole, one in self._ensembles.items() if numbers[0] in whole)
 
-    def _end(self, number: int, ended: Prepared | Result | ClipqError) -> None:
+    def _end(self, number: int, ended: Prepared | Result | Taken | ClipqError) -> None:
         """Keep what a network is now, and say at once if it failed: the others may take hours, and the job says it again at its end."""
         self.found[number] = ended
         if isinstance(ended, ClipqError) and not self._alone:

@@ -65,6 +65,11 @@ class Own:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """A run that another job makes by now: to be asked for again."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """One network that is ready to be searched."""
 
@@ -84,10 +89,15 @@ class Prepared:
 
 
 def prepare(
-    source: Source, engine: Engine, reporter: Reporter, turn: threading.Lock, held: list[claims.Claim]
-) -> Prepared | Result:
+    source: Source,
+    engine: Engine,
+    reporter: Reporter,
+    turn: threading.Lock,
+    held: list[claims.Claim],
+    wait: bool = True,
+) -> Prepared | Result | Taken:
     """Everything before the search; the result of a run that is committed already. The claim on the run goes into `held`, and is the caller's to
-    give back."""
+    give back. `wait`: for another job that makes the run; who holds claims of its own must not, since that job may wait for one of them."""
     config = source.config
     storage = Store(config.storage)
     storage.check_writable()
@@ -102,15 +112,15 @@ def prepare(
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(source, run.notes)
     inputs = identity.of_run(source, data, state_given)
-    own = _claimed(run, inputs)
-    if isinstance(own, Result):
+    own = _claimed(run, inputs, wait)
+    if not isinstance(own, Own):
         return own
     held.append(own.claim)
     with stages.going_on(run):
         return _ready(run, own, inputs, state_given, origin)
 
 
-def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
+def _claimed(run: Run, inputs: Mapping[str, Any], wait: bool) -> Own | Result | Taken:
     """The run that is to be made, or its result where it is committed already; waits for another job that makes it, or leaves it that."""
     name, said = run.source.name, ""
     while True:
@@ -130,6 +140,11 @@ def _claimed(run: Run, inputs: Mapping[str, Any]) -> Own | Result:
         words = f"run {run_id} is being made by another job ({found.words})"
         if run.config.on_claim == "leave":
             raise HeldError(f"{words}; run again when it has ended, or with --on-claim wait")
+        if not wait:
+            run.reporter.say(
+                f"{words}; the other networks of this job come first, --on-claim leave would not wait for it"
+            )
+            return Taken()
         if words != said:
             run.reporter.say(f"{words}; waiting for it, --on-claim leave would end here")
         said = words
@@ -214,7 +229,6 @@ def close_rounds(opened: Opened, made: rounds.Rounds) -> Result:
             return _of_another(given)
         raise _uncommitted(given, files, error) from error
     run.engine.committed(run.source.name, given.inventory.bytes_before, made.best.outcome.bytes)
-    given.work.remove_tree()
     return Result(target.uri, manifest.read_manifest(target), False)
 
 

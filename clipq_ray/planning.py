@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from clipq_ray import identity, network
 from clipq_ray.evaluate import logits
+from clipq_ray.fleet.file import Ensemble
 from clipq_ray.groups import grouped
 from clipq_ray.operator import Operator, make_plan
 from clipq_ray.pipeline import inputs_of
@@ -39,8 +40,9 @@ class Plan:
     committed: bool = False
 
 
-def dry_run(sources: Sequence[Source]) -> str:
+def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> str:
     """The plans of a job's networks in words, and their totals; nothing is written."""
+    sources = _identified(sources, ensembles)
     plans = [_planned(source) for source in sources]
     text = "\n\n".join(plan.words for plan in plans)
     if len(plans) > 1:
@@ -50,6 +52,18 @@ def dry_run(sources: Sequence[Source]) -> str:
             f"after the other, less where trainings and searches overlap; at most {sum(plan.disk for plan in plans) / 1e6:,.0f} MB in {sources[0].config.storage}"
         )
     return f"{text}\nnothing was done"
+
+
+def _identified(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> list[Source]:
+    """Members of an ensemble with one intent as the job identifies them: by all the others too."""
+    by_name = {source.name: source for source in sources}
+    for ensemble in ensembles:
+        if ensemble.wants:
+            same = identity.of_ensemble(
+                *ensemble.wants, {name: inputs_of(by_name[name]) for name in ensemble.members}
+            )
+            by_name |= {name: replace(by_name[name], ensemble=same) for name in ensemble.members}
+    return list(by_name.values())
 
 
 def _planned(source: Source) -> Plan:

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     sources = fleet.sources()
     shared = fleet.configs[0]
     if shared.dry_run:
-        print(dry_run(sources))
+        print(dry_run(sources, fleet.ensembles))
         return 0
     for source in sources:
         source.check()

@@ -77,6 +77,7 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
             raise  # may pass: Ray tries again
         except ClipqError as error:
             tell(Store(task.output), error)
+            self._board.leave.remote([self._item()])  # this process serves others from here on
             return {"done": True, "group": self._group}
         for trial in self._trials[before:]:
             self._meter.evaluated(task.source.name, task.images, trial.seconds)
@@ -142,7 +143,6 @@ def search(
     """All open groups of all tasks as trials of one Tuner; `done` is told the number of each task when its last group has ended, with the error that
     ended it, if one did. `amounts`: what a trial of each task takes of `room`; `storage`: where Tune keeps what it wants to keep, near a store; `apart`:
     the engine's threads."""
-    places = in_order(tasks)
 
     def over(number: int, lost: Sequence[Exception]) -> None:
         try:
@@ -151,11 +151,21 @@ def search(
             error = failed
         done(number, error)
 
-    for number in set(range(len(tasks))) - {place[0] for place in places}:
-        over(number, [])
-    if not places:
+    there: set[int] = set()
+
+    def left() -> list[tuple[int, int]]:
+        places = in_order(tasks)
+        for number in sorted(set(range(len(tasks))) - {place[0] for place in places} - there):
+            there.add(number)
+            over(number, [])
+        return places
+
+    if not left():
         return
     with Watch(apart, progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
+        places = left()  # another job's search of the same network may have gone before
+        if not places:
+            return
         why = functools.partial(_why, watch, places)
         handout = HandOut(room, [number for number, _ in places], amounts, over, why)
         apart.check()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import torch
 import yaml
 
 import clipq_ray
-from clipq_ray import cli, manifest, tables
+from clipq_ray import claims, cli, manifest, tables
 from clipq_ray.data import open_data
-from clipq_ray.storage import Store
+from clipq_ray.storage import WORK, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS: dict[str, Any] = {
@@ -134,6 +136,38 @@ def test_a_second_submission_redoes_nothing_and_tries_what_failed(
     assert [row["reused"] for row in found.values()] == [True, False, True]
     assert all(found[name]["run"] == run for name, run in before.items() if run)
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+
+def test_what_another_job_makes_is_waited_for_behind_everything_else_and_with_nothing_held(
+    tmp_path: Path,
+) -> None:
+    """Two jobs that each held what the other one waited for would wait for ever."""
+    path = fleet(tmp_path, [{**GOOD[0], "priority": 1}, GOOD[1]], limits={"trainings": 1})
+    assert submitted(path).returncode == 0
+    runs = {name: next((tmp_path / "s" / f"model={name}").glob("run=*")) for name in ("lenet5", "smaller")}
+    for run in runs.values():
+        shutil.rmtree(run)
+    other = claims.claim(Store(runs["lenet5"]).child(WORK))
+    assert isinstance(other, claims.Claim)
+    command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--fleet", str(path)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        try:
+            deadline, work = time.monotonic() + 120, Store(runs["smaller"]).child(WORK)
+            while not (runs["smaller"] / "manifest.json").exists() or claims.holder(work) is not None:
+                assert time.monotonic() < deadline
+                assert job.poll() is None
+                time.sleep(0.1)
+            assert not (runs["lenet5"] / "manifest.json").exists()
+            other.give_back()
+            said, _ = job.communicate(timeout=120)
+        finally:
+            job.kill()
+    assert job.returncode == 0, said
+    assert "the other networks of this job come first" in said
+    assert (runs["lenet5"] / "manifest.json").exists()
+    assert claims.holder(Store(runs["lenet5"]).child(WORK)) is None
 
 
 def test_verify_checks_a_fleet_and_the_runs_that_it_names(

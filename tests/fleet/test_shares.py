@@ -134,6 +134,11 @@ def test_a_second_submission_redoes_nothing_and_says_the_same(by_bytes: tuple[Pa
     assert told(folder) == before
 
 
+def test_a_dry_run_knows_what_an_ensemble_has_committed(by_bytes: tuple[Path, Any]) -> None:
+    said = submitted(by_bytes[0] / "fleet.yaml", "--dry-run").stdout
+    assert "2 committed already, 0 to make" in said
+
+
 def test_a_member_that_was_not_committed_follows_what_the_others_state(by_bytes: tuple[Path, Any]) -> None:
     folder, _ = by_bytes
     (stated,) = (folder / "s" / "model=lenet5").glob("run=*/manifest.json")
