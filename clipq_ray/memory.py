@@ -48,7 +48,11 @@ class Attempts:
             raise RunError(heard["over"])
         for left in self._left():
             if _killed(left):
-                self._less(left["images"])
+                try:
+                    self._less(left["images"])
+                except RunError:
+                    self._forget()  # said once: whoever runs again may have more memory by then
+                    raise
         return self._most()
 
     def begin(self, rank: int, images: int) -> None:
@@ -93,6 +97,10 @@ class Attempts:
                 "--memory-limit-gib, raise --workers, or use machines with more memory"
             )
         self._store.write(SMALLER, json.dumps({"images": math.ceil(images / 2)}).encode())
+
+    def _forget(self) -> None:
+        for name in self._store.names(_ATTEMPT):
+            self._store.remove(name)
 
     def _left(self) -> list[dict[str, Any]]:
         found = [self._read(name) for name in self._store.names(_ATTEMPT)]

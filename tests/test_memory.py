@@ -119,6 +119,7 @@ def test_an_attempt_that_the_kernel_ended_for_want_of_memory_is_followed_by_a_sm
     left.write_text(json.dumps({**json.loads(left.read_text()), "kills": content["kills"] - 1}))
     with pytest.raises(RunError, match="out of memory with 16 images at a time on each worker, halved once"):
         attempts(tmp_path).most()
+    assert attempts(tmp_path).most() == 16  # said once: another job may find more memory
 
 
 def test_workers_that_run_out_together_halve_once(tmp_path: Path) -> None:
