@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from clipq_ray.fleet.shares import finish_ensemble, without
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
+from clipq_ray.stages import Run
 from clipq_ray.work import Source
 
 log = logs.logger(__name__)
@@ -79,6 +81,7 @@ class _Job:
     ) -> None:
         self._sources, self._reporters, self._engine = list(sources), reporters, engine
         self._turn = threading.Lock()
+        self._begun = time.monotonic()
         self._alone = len(sources) == 1
         wanted = sources[0].config.trainings or engine.trainings([source.config for source in sources])
         self._at_once = engine.at_once = min(wanted, len(sources)) if engine.parallel else 1
@@ -121,7 +124,13 @@ class _Job:
     def _prepare(self, number: int, wait: bool) -> None:
         def made() -> dict[int, Any]:
             source, reporter = self._sources[number], self._reporters[number]
-            return {number: prepare(source, self._engine, reporter, self._turn, self.held, wait)}
+            others = sum(one is None for one in self.found) - 1
+
+            def begin(run: Run) -> None:
+                run.late = time.monotonic() - self._begun
+                run.share_time(others, self._at_once)
+
+            return {number: prepare(source, self._engine, reporter, self._turn, self.held, wait, begin)}
 
         self._in_turn(made, [number])
 

@@ -12,7 +12,7 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +95,11 @@ def prepare(
     turn: threading.Lock,
     held: list[claims.Claim],
     wait: bool = True,
+    begin: Callable[[Run], None] = lambda run: None,
 ) -> Prepared | Result | Taken:
     """Everything before the search; the result of a run that is committed already. The claim on the run goes into `held`, and is the caller's to
-    give back. `wait`: for another job that makes the run; who holds claims of its own must not, since that job may wait for one of them."""
+    give back. `wait`: for another job that makes the run; who holds claims of its own must not, since that job may wait for one of them. `begin` says
+    what time the run has."""
     config = source.config
     storage = Store(config.storage)
     storage.check_writable()
@@ -105,6 +107,7 @@ def prepare(
     engine.check(config)
     prepare_process(config.threads_per_worker)
     run = Run(source, engine, reporter, storage, turn)
+    begin(run)
     reporter.say(f"data: opening {config.data}")
     data = source.data()
     source.check_fit()

@@ -47,7 +47,7 @@ _MAKING: dict[str, threading.Lock] = {}
 @dataclass
 class Run:
     """One run in the making: what the stages know and add; `turn` is held by the run that works in this process, `work` is where
-    unfinished things of the run lie, `until` when others of the job should have their time [s since the run began]."""
+    unfinished things of the run lie, `until` when others of the job should have their time [s since the run began]; `late`: how long the job had gone on by then [s]."""
 
     source: Source
     engine: Engine
@@ -56,6 +56,7 @@ class Run:
     turn: threading.Lock
     work: Store | None = None
     until: float = math.inf
+    late: float = 0.0
     notes: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     began: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
@@ -82,7 +83,7 @@ class Run:
         hours = self.config.deadline_hours
         if hours is None:
             return None
-        return min(self.until, 3600 * hours - _TAIL_SECONDS) - self.seconds
+        return min(self.until, 3600 * hours - _TAIL_SECONDS - self.late) - self.seconds
 
     def share_time(self, others: int, at_once: int) -> None:
         """Of what is left before the deadline this run takes its share beside `others`, of which with it `at_once` are made at a time."""

@@ -30,6 +30,10 @@ def test_each_network_takes_its_share_of_what_is_left(tmp_path: Path) -> None:
     assert left(3, 1) == pytest.approx(3540 / 4, rel=0.01)
     assert left(3, 2) == pytest.approx(3540 / 2, rel=0.01)
     assert left(1, 8) == pytest.approx(3540, rel=0.01)
+    behind = run(deadline_hours=1.0)
+    behind.late = 1800.0  # of a job that had gone on for half an hour
+    behind.share_time(2, 1)
+    assert behind.seconds_left == pytest.approx(1740 / 3, rel=0.01)
     none = run()
     none.share_time(3, 1)
     assert none.seconds_left is None
