@@ -41,9 +41,10 @@ def compress(
 
     Returns the run's URI and manifest. Errors: those of `clipq_ray.errors`.
     """
-    loaders = {"validation_loader": validation_loader, "test_loader": test_loader}
-    for argument in (name for name, one in loaders.items() if one is not None and train_loader is None):
-        raise ConfigError(f"expected a train_loader with the {argument}, got none; give both or neither")
+    if train_loader is None and (validation_loader is not None or test_loader is not None):
+        raise ConfigError(
+            "expected a train_loader with a validation_loader or test_loader, got none; give both or neither"
+        )
     if (model is None) != (train_loader is None):
         raise ConfigError(
             "expected a module together with a train_loader, got one of them; give both or neither"

@@ -92,8 +92,9 @@ class Rounds:
         if self.shared is not None:
             return self.all[self.shared.number]
         # a round on the way is trained little: it counts where it keeps the promise, and is not the closest to one that none keeps
-        ended = [one for one in self.all if not one.on_the_way or keeps(self.intent, one.outcome)]
-        looked = ended or self.all
+        looked = [
+            one for one in self.all if not one.on_the_way or keeps(self.intent, one.outcome)
+        ] or self.all
         return looked[best(self.intent, [one.outcome for one in looked])]
 
     @property

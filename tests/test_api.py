@@ -146,7 +146,7 @@ def test_wrong_calls_are_one_line(tmp_path: Path) -> None:
         clipq_ray.compress(Tied(), storage=str(tmp_path))
     with pytest.raises(ConfigError, match="together with a train_loader"):
         clipq_ray.compress(None, loader(), storage=str(tmp_path))
-    with pytest.raises(ConfigError, match="a train_loader with the test_loader"):
+    with pytest.raises(ConfigError, match="a train_loader with a validation_loader or test_loader"):
         clipq_ray.compress(test_loader=loader(), storage=str(tmp_path))
     with pytest.raises(ConfigError, match="limit_images and resize as well"):
         clipq_ray.compress(Tied(), loader(), limit_images=50, resize=8, storage=str(tmp_path))
