@@ -229,9 +229,9 @@ class Config(BaseModel):
     level_epochs: int = Field(
         0,
         ge=0,
-        description="further epochs in which codes are fixed, and levels, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept",
+        description="further epochs in which clipped weights stay clipped, and levels, codes, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept",
     )
-    level_learning_rate: float = Field(1e-3, gt=0, description="peak rate of these epochs, by Adam")
+    level_learning_rate: float = Field(0.01, gt=0, description="peak rate of these epochs")
     baseline_epochs: int = Field(
         10, ge=1, description="epochs of training when the weights are trained first"
     )

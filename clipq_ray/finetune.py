@@ -73,7 +73,7 @@ class Trainer:
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
     should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `held`: with a plan, the size that pruning rates
-    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `fixed_codes`: with a plan, codes stay those of the given weights, and levels are trained by Adam. `feed` makes the batches.
+    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `fixed_clips`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained. `feed` makes the batches.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Trainer:
         ramp: Ramp | None = None,
         held: Held | None = None,
         costs: Costs | None = None,
-        fixed_codes: bool = False,
+        fixed_clips: bool = False,
         feed: Feed = batches,
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
@@ -109,18 +109,18 @@ class Trainer:
         self.notes: list[str] = []
         self.progressed = 0.0  # the part of the schedule that is done, 0..1
         self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
-        # codes follow from the weights with which the training began
-        fixed = Levels(model, plan) if plan and fixed_codes else None
+        # what is clipped follows from the weights with which the training began
+        fixed = Levels(model, plan) if plan and fixed_clips else None
         found = checkpoints.latest()
         if found:
             self._load_model(found[0])
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
-        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and not fixed_codes else None
+        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and not fixed_clips else None
         self.operator: Operator | Levels | None = fixed or (
             Operator(model, plan, self.rates.now, costs) if plan and self.rates else None
         )
         self.recovery: dict[str, Recovery] = {}
-        self.optimizer = optimizers.adam(model, schedule) if fixed else optimizers.sgd(model, schedule)
+        self.optimizer = optimizers.sgd(model, schedule)
         if found:
             self._load_progress(*found)
             if self.operator:

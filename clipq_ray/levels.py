@@ -1,10 +1,11 @@
-"""Levels fitted to the loss: codes stay as they are, and what they stand for is trained.
+"""Levels and codes fitted to the loss, where what is clipped stays clipped.
 
-CLIP-Q's levels are means of the weights that they stand for, which is what quantizing moves least, not what the loss likes best. `Levels` takes the place of
-`operator.Operator` in a training whose codes are fixed: the gradient of a level is the sum of those of its weights, and all weights of a level stay equal; what is
-clipped stays zero; all else that a network learns (biases, batch norm) is trained along. A file differs by what its vectors and grids take then.
+While a network is trained with the operator, weights change sides at the threshold to the end, each by a whole level, and levels are what quantizing moves least, not
+what the loss likes best. `Levels` takes the operator's place in a training behind it, in which only kept weights move: each has the level next to its full-precision twin, and a level is the mean
+of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
+All else that a network learns (biases, batch norm) is trained along. A file differs by what other codes, vectors and grids take.
 
-Source: trained quantization of Han et al., ICLR 2016, section 3. Not covered: the schedule and the optimizer (`finetune`).
+Source: Han et al., ICLR 2016, section 3 (levels trained), and Esser et al., ICLR 2020, section 2.2 (the scale of their gradient). Not covered: the schedule (`finetune`).
 """
 
 from __future__ import annotations
@@ -12,63 +13,100 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from clipq_ray.operator import Recovery, bake
-from clipq_ray.plan import Plan
+from clipq_ray.plan import LayerPlan, Plan
 from clipq_ray.quantizer import Quantized
 
 
+@dataclass
+class _Layer:
+    """One parameter, which holds quantized weights between steps; `twin`: the full-precision ones, zero where clipped; `codes`: which of the ascending
+    `levels`, none of them zero, each kept weight has (of the others nothing is meant)."""
+
+    name: str
+    parameter: nn.Parameter
+    twin: Tensor
+    kept: Tensor
+    codes: Tensor
+    levels: Tensor
+
+    def masks(self) -> Iterator[tuple[int, Tensor]]:
+        """The levels' numbers with the weights that have them."""
+        for number in range(len(self.levels)):
+            yield number, self.kept & (self.codes == number)
+
+    def assign(self) -> None:
+        """Every kept weight to the level next to its twin on the twin's side of zero, then every level to the mean of its twins."""
+        walls = (self.levels[1:] + self.levels[:-1]) / 2
+        walls[self.levels[1:] * self.levels[:-1] < 0] = 0.0
+        self.codes = _passed(self.twin, walls)
+        for number, mask in self.masks():
+            n = mask.sum()
+            # a level that nothing has is there for weights that come
+            mean = ((self.twin * mask).sum(dtype=torch.float64) / n).float()
+            self.levels[number] = torch.where(n > 0, mean, self.levels[number])
+        self.put()
+
+    def put(self) -> None:
+        """The quantized weights into the parameter."""
+        self.parameter.copy_(self.levels[self.codes] * self.kept)
+
+    def spread_gradient(self) -> None:
+        """The gradient of the quantized weights becomes that of their twins."""
+        given = self.parameter.grad
+        if given is None:
+            return
+        given.mul_(self.kept)
+        # masks and sums, not scattered additions: on a GPU their order would be another on every rank
+        of_levels = [
+            (mask, (given * mask).sum() / mask.sum().clamp(min=1).sqrt()) for _, mask in self.masks()
+        ]
+        for mask, gradient in of_levels:
+            given.add_(mask * gradient)
+
+
 class Levels:
-    """The levels of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights.
+    """The levels and codes of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights.
 
     `ModelError` where the plan names a parameter that the network lacks, or a weight is NaN or infinite."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._layers: list[tuple[str, nn.Parameter, Tensor, list[int]]] = [
-            (name, model.get_parameter(name), one.codes, one.codes.unique().tolist())
-            for name, one in bake(model, plan).items()
+        self._layers = [
+            _layer(name, model.get_parameter(name), one) for name, one in bake(model, plan).items()
         ]
 
-    @torch.no_grad()
-    def _sum_gradients(self) -> None:
-        for _, parameter, codes, used in self._layers:
-            if parameter.grad is None:
-                continue
-            given, summed = parameter.grad, torch.zeros_like(parameter.grad)
-            # masks and sums, not scattered additions: on a GPU their order would be another on every rank
-            for code in used:
-                if code:
-                    mask = codes == code
-                    summed += mask * (given * mask).sum()
-            parameter.grad.copy_(summed)
-
-    @torch.no_grad()
-    def _tie(self) -> None:
-        """Weights of one code are equal up to the rounding of the optimizer's last steps: now they are equal."""
-        for _, parameter, codes, used in self._layers:
-            for code in used:
-                mask = codes == code
-                level = parameter.masked_fill(~mask, -torch.inf).max() if code else parameter.new_zeros(())
-                parameter.copy_(torch.where(mask, level, parameter))
+    def _swap(self) -> None:
+        for one in self._layers:
+            one.parameter.data, one.twin = one.twin, one.parameter.data
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Inside, each weight's gradient is its level's; what was changed there is the same for all weights of a level on leaving."""
-        self._sum_gradients()
-        yield
-        self._tie()
+        """The parameters hold their twins inside, and gradients are theirs; what was changed there is quantized anew on leaving."""
+        with torch.no_grad():
+            for one in self._layers:
+                one.spread_gradient()
+        with self.reading_full_precision():
+            yield
+        with torch.no_grad():
+            for one in self._layers:
+                one.assign()
 
     @contextmanager
     def reading_full_precision(self) -> Iterator[None]:
-        """Nothing but the quantized weights is there."""
-        yield
+        """As `full_precision`, for readers: nothing is quantized anew."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
     def requantize(self) -> None:
-        """Nothing: codes are fixed."""
+        """Nothing: no rate moves."""
 
     def check(self) -> None:
         """Nothing: a loss that is not finite says what there is to say."""
@@ -76,8 +114,8 @@ class Levels:
     def code_hashes(self) -> dict[str, int]:
         """A CRC-32 of every layer's quantized weights: equal where ranks hold the same."""
         return {
-            name: zlib.crc32(parameter.detach().cpu().contiguous().numpy().tobytes())
-            for name, parameter, _, _ in self._layers
+            one.name: zlib.crc32(one.parameter.detach().cpu().contiguous().numpy().tobytes())
+            for one in self._layers
         }
 
     def recovery(self) -> dict[str, Recovery]:
@@ -85,11 +123,21 @@ class Levels:
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: codes follow from the first weights, levels from those of the checkpoint."""
-        return {}
+        """What a checkpoint needs besides the twins; which weights are kept follows from the first ones."""
+        return {
+            f"{what}/{number}": getattr(one, what)
+            for number, one in enumerate(self._layers)
+            for what in ("codes", "levels")
+        }
 
+    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The mirror of `state`."""
+        """The mirror of `state`, where the parameters hold the checkpoint's twins."""
+        for number, one in enumerate(self._layers):
+            one.twin.copy_(one.parameter)
+            one.codes.copy_(state[f"codes/{number}"])
+            one.levels.copy_(state[f"levels/{number}"])
+            one.put()
 
     def detach(self) -> None:
         """Leave the quantized weights in the parameters."""
@@ -97,28 +145,43 @@ class Levels:
 
 
 @torch.no_grad()
+def _layer(name: str, parameter: nn.Parameter, one: Quantized) -> _Layer:
+    """A layer as `bake` has left it: the twins begin as the quantized weights."""
+    values, kept = parameter.detach(), one.codes != 0
+    levels = one.levels[~one.levels.isnan() & (one.levels != 0)].to(values.device)
+    if not len(levels):  # all is clipped
+        levels = values.new_zeros(1)
+    return _Layer(name, parameter, values.clone(), kept, _passed(values, levels[:-1]), levels)
+
+
+def _passed(values: Tensor, walls: Tensor) -> Tensor:
+    """int32, in the memory order of `values`: how many of `walls` each is beyond."""
+    passed = torch.zeros_like(values, dtype=torch.int32)
+    for wall in walls:
+        passed += values > wall
+    return passed
+
+
+@torch.no_grad()
 def fitted(
     quantized: Mapping[str, Quantized], weights: Mapping[str, Tensor], plan: Plan
 ) -> dict[str, Quantized]:
-    """`quantized`, by `plan`, with the levels that its codes have in `weights` (those that a training with `Levels` left); a level that has passed zero or another
-    one stands where that one does, since a file's levels are in order."""
+    """`quantized`, by `plan`, with the levels and codes that a training with `Levels` left in `weights`."""
     return {
-        layer.layer: _with_levels(quantized[layer.layer], weights[layer.layer], layer.share.negative)
-        for layer in plan.layers
+        layer.layer: _fitted(quantized[layer.layer], weights[layer.layer], layer) for layer in plan.layers
     }
 
 
-def _with_levels(one: Quantized, weight: Tensor, negative: int) -> Quantized:
-    levels = one.levels.clone()
-    for code in one.codes.unique().tolist():
-        levels[code + negative] = weight.to(levels.device)[one.codes == code].max() if code else 0.0
-    # nan (an empty interval) orders nothing
-    magnitudes = torch.stack((levels, -levels)).nan_to_num(nan=0.0).clamp(min=0)
-    above, below = (
-        magnitudes[0, negative + 1 :].cummax(0).values,
-        magnitudes[1, :negative].flip(0).cummax(0).values,
-    )
-    found = torch.cat((-below.flip(0), levels.new_zeros(1), above))
-    levels = torch.where(levels.isnan(), levels, found)
-    values = levels.nan_to_num(nan=0.0)[one.codes.long() + negative].to(one.values.dtype)
-    return replace(one, levels=levels, values=torch.empty_like(one.values).copy_(values))
+def _fitted(one: Quantized, weight: Tensor, layer: LayerPlan) -> Quantized:
+    weight = weight.to(one.values.device)
+    found = weight.unique()
+    below, above = found[found < 0].flip(0), found[found > 0]
+    levels = torch.full_like(one.levels, torch.nan)
+    levels[layer.share.negative] = 0.0
+    codes = torch.zeros_like(one.codes)
+    # levels that nothing has any more are the outer ones
+    for sign, side in ((-1, below), (1, above)):
+        for number, level in enumerate(side.tolist(), 1):
+            levels[layer.share.negative + sign * number] = level
+            codes[weight == level] = sign * number
+    return replace(one, codes=codes, levels=levels, values=torch.empty_like(one.values).copy_(weight))

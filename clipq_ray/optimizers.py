@@ -1,6 +1,6 @@
 """What a training's gradients move weights by and at which rate, and how much of that a checkpoint holds.
 
-Source: Sutskever et al. 2013 (SGD with Nesterov momentum); Kingma and Ba 2015 (Adam). Not covered: the loop (`finetune`).
+Source: Sutskever et al. 2013 (SGD with Nesterov momentum). Not covered: the loop (`finetune`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-_KEPT = {"momentum_buffer": "momentum", "exp_avg": "mean", "exp_avg_sq": "square", "step": "step"}
-"""An optimizer's names for its tensors, and those in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,41 +32,28 @@ class Schedule:
 
 
 def sgd(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """For weights at full precision."""
+    """For all that `model` learns."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.SGD(
-        _learned(model), lr=schedule.learning_rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay,
+        learned, lr=schedule.learning_rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay,
         nesterov=schedule.momentum > 0,
     )  # fmt: skip
-
-
-def adam(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """For levels, of which some stand for ten weights and some for a million: steps do not grow with the gradient."""
-    return torch.optim.Adam(_learned(model), lr=schedule.learning_rate)
-
-
-def _learned(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of a checkpoint."""
     return {
-        f"{kept}/{name}": found[key]
+        f"momentum/{name}": momentum
         for name, parameter in model.named_parameters()
-        if (found := optimizer.state.get(parameter, {}))
-        for key, kept in _KEPT.items()
-        if found.get(key) is not None
+        if (momentum := optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None
     }
 
 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The mirror of `state`."""
     for name, parameter in model.named_parameters():
-        for key, kept in _KEPT.items():
-            if f"{kept}/{name}" in tensors:
-                value = tensors[f"{kept}/{name}"]
-                # Adam counts its steps on the CPU
-                # in the parameter's layout, which the steps that go over all tensors at once want
-                optimizer.state[parameter][key] = (
-                    value if key == "step" else torch.empty_like(parameter).copy_(value)
-                )
+        if f"momentum/{name}" in tensors:
+            # in the parameter's layout, which the steps that go over all tensors at once want
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
+                tensors[f"momentum/{name}"]
+            )

@@ -360,13 +360,12 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
 
 
 def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:
-    """The weights of a round with levels that were trained, their codes fixed."""
+    """The weights of a round with levels and codes that were trained, its clipped weights as they are."""
     config = run.config
-    # codes that cannot change need no decay, and Adam's first steps are small by themselves
+    # a decay would draw levels towards zero, which no clipping needs any more
     schedule = replace(
         stages.schedule_of(config, config.level_epochs, config.level_learning_rate),
         warmup_epochs=0.0,
-        momentum=0.0,
         weight_decay=0.0,
     )
     return stages.trained(run, "levels", schedule, tuned, plan, work, number)

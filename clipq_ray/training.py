@@ -42,7 +42,7 @@ class Size:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """One training: `stage` is "baseline", "finetune", "levels" (`fixed_codes`: codes are those of the given weights) or "control"; URIs name stores.
+    """One training: `stage` is "baseline", "finetune", "levels" (`fixed_clips`: what the given weights have clipped stays clipped) or "control"; URIs name stores.
     `deadline`: by the clock of the storage [s since 1970]."""
 
     source: Source
@@ -55,7 +55,7 @@ class TrainTask:
     deadline: float | None = None
     ramp: Ramp | None = None
     size: Size | None = None
-    fixed_codes: bool = False
+    fixed_clips: bool = False
     costs: Costs | None = None
 
 
@@ -94,7 +94,7 @@ def train(
         ramp=task.ramp,
         held=_held(task, data),
         costs=task.costs,
-        fixed_codes=task.fixed_codes,
+        fixed_clips=task.fixed_clips,
         feed=feed,
     )
     trainer.run(progress, report)
