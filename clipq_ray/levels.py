@@ -10,16 +10,18 @@ Source: Han et al., ICLR 2016, section 3 (levels trained), and Esser et al., ICL
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from clipq_ray.operator import Recovery, bake
-from clipq_ray.plan import LayerPlan, Plan
+from clipq_ray.plan import Plan, Share
 from clipq_ray.quantizer import Quantized
 
 
@@ -40,21 +42,29 @@ class _Layer:
         for number in range(len(self.levels)):
             yield number, self.kept & (self.codes == number)
 
-    def assign(self) -> None:
-        """Every kept weight to the level next to its twin on the twin's side of zero, then every level to the mean of its twins."""
-        walls = (self.levels[1:] + self.levels[:-1]) / 2
-        walls[self.levels[1:] * self.levels[:-1] < 0] = 0.0
-        self.codes = _passed(self.twin, walls)
+    def assign(self, price: float) -> None:
+        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `price` for each bit of its code, in squares of the least
+        distance of two levels; then every level to the mean of its twins."""
+        n = [int(mask.sum()) for _, mask in self.masks()]
+        gaps = [
+            (after - before) ** 2 for before, after in pairwise(self.levels.tolist()) if before * after > 0
+        ]
+        least = torch.full_like(self.twin, torch.inf)
+        for number, level in enumerate(self.levels):
+            bits = math.log2((sum(n) + len(n)) / (n[number] + 1))
+            costs = (self.twin - level).square_().add_(price * min(gaps, default=0.0) * bits)
+            better = (costs < least) & ((self.twin > 0) == (level > 0))
+            self.codes[better] = number
+            least = torch.where(better, costs, least)
         for number, mask in self.masks():
-            n = mask.sum()
             # a level that nothing has is there for weights that come
-            mean = ((self.twin * mask).sum(dtype=torch.float64) / n).float()
-            self.levels[number] = torch.where(n > 0, mean, self.levels[number])
+            if (there := mask.sum()) > 0:
+                self.levels[number] = (self.twin * mask).sum(dtype=torch.float64) / there
         self.put()
 
     def put(self) -> None:
         """The quantized weights into the parameter."""
-        self.parameter.copy_(self.levels[self.codes] * self.kept)
+        self.parameter.copy_(torch.where(self.kept, self.levels[self.codes], 0.0))
 
     def spread_gradient(self) -> None:
         """The gradient of the quantized weights becomes that of their twins."""
@@ -71,11 +81,13 @@ class _Layer:
 
 
 class Levels:
-    """The levels and codes of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights.
+    """The levels and codes of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights. `price`: of a
+    bit, in squares of the least distance of two of a layer's levels.
 
     `ModelError` where the plan names a parameter that the network lacks, or a weight is NaN or infinite."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, price: float = 0.0) -> None:
+        self.price = price
         self._layers = [
             _layer(name, model.get_parameter(name), one) for name, one in bake(model, plan).items()
         ]
@@ -94,7 +106,7 @@ class Levels:
             yield
         with torch.no_grad():
             for one in self._layers:
-                one.assign()
+                one.assign(self.price)
 
     @contextmanager
     def reading_full_precision(self) -> Iterator[None]:
@@ -162,26 +174,19 @@ def _passed(values: Tensor, walls: Tensor) -> Tensor:
     return passed
 
 
-@torch.no_grad()
-def fitted(
-    quantized: Mapping[str, Quantized], weights: Mapping[str, Tensor], plan: Plan
-) -> dict[str, Quantized]:
-    """`quantized`, by `plan`, with the levels and codes that a training with `Levels` left in `weights`."""
-    return {
-        layer.layer: _fitted(quantized[layer.layer], weights[layer.layer], layer) for layer in plan.layers
-    }
+def read(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Quantized]:
+    """Levels and codes of the layers of `plan` that a training with `Levels` left in `weights`; clips, which it knows nothing of, are nan."""
+    return {layer.layer: _read(weights[layer.layer], layer.share) for layer in plan.layers}
 
 
-def _fitted(one: Quantized, weight: Tensor, layer: LayerPlan) -> Quantized:
-    weight = weight.to(one.values.device)
-    found = weight.unique()
-    below, above = found[found < 0].flip(0), found[found > 0]
-    levels = torch.full_like(one.levels, torch.nan)
-    levels[layer.share.negative] = 0.0
-    codes = torch.zeros_like(one.codes)
+def _read(weight: Tensor, share: Share) -> Quantized:
+    found = weight.unique().float()
+    levels = weight.new_full((share.negative + 1 + share.positive,), torch.nan, dtype=torch.float32)
+    levels[share.negative] = 0.0
+    codes = torch.zeros_like(weight, dtype=torch.int16)
     # levels that nothing has any more are the outer ones
-    for sign, side in ((-1, below), (1, above)):
+    for sign, side in ((-1, found[found < 0].flip(0)), (1, found[found > 0])):
         for number, level in enumerate(side.tolist(), 1):
-            levels[layer.share.negative + sign * number] = level
+            levels[share.negative + sign * number] = level
             codes[weight == level] = sign * number
-    return replace(one, codes=codes, levels=levels, values=torch.empty_like(one.values).copy_(weight))
+    return Quantized(weight, codes, levels, (math.nan, math.nan))

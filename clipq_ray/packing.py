@@ -74,8 +74,10 @@ def pack(
     if fitted is None:
         return made
     weights, model = read_state(fitted), source.network()
-    trained = levels.fitted(quantized, weights, plan)
-    model.load_state_dict({**weights, **{name: one.values for name, one in trained.items()}})
+    trained = {
+        name: replace(one, clips=quantized[name].clips) for name, one in levels.read(weights, plan).items()
+    }
+    model.load_state_dict(weights)
     other = _made(source, model, full, plan, trained, inventory, data, source_sha256, "fitted")
 
     def rank(one: PackedNetwork) -> tuple[bool, float, float]:
@@ -128,12 +130,15 @@ def usual(source: Source) -> folding.Precision | None:
 
 def file_bytes(
     source: Source, weights: Mapping[str, torch.Tensor], plan: Plan, inventory: Inventory, data: Data,
-    precision: folding.Precision | None,
+    precision: folding.Precision | None, trained: bool = False,
 ) -> int:  # fmt: skip
-    """Bytes of the file that a network of these full-precision weights would make by now, with grids of `precision`: nothing is evaluated."""
+    """Bytes of the file that a network of these full-precision weights would make by now (`trained`: quantized ones, with levels that were trained), with grids of
+    `precision`: nothing is evaluated."""
     model = source.network()
     model.load_state_dict(weights)
-    layers, _ = _coded(source, model, plan, bake(model, plan), data)
+    layers, _ = _coded(
+        source, model, plan, levels.read(weights, plan) if trained else bake(model, plan), data
+    )
     return _bytes(source, model, inventory, data, layers, precision)
 
 

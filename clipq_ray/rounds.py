@@ -340,7 +340,9 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     if scale != 1.0:
         run.reporter.say(f"pruning rates followed the size: {scale:.3f} of the planned weights")
     fitted = (
-        _fitted(run, tuned, plan, given.work, number) if run.config.level_epochs and not rungs_left else None
+        _fitted(run, tuned, plan, given.work, number, size)
+        if run.config.level_epochs and not rungs_left
+        else None
     )
     with run.reporter.stage(f"pack round {number}"):
         packed = packing.pack(
@@ -359,7 +361,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome)
 
 
-def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:
+def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int, size: Size | None) -> Store:
     """The weights of a round with levels and codes that were trained, its clipped weights as they are."""
     config = run.config
     # a decay would draw levels towards zero, which no clipping needs any more
@@ -368,7 +370,7 @@ def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Sto
         warmup_epochs=0.0,
         weight_decay=0.0,
     )
-    return stages.trained(run, "levels", schedule, tuned, plan, work, number)
+    return stages.trained(run, "levels", schedule, tuned, plan, work, number, size=size)
 
 
 def _schedule(config: Config, rungs_left: int, further: bool) -> Schedule:

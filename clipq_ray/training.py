@@ -128,7 +128,9 @@ def _held(task: TrainTask, data: Data) -> Held | None:
     source, size = task.source, task.size
     return Held(
         size.bytes,
-        lambda weights, plan: file_bytes(source, weights, plan, size.inventory, data, size.precision),
+        lambda weights, plan: file_bytes(
+            source, weights, plan, size.inventory, data, size.precision, task.fixed_clips
+        ),
     )
 
 

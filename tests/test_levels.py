@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clipq_ray.network import inventory
 from clipq_ray.operator import bake, make_plan
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.quantizer import Quantized
+from clipq_ray.rates import FIRST_PRICE, Held
 from clipq_ray.storage import Store
 from clipq_ray.work import WEIGHTS, Source, write_state
 
@@ -81,6 +83,20 @@ def test_a_weight_goes_to_the_nearest_level_on_its_side_and_levels_are_the_means
     assert torch.equal(model["w"].detach(), found)
 
 
+def test_a_rare_level_gets_weights_only_where_it_is_nearer_by_what_its_bits_cost() -> None:
+    weight = torch.tensor([-0.5] + [0.3] * 30 + [0.9])
+    found = []
+    for price in (0.0, 0.1):
+        model = nn.ParameterDict({"w": nn.Parameter(weight.clone())})
+        plan = make_plan(model, {"w": Theta(0.0, 2)})
+        trained = Levels(model, plan, price)
+        with trained.full_precision(), torch.no_grad():
+            model["w"].copy_(torch.tensor([-0.5] + [0.3] * 28 + [0.55, 0.65, 0.9]))
+        found.append(model["w"].detach()[-3:] > 0.5)
+    assert found[0].tolist() == [False, True, True]  # the wall is at 0.6, halfway
+    assert found[1].tolist() == [False, False, True]  # and 0.1 * 0.6 * 3.9 bits / 2 further on
+
+
 def test_clipped_weights_stay_zero_levels_stay_few_codes_change_and_the_loss_falls(tmp_path: Path) -> None:
     model = network()
     plan = plan_of(model)
@@ -91,7 +107,7 @@ def test_clipped_weights_stay_zero_levels_stay_few_codes_change_and_the_loss_fal
     for layer in plan.layers:
         one, after = before[layer.layer], model.get_parameter(layer.layer).detach()
         assert torch.equal(after == 0, one.codes == 0)
-        now = levels.fitted({layer.layer: one}, {layer.layer: after}, Plan((layer,)))[layer.layer]
+        now = levels.read({layer.layer: after}, Plan((layer,)))[layer.layer]
         assert torch.equal(now.values, after)
         assert torch.equal(now.levels.nan_to_num()[now.codes.long() + layer.share.negative], after)
         changed += int((now.codes != one.codes).sum())
@@ -120,12 +136,34 @@ def test_a_fitting_that_is_killed_goes_on_to_the_same_bits(epochs_before: int, t
     assert same(whole, again)
 
 
+@pytest.mark.parametrize("share", [0.8, 1.1])
+def test_a_size_is_followed_by_what_bits_cost(share: float, tmp_path: Path) -> None:
+    def entropy(weights: Mapping[str, torch.Tensor], plan: Plan) -> int:
+        """Bytes of the codes at order 0."""
+        bits = 0.0
+        for one in levels.read(weights, plan).values():
+            n = one.codes.unique(return_counts=True)[1].double()
+            bits -= float((n * (n / n.sum()).log2()).sum())
+        return round(bits / 8)
+
+    plan = plan_of(network())
+    free = network()
+    run(trainer(tmp_path / "free", free, plan, **FITTING))
+    asked = round(share * entropy(free.state_dict(), plan))
+    held = network()
+    made = trainer(tmp_path / "held", held, plan, held=Held(asked, entropy), **FITTING)
+    run(made)
+    assert made.follower is not None
+    assert (made.follower.scale > FIRST_PRICE) == (share < 1)
+    assert share > 1 or entropy(held.state_dict(), plan) < 0.95 * entropy(free.state_dict(), plan)
+
+
 def test_levels_that_nothing_has_any_more_are_empty_and_the_others_in_order() -> None:
     weight = torch.tensor([-0.9, -0.5, -0.4, 0.0, 0.3, 0.35, 0.8, 0.9])
     plan = make_plan(nn.ParameterDict({"w": nn.Parameter(weight)}), {"w": Theta(0.1, 3)})
     (one,) = bake(nn.ParameterDict({"w": nn.Parameter(weight.clone())}), plan).values()
     moved = torch.where(one.codes == one.codes.max(), 0.4, torch.where(one.codes > 0, 0.2, one.values))
-    found = levels.fitted({"w": one}, {"w": moved}, plan)["w"]
+    found = levels.read({"w": moved}, plan)["w"]
     there = found.levels[~found.levels.isnan()]
     assert (there.diff() > 0).all()
     assert found.codes.max() == 2
