@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,11 @@ def test_a_size_is_followed_by_what_bits_cost(share: float, tmp_path: Path) -> N
 
     plan = plan_of(network())
     free = network()
-    run(trainer(tmp_path / "free", free, plan, **FITTING))
+    longer = {**FITTING, "schedule": replace(FITTING["schedule"], epochs=16)}
+    run(trainer(tmp_path / "free", free, plan, **longer))
     asked = round(share * entropy(free.state_dict(), plan))
     held = network()
-    made = trainer(tmp_path / "held", held, plan, held=Held(asked, entropy), **FITTING)
+    made = trainer(tmp_path / "held", held, plan, held=Held(asked, entropy), **longer)
     run(made)
     assert made.follower is not None
     assert (made.follower.scale > FIRST_PRICE) == (share < 1)
