@@ -33,7 +33,7 @@ from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.precision import autocast_dtype
-from clipq_ray.rates import Held, Price, Ramp, Rates
+from clipq_ray.rates import Held, Ramp, Rates
 from clipq_ray.sending import sent
 
 log = logs.logger(__name__)
@@ -114,11 +114,8 @@ class Trainer:
         found = checkpoints.latest()
         if found:
             self._load_model(found[0])
-        done, scale = (found[1]["progressed"], found[1].get("scale")) if found else (0.0, None)
-        self.rates = (
-            Rates(plan, ramp, held, done=done, scale=scale or 1.0) if plan and not fixed_clips else None
-        )
-        self.follower: Rates | Price | None = Price(plan, held, scale) if plan and fixed_clips else self.rates
+        done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
+        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and not fixed_clips else None
         self.operator: Operator | Levels | None = fixed or (
             Operator(model, plan, self.rates.now, costs) if plan and self.rates else None
         )
@@ -156,7 +153,7 @@ class Trainer:
                 "notes": self.notes,
                 "epochs": self.epochs,
                 "progressed": self.progressed,
-                "scale": self.follower.scale if self.follower else 1.0,
+                "scale": self.rates.scale if self.rates else 1.0,
             }
             self.checkpoints.save(len(self.curve), tensors, state)
 
@@ -238,8 +235,6 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.rate(self._done(epoch, step / steps), epoch + step / steps)
             self._move_rates(self._done(epoch, (step + 1) / steps))
-            if isinstance(self.operator, Levels) and self.follower:
-                self.operator.price = self.follower.scale
             torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
             try:
                 total += self._step(sent(images, self.rank.device), sent(labels, self.rank.device))
@@ -286,19 +281,18 @@ class Trainer:
 
     def _follow_size(self, progress: Progress) -> None:
         """Rank 0 measures what the file would take by now, which can take minutes, so with a sign of life before; all ranks follow."""
-        follower, operator = self.follower, self.operator
-        if follower is None or operator is None or not follower.follows(self.progressed):
+        if self.rates is None or self.operator is None or not self.rates.follows(self.progressed):
             return
-        scale = torch.tensor(follower.scale, dtype=torch.float64, device=self.rank.device)
+        scale = torch.tensor(self.rates.scale, dtype=torch.float64, device=self.rank.device)
         epoch, steps = len(self.curve) + 1, self._steps()
         progress(epoch * steps, self.epochs * steps, f"epoch {epoch} of {self.epochs}")
         if self.rank.rank == 0:
-            with operator.reading_full_precision() if isinstance(operator, Operator) else nullcontext():
+            with self.operator.reading_full_precision():
                 weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
-                scale.fill_(follower.scale_for(weights))
+                scale.fill_(self.rates.scale_for(weights))
         if self.rank.world > 1:
             dist.broadcast(scale, src=0)
-        follower.scale = float(scale)
+        self.rates.scale = float(scale)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step over this rank's images, in micro-batches where memory asks for it; the mean loss, float64 on the device: asking for

@@ -24,6 +24,10 @@ from clipq_ray.operator import Recovery, bake
 from clipq_ray.plan import Plan, Share
 from clipq_ray.quantizer import Quantized
 
+PRICE = 0.1
+"""Of a bit, in squares of the least distance of two of a layer's levels. Without a price rare levels fill up, and a LeNet-5 of 1,470 bytes takes 30 to 55 more; one that
+follows the size of the file from epoch to epoch loses rare levels and brings no bytes back (bench/LOG.md)."""
+
 
 @dataclass
 class _Layer:
@@ -42,8 +46,8 @@ class _Layer:
         for number in range(len(self.levels)):
             yield number, self.kept & (self.codes == number)
 
-    def assign(self, price: float) -> None:
-        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `price` for each bit of its code, in squares of the least
+    def assign(self) -> None:
+        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `PRICE` for each bit of its code, in squares of the least
         distance of two levels; then every level to the mean of its twins."""
         n = [int(mask.sum()) for _, mask in self.masks()]
         gaps = [
@@ -52,7 +56,7 @@ class _Layer:
         least = torch.full_like(self.twin, torch.inf)
         for number, level in enumerate(self.levels):
             bits = math.log2((sum(n) + len(n)) / (n[number] + 1))
-            costs = (self.twin - level).square_().add_(price * min(gaps, default=0.0) * bits)
+            costs = (self.twin - level).square_().add_(PRICE * min(gaps, default=0.0) * bits)
             better = (costs < least) & ((self.twin > 0) == (level > 0))
             self.codes[better] = number
             least = torch.where(better, costs, least)
@@ -81,13 +85,11 @@ class _Layer:
 
 
 class Levels:
-    """The levels and codes of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights. `price`: of a
-    bit, in squares of the least distance of two of a layer's levels.
+    """The levels and codes of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights.
 
     `ModelError` where the plan names a parameter that the network lacks, or a weight is NaN or infinite."""
 
-    def __init__(self, model: nn.Module, plan: Plan, price: float = 0.0) -> None:
-        self.price = price
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._layers = [
             _layer(name, model.get_parameter(name), one) for name, one in bake(model, plan).items()
         ]
@@ -106,7 +108,7 @@ class Levels:
             yield
         with torch.no_grad():
             for one in self._layers:
-                one.assign(self.price)
+                one.assign()
 
     @contextmanager
     def reading_full_precision(self) -> Iterator[None]:

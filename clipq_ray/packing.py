@@ -130,15 +130,12 @@ def usual(source: Source) -> folding.Precision | None:
 
 def file_bytes(
     source: Source, weights: Mapping[str, torch.Tensor], plan: Plan, inventory: Inventory, data: Data,
-    precision: folding.Precision | None, trained: bool = False,
+    precision: folding.Precision | None,
 ) -> int:  # fmt: skip
-    """Bytes of the file that a network of these full-precision weights would make by now (`trained`: quantized ones, with levels that were trained), with grids of
-    `precision`: nothing is evaluated."""
+    """Bytes of the file that a network of these full-precision weights would make by now, with grids of `precision`: nothing is evaluated."""
     model = source.network()
     model.load_state_dict(weights)
-    layers, _ = _coded(
-        source, model, plan, levels.read(weights, plan) if trained else bake(model, plan), data
-    )
+    layers, _ = _coded(source, model, plan, bake(model, plan), data)
     return _bytes(source, model, inventory, data, layers, precision)
 
 

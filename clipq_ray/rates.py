@@ -1,8 +1,8 @@
-"""The pruning rates of a network while it is trained: how they rise to the plan's, and how they, or the price of a code's bits, follow the size of the file.
+"""The pruning rates of a network while it is trained: how they rise to the plan's, and how they follow the size of the file.
 
 A plan for a size is made of layers that were measured one by one before training. What units die and which codes fall together is known afterwards: files
 end up to a fifth beside their plan (bench/LOG.md), and a further round that mends it costs accuracy and time. So, for a size, what the file would take by
-now is measured at ends of epochs, and one number scales the share of weights that every layer keeps, or what bits cost where only codes are trained. Not covered: how a file is measured (`packing`).
+now is measured at ends of epochs, and one number scales the share of weights that every layer keeps. Not covered: how a file is measured (`packing`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ BEGIN, END = 0.5, 0.95
 """Of a schedule, the part in which rates follow the size: not before the network is near its plan, and not when it has no time left to recover."""
 STEP, MOST = 1.1, 2.0
 """What weights may be scaled by after one epoch, and in all: a size further off is a matter for another plan."""
-
-FIRST_PRICE, MOST_PRICE, PRICE_STEP = 0.05, 0.2, 1.5
-"""The first price of a bit, the highest one, and by what it changes after one epoch. From about 0.1 on files of LeNets take no more than with the codes before; far
-beyond, levels are lost that no later epoch brings back."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Held:
-    """The `bytes` that a file is held at; `measure`: those of the file that a network of given weights (quantized ones where codes are trained) would make with a plan."""
+    """The `bytes` that a file is held at; `measure`: those of the file that a network of given full-precision weights would make with a plan."""
 
     bytes: int
     measure: Callable[[Mapping[str, Tensor], Plan], int]
@@ -108,22 +104,3 @@ class Rates:
     def plan(self) -> Plan:
         """The plan with the rates that the ramp ends at, scaled as now: what a training that is cut off on the way up is packed with too."""
         return self._plan.at(self._at(1.0))
-
-
-class Price:
-    """What a bit costs while codes are trained (`levels`): `scale`, in squares of a layer's least distance of two levels. `held`: what the file is held at."""
-
-    def __init__(self, plan: Plan, held: Held | None = None, scale: float | None = None) -> None:
-        self._plan, self._held = plan, held
-        self.scale = FIRST_PRICE if scale is None else scale
-
-    def follows(self, done: float) -> bool:
-        """Whether the size is looked at when a part `done` of the schedule is over."""
-        return self._held is not None and done < 1.0
-
-    def scale_for(self, weights: Mapping[str, Tensor]) -> float:
-        """The price from now on, for a network of these weights: a higher one where its file would be too large."""
-        if self._held is None:
-            return self.scale
-        larger = self._held.measure(weights, self._plan) > self._held.bytes
-        return min(MOST_PRICE, self.scale * (PRICE_STEP if larger else 1 / PRICE_STEP))

@@ -339,7 +339,9 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:
         run.reporter.say(f"pruning rates followed the size: {scale:.3f} of the planned weights")
-    fitted = _fitted(making, tuned, plan, size) if run.config.level_epochs and not rungs_left else None
+    fitted = (
+        _fitted(run, tuned, plan, given.work, number) if run.config.level_epochs and not rungs_left else None
+    )
     with run.reporter.stage(f"pack round {number}"):
         packed = packing.pack(
             run.source, tuned, plan, given.inventory, run.data, given.source_sha256, fitted, making.most_bytes
@@ -357,9 +359,8 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome)
 
 
-def _fitted(making: Making, tuned: Store, plan: Plan, size: Size | None) -> Store:
+def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:
     """The weights of a round with levels and codes that were trained, its clipped weights as they are."""
-    run, most = making.run, making.most_bytes
     config = run.config
     # a decay would draw levels towards zero, which no clipping needs any more
     schedule = replace(
@@ -367,10 +368,7 @@ def _fitted(making: Making, tuned: Store, plan: Plan, size: Size | None) -> Stor
         warmup_epochs=0.0,
         weight_decay=0.0,
     )
-    if size is not None and most is not None:  # half of what the round has left unspent is for vectors
-        size = replace(size, bytes=(size.bytes + most) // 2)
-    number = len(making.done) + 1
-    return stages.trained(run, "levels", schedule, tuned, plan, making.given.work, number, size=size)
+    return stages.trained(run, "levels", schedule, tuned, plan, work, number)
 
 
 def _schedule(config: Config, rungs_left: int, further: bool) -> Schedule:

@@ -128,9 +128,7 @@ def _held(task: TrainTask, data: Data) -> Held | None:
     source, size = task.source, task.size
     return Held(
         size.bytes,
-        lambda weights, plan: file_bytes(
-            source, weights, plan, size.inventory, data, size.precision, task.fixed_clips
-        ),
+        lambda weights, plan: file_bytes(source, weights, plan, size.inventory, data, size.precision),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from clipq_ray.plan import LayerPlan, Plan, Share, Theta
-from clipq_ray.rates import FIRST_PRICE, MOST, MOST_PRICE, STEP, Held, Price, Ramp, Rates
+from clipq_ray.rates import MOST, STEP, Held, Ramp, Rates
 
 PLAN = Plan((LayerPlan("a", Theta(0.5, 2), Share(1, 2)), LayerPlan("b", Theta(0.9, 3), Share(4, 3))))
 RAMP = Ramp((0.1, 0.9), 0.5)
@@ -85,31 +85,3 @@ def test_a_training_that_is_cut_off_on_the_way_up_has_the_rates_that_were_planne
 def test_rates_of_a_checkpoint_are_those_that_it_was_written_with() -> None:
     rates = settled(640)
     assert Rates(PLAN, None, Held(640, nonzeros), done=1.0, scale=rates.scale).now == rates.now
-
-
-@pytest.mark.parametrize("asked", [430, 500, 600])
-def test_a_price_ends_where_the_file_has_the_size_that_it_is_held_at(asked: int) -> None:
-    sizes = []
-
-    def entropy(weights: Mapping[str, Tensor], plan: Plan) -> int:
-        sizes.append(round(300 + 400 / (1 + price.scale / FIRST_PRICE)))
-        return sizes[-1]
-
-    price = Price(PLAN, Held(asked, entropy))
-    for epoch in range(1, 12):
-        assert price.follows(epoch / 12)
-        price.scale = price.scale_for({})
-    assert min(sizes[-2:]) <= asked <= max(sizes[-2:])
-    assert not price.follows(1.0)
-
-
-def test_a_price_stays_where_levels_survive_it() -> None:
-    price = Price(PLAN, Held(10, nonzeros), MOST_PRICE / 1.2)
-    assert price.scale_for({}) == MOST_PRICE
-
-
-def test_without_a_size_the_price_stays() -> None:
-    price = Price(PLAN)
-    assert not price.follows(0.5)
-    assert price.scale_for({}) == price.scale == FIRST_PRICE
-    assert Price(PLAN, scale=0.2).scale == 0.2
