@@ -25,7 +25,7 @@ from clipq_ray.plan import Plan, Share
 from clipq_ray.quantizer import Quantized
 
 PRICE = 0.1
-"""Of a bit, in squares of the least distance of two of a layer's levels. Without a price rare levels fill up, and a LeNet-5 of 1,470 bytes takes 30 to 55 more; one that
+"""Of a bit, in the mean square of the distances of a layer's neighbouring levels. Without a price rare levels fill up, and a LeNet-5 of 1,470 bytes takes 30 to 55 more; one that
 follows the size of the file from epoch to epoch loses rare levels and brings no bytes back (bench/LOG.md)."""
 
 
@@ -47,16 +47,17 @@ class _Layer:
             yield number, self.kept & (self.codes == number)
 
     def assign(self) -> None:
-        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `PRICE` for each bit of its code, in squares of the least
-        distance of two levels; then every level to the mean of its twins."""
+        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `PRICE` for each bit of its code, in the mean square of the
+        distances of neighbouring levels; then every level to the mean of its twins."""
         n = [int(mask.sum()) for _, mask in self.masks()]
         gaps = [
             (after - before) ** 2 for before, after in pairwise(self.levels.tolist()) if before * after > 0
         ]
+        gap = sum(gaps) / max(1, len(gaps))
         least = torch.full_like(self.twin, torch.inf)
         for number, level in enumerate(self.levels):
             bits = math.log2((sum(n) + len(n)) / (n[number] + 1))
-            costs = (self.twin - level).square_().add_(PRICE * min(gaps, default=0.0) * bits)
+            costs = (self.twin - level).square_().add_(PRICE * gap * bits)
             better = (costs < least) & ((self.twin > 0) == (level > 0))
             self.codes[better] = number
             least = torch.where(better, costs, least)
