@@ -1,11 +1,12 @@
 """Levels and codes fitted to the loss, where what is clipped stays clipped.
 
 While a network is trained with the operator, weights change sides at the threshold to the end, each by a whole level, and levels are what quantizing moves least, not
-what the loss likes best. `Levels` takes the operator's place in a training behind it, in which only kept weights move: each has the level next to its full-precision twin, and a level is the mean
-of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
+what the loss likes best. `Levels` takes the operator's place in a training behind it, in which only kept weights move: each has the level next to its full-precision twin,
+rare ones a little further off, since their codes take more bits, and a level is the mean of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
 All else that a network learns (biases, batch norm) is trained along. A file differs by what other codes, vectors and grids take.
 
-Source: Han et al., ICLR 2016, section 3 (levels trained), and Esser et al., ICLR 2020, section 2.2 (the scale of their gradient). Not covered: the schedule (`finetune`).
+Source: Han et al., ICLR 2016, section 3 (levels trained), and Esser et al., ICLR 2020, section 2.2 (the scale of their gradient), Chou et al. 1989 (bits in the
+distance). Not covered: the schedule (`finetune`).
 """
 
 from __future__ import annotations
