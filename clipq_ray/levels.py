@@ -63,9 +63,10 @@ class _Layer:
             self.codes[better] = number
             least = torch.where(better, costs, least)
         for number, mask in self.masks():
-            # a level that nothing has is there for weights that come
-            if (there := mask.sum()) > 0:
-                self.levels[number] = (self.twin * mask).sum(dtype=torch.float64) / there
+            # a level that nothing has is there for weights that come; none leaves its side of zero, where a layer of one side may have no place for it
+            total = (self.twin * mask).sum(dtype=torch.float64)
+            if total * self.levels[number] > 0:
+                self.levels[number] = total / mask.sum()
         self.put()
 
     def put(self) -> None:

@@ -93,6 +93,16 @@ def test_a_rare_level_gets_weights_only_where_it_is_nearer_by_what_its_bits_cost
     assert (model["w"].detach()[1:3] > 0.5).tolist() == [False, True]
 
 
+def test_a_level_of_a_layer_of_one_side_does_not_leave_it() -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([0.3, 0.35, 0.9]))})
+    plan = make_plan(model, {"w": Theta(0.0, 2)})
+    trained = Levels(model, plan)
+    with trained.full_precision(), torch.no_grad():
+        model["w"].fill_(-1.0)
+    assert (model["w"].detach() > 0).all()
+    assert levels.read({"w": model["w"].detach()}, plan)["w"].codes.min() > 0
+
+
 def test_clipped_weights_stay_zero_levels_stay_few_codes_change_and_the_loss_falls(tmp_path: Path) -> None:
     model = network()
     plan = plan_of(model)
