@@ -1,4 +1,4 @@
-"""The header of a .clq file: which tensors lie where, and free metadata; of version 2, and of version 1 for reading.
+"""The header of a .clq file: which tensors lie where, and free metadata; of version 3, and of the versions before for reading.
 
 The layout is in SPEC.md. Every damage is an `ArtifactError`, and nothing is promised that the file's size cannot carry. Not covered: blobs.
 """
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipq_ray.codec import metadata, varint
+from clipq_ray.codec.dictionaries import DICTIONARIES
 from clipq_ray.errors import ArtifactError
 
 MAGIC = b"CLQ"
-VERSION = 2
+VERSION = 3
 FEATURES: frozenset[str] = frozenset()
-"""What a file may ask for by `needs` beyond what version 2 has."""
+"""What a file may ask for by `needs` beyond what the version has."""
 JSON_LIMIT = 1 << 24
 """A header's JSON is at most 16 MiB when unpacked."""
 MARKS_FREE, DEPTH_LIMIT, DIGITS_LIMIT = 1 << 17, 64, 32
@@ -38,30 +39,6 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 _SIZE_BITS = 48
 _SOURCE = re.compile(r"[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # could steer the terminal that a name is printed on
-
-DICTIONARY_1 = (
-    b'{"t":[["features.classifier.downsample.0.weight","linear.weight",[64,64,3,3],"q",'
-    b'["layer3.1.bn2.running_var",[32],"f2",["layer2.1.bn1.running_mean",[16],"f2",["conv2.weight",[16,6,5,5],"q",'
-    b'["fc1.weight",[120,400],"q",["conv1.bias",[6],"f2",]],"m":{"architecture":{"name":"resnet","kwargs":{"num_classes":1000'
-    b',"name":"lenet5","kwargs":{"num_classes":10}},"classes":10,"input":{"shape":[3,224,224],"resize":256,"mean":[0.485,0.456,0.406],'
-    b'"std":[0.229,0.224,0.225]},"input":{"shape":[1,28,28],"resize":null,"mean":[0.1307],"std":[0.3081]},"source":"'
-)
-DICTIONARY_2 = (
-    b'"airplane","automobile","bird","cat","deer","dog","frog","horse","ship","truck"]}}"class_names":["ties":{"dropped":["needs":['
-    b'"name":"googlenet","name":"mobilenet_v2","name":"vgg16","name":"alexnet","name":"lenet_300_100","name":"lenet5_caffe","name":"lenet5",'
-    b'"classes":1000,"kwargs":{"num_classes":1000}},"kwargs":{}},'
-    b'"input":{"shape":[1,28,28],"resize":null,"mean":[0.1307],"std":[0.3081]}}}'
-    b'"input":{"shape":[3,224,224],"resize":256,"mean":[0.485,0.456,0.406],"std":[0.229,0.224,0.225]}}}'
-    b'"inception3a.branch2.1.conv.weight","features.0.weight","features.18.conv.1.0.weight","classifier.6.weight",'
-    b'"fc2.weight","fc3.weight","conv2.weight","layer4.2.downsample.0.weight","layer3.0.conv3.weight","layer2.1.conv2.weight",'
-    b"[128,128,3,3],[512,128,1,1],[256,256,3,3],[1024,256,1,1],[512,512,3,3],[2048,512,1,1],[120,400],[16,6,5,5],"
-    b'[64,64,3,3],[64,32,3,3],[32,32,3,3],[32,16,3,3],[16,16,3,3],[16,3,3,3]]],"c":["q","qh","a","ah","mh","ah","mh","ah"],"k":"q","k":"a",'
-    b'"b":[["layer4.0.bn3",512],["layer4.0.downsample.1",2048],["layer3.2.bn2",64],["layer2.2.bn1",32],["layer1.2.bn2",16]],'
-    b'"v":[["conv1.bias",[6]],["fc1.bias",[120]],["classifier.6.bias",[1000]],["fc.bias",[1000]],["linear.bias",[10]]],'
-    b'"m":{"architecture":{"name":"resnet50","kwargs":{"num_classes":10}},"classes":10,"input":{"shape":[3,32,32],"resize":null,"mean":[0.4,"std":[0.2'
-    b'{"n":["conv1.weight","layer1.0.conv1.weight","layer1.0.conv2.weight","linear.weight"],"s":[['
-)
-"""What headers have in common; part of the format, never changed within a version."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +119,7 @@ def build(described: Mapping[str, Any], table: Table, sizes: Iterable[int], pad:
         raise ArtifactError(
             f"expected a header of at most {JSON_LIMIT} bytes, got {len(text)}; shorten the metadata"
         )
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=DICTIONARY_2)
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=DICTIONARIES[VERSION])
     tail = b"".join(map(varint.write, sizes)) + (bytes.fromhex(str(source)) if binary else b"")
     header = squeeze.compress(text) + squeeze.flush() + tail
     return PREFIX.pack(MAGIC, VERSION, len(header), zlib.crc32(header)) + header
@@ -170,7 +147,7 @@ def parse(data: bytes, file_bytes: int) -> Header:
     if PREFIX.size + len(packed) != end or zlib.crc32(packed) != crc:
         raise ArtifactError("the header of the .clq file is damaged or cut off; fetch the file again")
     try:
-        unpack = zlib.decompressobj(-15, zdict=DICTIONARY_1 if version == 1 else DICTIONARY_2)
+        unpack = zlib.decompressobj(-15, zdict=DICTIONARIES[version])
         text = unpack.decompress(packed, JSON_LIMIT)
         if not unpack.eof:
             raise ArtifactError("the header of the .clq file does not end where it should")
@@ -184,7 +161,7 @@ def parse(data: bytes, file_bytes: int) -> Header:
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         if not isinstance(content["m"], dict):
             raise ArtifactError("the metadata of the .clq file is no object")
-        table, sizes = _version_1(content) if version == 1 else _version_2(content, unpack.unused_data)
+        table, sizes = _version_1(content) if version == 1 else _since_2(content, unpack.unused_data)
         if version == 1 and unpack.unused_data:
             raise ArtifactError("the header of the .clq file does not end where it should")
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -234,7 +211,7 @@ def _version_1(content: dict[str, Any]) -> tuple[Table, list[int]]:
     return Table([(name, _shape(shape), coder) for name, shape, coder, _ in rows]), [row[3] for row in rows]
 
 
-def _version_2(content: dict[str, Any], tail: bytes) -> tuple[Table, list[int]]:
+def _since_2(content: dict[str, Any], tail: bytes) -> tuple[Table, list[int]]:
     needs = _lists(
         content.get("needs", [])
     )  # first: what else stands there may follow rules that are not known here

@@ -88,7 +88,7 @@ def _sizes(rng: Random, draft: Draft) -> None:
     sizes[at] += change
     if rng.random() < 0.5:
         sizes[rng.randrange(len(sizes))] -= change
-    if draft.version == 2:
+    if draft.version > 1:
         sizes = [max(size, 0) for size in sizes]
     elif rng.random() < 0.1:
         sizes = [int("9" * rng.choice((40, 4300)))] * len(sizes)
@@ -293,7 +293,7 @@ def _huge(rng: Random, draft: Draft) -> None:
         if coder.strip("vh") in "qb"
         else b"\0\1" + words
     )
-    draft.version, draft.source, draft.content = 2, b"", {"m": {}}
+    draft.version, draft.source, draft.content = 3, b"", {"m": {}}
     if coder == "b":
         draft.content |= {"b": [["x", count // 4]], "k": "q"}
         draft.blobs = [bytes(6)]

@@ -16,6 +16,7 @@ import numpy as np
 
 from clipq_ray import codec
 from clipq_ray.codec import coders, header, layers, plain, varint, vectors
+from clipq_ray.codec.dictionaries import DICTIONARIES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1-small.clq"
 
@@ -87,17 +88,16 @@ class Case:
 
 
 def packed_header(text: bytes, version: int) -> bytes:
-    known = header.DICTIONARY_1 if version == 1 else header.DICTIONARY_2
-    squeeze = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zdict=known)
+    squeeze = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zdict=DICTIONARIES[version])
     return squeeze.compress(text) + squeeze.flush()
 
 
 def parts(data: bytes) -> Seed:
     """A valid file taken apart."""
     found = header.parse(data, len(data))
-    unpack = zlib.decompressobj(-15, zdict=header.DICTIONARY_1 if data[3] == 1 else header.DICTIONARY_2)
+    unpack = zlib.decompressobj(-15, zdict=DICTIONARIES[data[3]])
     text = unpack.decompress(data[12 : found.bytes])
-    source = unpack.unused_data[-32:] if "source" in found.metadata and data[3] == 2 else b""
+    source = unpack.unused_data[-32:] if "source" in found.metadata and data[3] > 1 else b""
     blobs = tuple(data[entry.offset + 4 : entry.offset + entry.bytes] for entry in found.entries)
     return Seed(data, data[3], text, source, blobs, tuple(entry.coder for entry in found.entries))
 
@@ -112,7 +112,7 @@ def _layer(shape: tuple[int, ...], negative: int, positive: int, number: int) ->
 
 
 def _file(
-    tensors: dict[str, tuple[tuple[int, ...], str, bytes]], grids: str = "", metadata: dict[str, Any] | None = None, version: int = 2
+    tensors: dict[str, tuple[tuple[int, ...], str, bytes]], grids: str = "", metadata: dict[str, Any] | None = None, version: int = 3
 ) -> bytes:  # fmt: skip
     rows = [(name, shape, coder) for name, (shape, coder, _) in tensors.items()]
     blobs = [blob for _, _, blob in tensors.values()]
@@ -136,7 +136,7 @@ def _file(
 
 
 def files() -> list[bytes]:
-    """Small valid files: every coder, every plain type, both versions, norms, vectors, a hash, borders."""
+    """Small valid files: every coder, every plain type, all versions, norms, vectors, a hash, borders."""
     shapes = (
         (3, 2, 3, 3),
         (5, 6),
@@ -160,7 +160,7 @@ def files() -> list[bytes]:
             one = one.halved()
         bias = (shape[:1], *plain.write(np.ones(shape[0], np.float32)))
         tensors = {"w": (shape, coder, layers.write(one, coder)), "b": bias}
-        found += [_file(tensors, version=version, metadata={"classes": 3}) for version in (1, 2)]
+        found += [_file(tensors, version=version, metadata={"classes": 3}) for version in DICTIONARIES]
     kinds = {kind: np.array([[1, 0]], kind) for kind in ("f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")}
     kinds |= {"f2": np.array(0.5, np.float32), "f4": np.array([1e-30, 1], np.float32), "no": np.ones((0, 3))}
     found.append(_file({name: (one.shape, *plain.write(one)) for name, one in kinds.items()}))

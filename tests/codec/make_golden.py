@@ -1,8 +1,8 @@
-"""Writes v2-every-coder.clq and v2-trimmed.clq in tests/golden, the files of version 2 that every later version must open.
+"""Writes v3-every-coder.clq and v3-trimmed.clq in tests/golden, the files of version 3 that every later version must open.
 
 `python tests/codec/make_golden.py` makes the same bytes each time: all values stand here or follow from integers, none are drawn. Run it
-only for a new version of the format, under a new name; a golden file in the repository never changes. v1-small.clq beside it was
-written so by version 1, which nothing writes any more; `test_promises` states its content.
+only for a new version of the format, under a new name; a golden file in the repository never changes. Those of version 2 hold the same; v1-small.clq
+was written so by version 1. Nothing writes these versions any more; `test_promises` states their content.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def grids() -> dict[str, codec.Vector]:
 
 
 def build() -> bytes:
-    """v2-every-coder.clq; `codec.encode` would choose the coders by size."""
+    """v3-every-coder.clq; `codec.encode` would choose the coders by size."""
     rows, blobs = _rows(coded())
     for name, array in plain_tensors().items():
         coder, blob = plain.write(array)
@@ -144,7 +144,7 @@ def build() -> bytes:
 
 
 def build_trimmed() -> bytes:
-    """v2-trimmed.clq."""
+    """v3-trimmed.clq."""
     rows, blobs = _rows(trimmed())
     return _file({}, header.Table(rows, [], [], ""), blobs)
 
@@ -161,7 +161,7 @@ def _file(metadata: dict[str, Any], table: header.Table, blobs: list[bytes]) -> 
     return header.build(metadata, table, map(len, blobs)) + b"".join(checked)
 
 
-FILES = {"v2-every-coder.clq": build, "v2-trimmed.clq": build_trimmed}
+FILES = {"v3-every-coder.clq": build, "v3-trimmed.clq": build_trimmed}
 
 if __name__ == "__main__":
     for path, data in ((GOLDEN / name, make()) for name, make in FILES.items()):

@@ -18,7 +18,9 @@ from spec_coders import CODERS, Cursor, Refused, demand
 from spec_coders import codes as coded
 
 SPEC = Path(__file__).resolve().parents[2] / "clipq_ray" / "codec" / "SPEC.md"
-DICTIONARIES = [block.replace("\n", "").encode("ascii") for block in SPEC.read_text().split("```\n")[1::2]]
+DICTIONARY_3, DICTIONARY_2, DICTIONARY_1 = (
+    block.replace("\n", "").encode("ascii") for block in SPEC.read_text().split("```\n")[1::2]
+)
 PLAIN = {"f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "b1": "B"}
 
 LAYERS = {letter + trim + half for letter in CODERS for trim in ("", "t") for half in ("", "h")}
@@ -37,13 +39,15 @@ class Tensor:
 
 def decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of a file."""
-    demand(len(data) >= 12 and data[:3] == b"CLQ" and data[3] in (1, 2), "not a .clq file of version 1 or 2")
+    demand(
+        len(data) >= 12 and data[:3] == b"CLQ" and data[3] in (1, 2, 3), "not a .clq file of version 1 to 3"
+    )
     size, checksum = struct.unpack("<II", data[4:12])
     cursor = Cursor(data)
     cursor.take(12)
     packed = cursor.take(size)
     demand(zlib.crc32(packed) == checksum, "checksum of the header")
-    header, sizes = (_header_1 if data[3] == 1 else _header_2)(packed, len(data))
+    header, sizes = _header_1(packed, len(data)) if data[3] == 1 else _header(packed, data[3], len(data))
     _check(header, len(data))
     blobs = []
     for size in sizes:
@@ -97,7 +101,7 @@ def _depth(value: Any) -> int:
 
 
 def _header_1(packed: bytes, length: int) -> tuple[dict[str, Any], list[int]]:
-    header, behind = _json(packed, DICTIONARIES[1], length)
+    header, behind = _json(packed, DICTIONARY_1, length)
     table: Any = header.get("t")
     demand(not behind, "bytes behind the header's stream")
     demand(isinstance(table, list) and all(isinstance(row, list) and len(row) == 4 for row in table), "t")
@@ -106,8 +110,8 @@ def _header_1(packed: bytes, length: int) -> tuple[dict[str, Any], list[int]]:
     return {"n": names, "s": shapes, "c": coders, "b": [], "v": [], "k": "", "m": header["m"]}, sizes
 
 
-def _header_2(packed: bytes, length: int) -> tuple[dict[str, Any], list[int]]:
-    header, behind = _json(packed, DICTIONARIES[0], length)
+def _header(packed: bytes, version: int, length: int) -> tuple[dict[str, Any], list[int]]:
+    header, behind = _json(packed, DICTIONARY_2 if version == 2 else DICTIONARY_3, length)
     header = {"n": [], "s": [], "c": [], "b": [], "v": [], "needs": [], "k": ""} | header
     demand(all(isinstance(header[key], list) for key in ("n", "s", "c", "b", "v", "needs")), "no lists")
     demand(not header["needs"], f"needs {header['needs']}")

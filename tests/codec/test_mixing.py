@@ -175,7 +175,7 @@ def test_an_unknown_coder_is_named() -> None:
     layer = codec.CodedLayer(np.ones((2, 2), np.int16), np.array([0, 1], np.float32), 0)
     data = codec.encode(codec.Packed({}, {"w": layer}))
     assert codec.decode(data).tensors["w"].codes.tolist() == [[1, 1], [1, 1]]  # type: ignore[union-attr]
-    for version in (1, 2):
+    for version in (1, 2, 3):
         with pytest.raises(ArtifactError, match="this file needs coder zz; use a newer clipq_ray"):
             codec.decode(one_tensor([0], "zz", b"", version))
 

@@ -16,6 +16,7 @@ from crafted import crafted, one_tensor
 
 from clipq_ray import codec, models
 from clipq_ray.codec import header, layers, static
+from clipq_ray.codec.dictionaries import DICTIONARIES
 from clipq_ray.errors import ArtifactError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -23,12 +24,14 @@ SHA256 = {
     "v1-small.clq": "31451774bd5ee918784c9be27f3bc454bc629a4b133e496c29d36e85cc89a461",
     "v2-every-coder.clq": "c6683d7816437fc356edd51c49485966b223083fb14a5ab40f702a12163cd22e",
     "v2-trimmed.clq": "2a1ce7d314a41ea6e923cc8d63243816a5ae8db928824e85b1c00b2ad6e7feb1",
+    "v3-every-coder.clq": "2778a4bbb97d25ff0acab8389640c9b7891816d1786b048227a247d8be3179b6",
+    "v3-trimmed.clq": "a1fea42968404945ba73db897d299519b2650425891f371a6ae09ecb316c8254",
 }
 CONSTANT = bytes((1, 1)) + struct.pack("<2f", -1, 1) + b"\x00\x80\x80\x01"
 """A coder-q blob in which every code is 0."""
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize(
     ("shape", "coder", "blob"),
     [
@@ -65,7 +68,7 @@ def test_a_hostile_entry_with_right_checksums_is_a_named_error(
 
 
 def test_what_the_entries_are_made_of_is_accepted() -> None:
-    for version in (1, 2):
+    for version in (1, 2, 3):
         assert codec.arrays(one_tensor([4], "q", CONSTANT, version))["w"].tolist() == [0, 0, 0, 0]
 
 
@@ -108,7 +111,7 @@ def test_two_tensors_of_one_name_are_a_named_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "byte", "word"), [(0, b"X", "CLQ"), (3, b"\3", "newer"), (3, b"\0", "version 1 to 2")]
+    ("at", "byte", "word"), [(0, b"X", "CLQ"), (3, b"\4", "newer"), (3, b"\0", "version 1 to 3")]
 )
 def test_another_magic_or_version_is_named(at: int, byte: bytes, word: str) -> None:
     data = crafted({"m": {}})
@@ -116,7 +119,7 @@ def test_another_magic_or_version_is_named(at: int, byte: bytes, word: str) -> N
         codec.decode(data[:at] + byte + data[at + 1 :])
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -163,10 +166,11 @@ def test_layers_longer_than_a_piece_of_the_coder_come_back(
     np.testing.assert_array_equal(after.values(), codes.astype(np.float32))
 
 
-def test_a_header_for_lenet5_with_all_its_metadata_is_below_150_bytes() -> None:
+@pytest.mark.parametrize(("network", "most"), [("lenet5", 130), ("lenet5_caffe", 75), ("lenet_300_100", 75)])
+def test_a_header_with_all_its_metadata_is_small(network: str, most: int) -> None:
     blank = {
         name: tuple(value.shape)
-        for name, value in models.build(models.Architecture("lenet5", {"num_classes": 10}))
+        for name, value in models.build(models.Architecture(network, {"num_classes": 10}))
         .state_dict()
         .items()
     }
@@ -178,13 +182,13 @@ def test_a_header_for_lenet5_with_all_its_metadata_is_below_150_bytes() -> None:
         for name, shape in blank.items()
     }  # fmt: skip
     metadata = {
-        "architecture": {"name": "lenet5", "kwargs": {"num_classes": 10}},
+        "architecture": {"name": network, "kwargs": {"num_classes": 10}},
         "classes": 10,
         "input": {"shape": [1, 28, 28], "resize": None, "mean": [0.1307], "std": [0.3081]},
         "source": hashlib.sha256(b"weights").hexdigest(),
     }
     data = codec.encode(codec.Packed(metadata, tensors))
-    assert 12 + int.from_bytes(data[4:8], "little") < 150
+    assert header.extent(data) < most
     assert codec.metadata(data) == metadata
     found = [name for entry in codec.entries(data) for name in entry.tensors]
     assert found == sorted(blank, key=lambda name: len(blank[name]) == 1)
@@ -193,7 +197,7 @@ def test_a_header_for_lenet5_with_all_its_metadata_is_below_150_bytes() -> None:
 def test_the_specification_holds_the_dictionaries() -> None:
     text = Path(header.__file__).with_name("SPEC.md").read_text()
     blocks = [block.replace("\n", "").encode("ascii") for block in text.split("```\n")[1::2]]
-    assert blocks == [header.DICTIONARY_2, header.DICTIONARY_1]
+    assert blocks == [DICTIONARIES[version] for version in (3, 2, 1)]
     for block in blocks:
         assert f"{zlib.crc32(block):08x}" in text
         assert f"{len(block)} bytes of ASCII" in text
@@ -214,14 +218,16 @@ def take_equal(found: dict[str, Any], made: dict[str, tuple[codec.CodedLayer, st
         np.testing.assert_array_equal(one.levels, before.levels)
 
 
-def test_the_golden_file_of_trimmed_layers_opens_forever() -> None:
-    found = codec.decode((GOLDEN / "v2-trimmed.clq").read_bytes()).tensors
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_golden_files_of_trimmed_layers_open_forever(version: int) -> None:
+    found = codec.decode((GOLDEN / f"v{version}-trimmed.clq").read_bytes()).tensors
     take_equal(found, make_golden.trimmed())
     assert not found
 
 
-def test_the_golden_file_of_version_2_opens_forever() -> None:
-    after = codec.decode((GOLDEN / "v2-every-coder.clq").read_bytes())
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_golden_files_of_every_coder_open_forever(version: int) -> None:
+    after = codec.decode((GOLDEN / f"v{version}-every-coder.clq").read_bytes())
     assert after.metadata == make_golden.METADATA
     assert after.norms == make_golden.NORMS
     take_equal(after.tensors, make_golden.coded())
@@ -234,12 +240,14 @@ def test_the_golden_file_of_version_2_opens_forever() -> None:
     assert not after.tensors
 
 
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize(("name", "build"), make_golden.FILES.items())
-def test_the_golden_files_of_version_2_are_written_the_same_forever(
-    name: str, build: Callable[[], bytes]
+def test_the_golden_files_are_written_the_same_forever(
+    name: str, build: Callable[[], bytes], version: int
 ) -> None:
     """The blobs; how far zlib packs a header is its own affair."""
-    data, again = (GOLDEN / name).read_bytes(), build()
+    data, again = (GOLDEN / name.replace("v3", f"v{version}")).read_bytes(), build()
+    assert (data[3], again[3]) == (version, 3)
     assert again[header.extent(again) :] == data[header.extent(data) :]
 
 
