@@ -5,6 +5,8 @@ Not covered: the coders (`coders`), and which tensors are layers (`container`).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +18,18 @@ from clipq_ray.errors import ArtifactError
 from clipq_ray.plan import Share
 from clipq_ray.quantizer import Quantized
 
-CODERS = tuple(letter + trim + half for letter in coders.LETTERS for trim in ("", "t") for half in ("", "h"))
-"""With "t", rows and columns at the end that hold zeros only are left out; with "h", levels are float16."""
+CODERS = tuple(
+    letter + view + trim + half
+    for letter in coders.LETTERS
+    for view in ("", "k")
+    for trim in ("", "t")
+    for half in ("", "h")
+)
+"""With "k", the columns of a matrix are pixels and coded as kernels; with "t", rows and columns at the end that hold zeros only are left out; with "h", levels are float16."""
 _SIDE_BITS = 48
+_WIDEST, _ROWS_LOOKED_AT, _ALIKE = 32, 256, 1.2
+"""Columns are tried as square images of at most so many pixels a side, where in the first so many rows non-zeros that one line of pixels lies between are so much more frequent
+than those at the usual distance up to there: 2.5 times in the first layer of a LeNet-300-100, which then takes 10 % less; 1.1 to 1.7 behind 4 x 4 pixels (up to 2 %)."""
 _PIECE = 1 << 15
 """Codes that become values at a time: their indices stay in the cache."""
 
@@ -87,14 +98,46 @@ def layer_bytes(layer: CodedLayer, profile: Profile = "fast") -> int:
 
 def smallest(layer: CodedLayer, profile: Profile = "fast") -> tuple[str, bytes]:
     """The coder that takes fewest bytes for `layer`, float16 levels where they are exact, and its blob without checksum."""
-    letter, codes = coders.smallest(layer.codes, layer.negative, layer.positive, profile)
-    part = _trimmed(layer.codes)
-    if part.size < layer.codes.size:
-        other, rest = coders.smallest(part, layer.negative, layer.positive, profile)
-        if len(_sides(part)) + len(rest) < len(codes):
-            letter, codes = other + "t", _sides(part) + rest
-    coder = letter + ("h" if _are_half(layer.levels) else "")
-    return coder, _levels(layer, coder) + codes
+    made = []
+    for marks, numbers, codes in _views(layer.codes):
+        letter, data = coders.smallest(codes, layer.negative, layer.positive, profile)
+        made.append((letter + marks, numbers + data))
+    coder, data = min(made, key=lambda one: len(one[1]))
+    coder += "h" if _are_half(layer.levels) else ""
+    return coder, _levels(layer, coder) + data
+
+
+def _views(codes: npt.NDArray[np.int16]) -> Iterator[tuple[str, bytes, npt.NDArray[np.int16]]]:
+    """What may be coded in place of a layer's codes: the marks behind the coder's letter, the numbers that say how they are seen, and these codes."""
+    for kernel in ((), *_kernels(codes)):
+        seen = _as_kernels(codes, kernel)
+        marks, numbers = "k" if kernel else "", b"".join(map(varint.write, kernel))
+        yield marks, numbers, seen
+        part = _trimmed(seen)
+        if part.size < seen.size:
+            yield marks + "t", numbers + _sides(part), part
+
+
+def _kernels(codes: npt.NDArray[np.int16]) -> Iterator[tuple[int, int]]:
+    """The height and width of the images that the columns of a matrix seem to be, if they do."""
+    columns = codes.shape[1] if codes.ndim == 2 else 0
+    sides = [side for side in range(2, _WIDEST + 1) if columns and columns % (side * side) == 0]
+    if not sides:
+        return
+    used = (codes[:_ROWS_LOOKED_AT] != 0).astype(np.float32)
+    often = used.mean(0)
+    found = {}
+    for distance in range(1, min(_WIDEST, columns - 1) + 1):
+        together = float((used[:, distance:] * used[:, :-distance]).mean(0).sum())
+        found[distance] = together / max(float((often[distance:] * often[:-distance]).sum()), 1e-9)
+    best = max(sides, key=lambda side: found.get(side, 0.0))
+    if found.get(best, 0.0) > _ALIKE * float(np.median(list(found.values()))):
+        yield best, best
+
+
+def _as_kernels(codes: npt.NDArray[np.int16], kernel: tuple[int, ...]) -> npt.NDArray[np.int16]:
+    """A matrix (r, c) as (r, c / (h w), h, w); as it is without a kernel (h, w)."""
+    return codes.reshape(len(codes), codes.shape[1] // math.prod(kernel), *kernel) if kernel else codes
 
 
 def _trimmed(codes: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
@@ -123,13 +166,15 @@ def _levels(layer: CodedLayer, coder: str) -> bytes:
     return bytes((layer.negative, layer.positive)) + values.tobytes()
 
 
-def write(layer: CodedLayer, coder: str = "q") -> bytes:
-    """The blob of `layer` by `coder`, one of `CODERS`, without checksum."""
-    codes, sides = layer.codes, b""
+def write(layer: CodedLayer, coder: str = "q", kernel: tuple[int, int] = (1, 1)) -> bytes:
+    """The blob of `layer` by `coder`, one of `CODERS`, without checksum; `kernel`: what the columns are with "k"."""
+    codes, numbers = layer.codes, b""
+    if "k" in coder:
+        codes, numbers = _as_kernels(codes, kernel), b"".join(map(varint.write, kernel))
     if "t" in coder:
         codes = _trimmed(codes)
-        sides = _sides(codes)
-    return _levels(layer, coder) + sides + coders.encode(coder[0], codes, layer.negative, layer.positive)
+        numbers += _sides(codes)
+    return _levels(layer, coder) + numbers + coders.encode(coder[0], codes, layer.negative, layer.positive)
 
 
 def read(blob: bytes, shape: tuple[int, ...], coder: str = "q") -> CodedLayer:
@@ -142,16 +187,27 @@ def read(blob: bytes, shape: tuple[int, ...], coder: str = "q") -> CodedLayer:
     if len(blob) < at:
         raise ArtifactError("a level table is cut off")
     levels = np.insert(np.frombuffer(blob[2:at], kind).astype(np.float32), negative, np.float32(0.0))
-    part = list(shape)
-    for axis in range(min(len(shape), 2) if "t" in coder else 0):
+    seen, at = _seen(blob, at, shape) if "k" in coder else (shape, at)
+    part = list(seen)
+    for axis in range(min(len(seen), 2) if "t" in coder else 0):
         part[axis], at = varint.read(blob, at, _SIDE_BITS)
-        if part[axis] > shape[axis]:
+        if part[axis] > seen[axis]:
             raise ArtifactError(
-                f"expected at most {shape[axis]} of a layer's rows or columns, got {part[axis]}"
+                f"expected at most {seen[axis]} of a layer's rows or columns, got {part[axis]}"
             )
     codes = coders.decode(coder[0], blob[at:], tuple(part), negative, positive)
-    if tuple(part) != shape:
-        whole = np.zeros(shape, np.int16)
+    if tuple(part) != seen:
+        whole = np.zeros(seen, np.int16)
         whole[tuple(slice(side) for side in part)] = codes
         codes = whole
-    return CodedLayer(codes, levels, negative)
+    return CodedLayer(codes.reshape(shape), levels, negative)
+
+
+def _seen(blob: bytes, at: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """The shape that a matrix was coded in, as kernels, and where what follows begins."""
+    height, at = varint.read(blob, at, _SIDE_BITS)
+    width, at = varint.read(blob, at, _SIDE_BITS)
+    pixels = height * width
+    if len(shape) != 2 or not 0 < pixels <= max(shape[1], 1) or shape[1] % pixels:
+        raise ArtifactError(f"expected a matrix of images of {height} x {width}, got the shape {list(shape)}")
+    return (shape[0], shape[1] // pixels, height, width), at

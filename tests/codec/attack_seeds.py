@@ -152,14 +152,20 @@ def files() -> list[bytes]:
         (7, 3),
     )
     found = []
-    for number, (coder, shape) in enumerate(zip(layers.CODERS, shapes, strict=True)):
+    plain_views = [coder for coder in layers.CODERS if "k" not in coder]
+    cases = [(coder, shape, (1, 1)) for coder, shape in zip(plain_views, shapes, strict=True)]
+    cases += [
+        (coder, (4, 8), (2, 1 + number % 2))
+        for number, coder in enumerate(coder for coder in layers.CODERS if "k" in coder)
+    ]
+    for number, (coder, shape, kernel) in enumerate(cases):
         one = _layer(shape, number % 3, 2 + 5 * (number // 2), number)
         if "t" in coder:
             one.codes[-2:] = 0
         if coder.endswith("h"):
             one = one.halved()
         bias = (shape[:1], *plain.write(np.ones(shape[0], np.float32)))
-        tensors = {"w": (shape, coder, layers.write(one, coder)), "b": bias}
+        tensors = {"w": (shape, coder, layers.write(one, coder, kernel)), "b": bias}
         found += [_file(tensors, version=version, metadata={"classes": 3}) for version in DICTIONARIES]
     kinds = {kind: np.array([[1, 0]], kind) for kind in ("f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")}
     kinds |= {"f2": np.array(0.5, np.float32), "f4": np.array([1e-30, 1], np.float32), "no": np.ones((0, 3))}

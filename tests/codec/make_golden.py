@@ -1,4 +1,4 @@
-"""Writes v3-every-coder.clq and v3-trimmed.clq in tests/golden, the files of version 3 that every later version must open.
+"""Writes v3-every-coder.clq, v3-trimmed.clq and v3-pixels.clq in tests/golden, the files of version 3 that every later version must open.
 
 `python tests/codec/make_golden.py` makes the same bytes each time: all values stand here or follow from integers, none are drawn. Run it
 only for a new version of the format, under a new name; a golden file in the repository never changes. Those of version 2 hold the same; v1-small.clq
@@ -90,6 +90,26 @@ def trimmed() -> dict[str, tuple[codec.CodedLayer, str]]:
     }
 
 
+def pixels() -> dict[str, tuple[codec.CodedLayer, str, tuple[int, int]]]:
+    """Matrices whose columns are pixels, their coders and the images' sides, by name."""
+    matrix = layer((9, 48), 2, 3, 8, 64)
+    return {
+        "a, two channels": (matrix, "akh", (6, 4)),
+        "m, two channels": (matrix, "mkh", (4, 6)),
+        "q, one channel": (layer((5, 12), 1, 2, 4, 1000), "qk", (3, 4)),
+        "a, a line": (layer((7, 30), 2, 2, 9, 1000), "ak", (1, 10)),
+        "m, one pixel": (layer((7, 30), 2, 2, 9, 1000), "mk", (1, 1)),
+        "m, a large image": (layer((2, 1089), 1, 2, 12, 1000), "mk", (33, 33)),
+        "trimmed": (ending(matrix, 5, 24), "mkth", (4, 3)),
+        "within an image": (ending(matrix, 9, 30), "akth", (4, 6)),
+        "q, trimmed": (ending(matrix, 4, 16), "qkth", (2, 2)),
+        "q, lines": (layer((6, 8), 2, 1, 3, 64), "qkh", (1, 4)),
+        "q, trimmed lines": (ending(layer((6, 8), 2, 1, 3, 1000), 4, 4), "qkt", (1, 4)),
+        "no rows": (layer((0, 8), 0, 0, 0, 1), "akt", (2, 2)),
+        "no columns": (layer((3, 0), 0, 0, 0, 1), "mkt", (1, 1)),
+    }
+
+
 def ending(one: codec.CodedLayer, rows: int, columns: int) -> codec.CodedLayer:
     """The same with zeros behind so many rows and columns."""
     codes = one.codes.copy()
@@ -149,6 +169,13 @@ def build_trimmed() -> bytes:
     return _file({}, header.Table(rows, [], [], ""), blobs)
 
 
+def build_pixels() -> bytes:
+    """v3-pixels.clq."""
+    found = pixels()
+    rows = [(name, one.shape, coder) for name, (one, coder, _) in found.items()]
+    return _file({}, header.Table(rows, [], [], ""), [layers.write(*one) for one in found.values()])
+
+
 def _rows(
     found: dict[str, tuple[codec.CodedLayer, str]],
 ) -> tuple[list[tuple[str, tuple[int, ...], str]], list[bytes]]:
@@ -161,7 +188,7 @@ def _file(metadata: dict[str, Any], table: header.Table, blobs: list[bytes]) -> 
     return header.build(metadata, table, map(len, blobs)) + b"".join(checked)
 
 
-FILES = {"v3-every-coder.clq": build, "v3-trimmed.clq": build_trimmed}
+FILES = {"v3-every-coder.clq": build, "v3-trimmed.clq": build_trimmed, "v3-pixels.clq": build_pixels}
 
 if __name__ == "__main__":
     for path, data in ((GOLDEN / name, make()) for name, make in FILES.items()):

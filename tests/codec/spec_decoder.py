@@ -23,7 +23,13 @@ DICTIONARY_3, DICTIONARY_2, DICTIONARY_1 = (
 )
 PLAIN = {"f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "b1": "B"}
 
-LAYERS = {letter + trim + half for letter in CODERS for trim in ("", "t") for half in ("", "h")}
+LAYERS = {
+    letter + view + trim + half
+    for letter in CODERS
+    for view in ("", "k")
+    for trim in ("", "t")
+    for half in ("", "h")
+}
 
 
 @dataclass
@@ -187,18 +193,26 @@ def _tensor(blob: bytes, shape: tuple[int, ...], coder: str) -> Tensor:
     kind = f"<{negative + positive}{'e' if coder.endswith('h') else 'f'}"
     found = list(struct.unpack(kind, cursor.take(struct.calcsize(kind))))
     levels = [*found[:negative], 0.0, *found[negative:]]
+    seen = _as_pixels(cursor, shape) if "k" in coder else shape
     if "t" in coder:
-        there = tuple(cursor.leb128(48) for _ in shape[:2])
+        there = tuple(cursor.leb128(48) for _ in seen[:2])
         demand(
-            all(side <= whole for side, whole in zip(there, shape, strict=False)),
+            all(side <= whole for side, whole in zip(there, seen, strict=False)),
             "more rows or columns than the layer has",
         )
-        codes = _widened(
-            coded(coder[0], cursor.rest(), there + shape[2:], (negative, positive)), there, shape
-        )
+        codes = _widened(coded(coder[0], cursor.rest(), there + seen[2:], (negative, positive)), there, seen)
     else:
-        codes = coded(coder[0], cursor.rest(), shape, (negative, positive))
+        codes = coded(coder[0], cursor.rest(), seen, (negative, positive))
     return Tensor(shape, "layer", [levels[code + negative] for code in codes], codes, levels)
+
+
+def _as_pixels(cursor: Cursor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a matrix of pixels is coded in."""
+    height, width = cursor.leb128(48), cursor.leb128(48)
+    demand(len(shape) == 2 and height * width > 0, "pixels of what is no matrix, or none")
+    rows, columns = shape
+    demand(height * width <= max(columns, 1) and columns % (height * width) == 0, "pixels that do not fit")
+    return rows, columns // (height * width), height, width
 
 
 def _widened(codes: list[int], there: tuple[int, ...], shape: tuple[int, ...]) -> list[int]:

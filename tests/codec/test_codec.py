@@ -72,6 +72,35 @@ def test_a_layer_that_was_encoded_before_is_not_encoded_again(profile: Any) -> N
     np.testing.assert_array_equal(found["b"].codes, found["a"].codes)  # type: ignore[union-attr]
 
 
+def images(random: np.random.Generator, units: int, side: int) -> codec.CodedLayer:
+    """A layer on images whose units look at a spot each."""
+    y, x = np.mgrid[:side, :side]
+    where = random.uniform(4, side - 4, (units, 2, 1, 1))
+    away = (y - where[:, 0]) ** 2 + (x - where[:, 1]) ** 2
+    codes = (random.random((units, side, side)) < 0.5 * np.exp(-away / 12)) * random.integers(
+        1, 3, (units, side, side)
+    )
+    return codec.CodedLayer(
+        codes.reshape(units, -1).astype(np.int16), np.array([0, 0.25, 0.5], np.float32), 0
+    )
+
+
+def test_columns_that_are_pixels_are_coded_as_images() -> None:
+    before = images(np.random.default_rng(0), 120, 28)
+    coder, blob = codec.smallest(before)
+    assert coder == "akh"
+    assert len(blob) < len(layers.write(before, "ah"))
+    after = layers.read(blob, before.shape, coder)
+    np.testing.assert_array_equal(after.codes, before.codes)
+
+
+def test_columns_in_no_order_are_not_tried_as_images() -> None:
+    before = images(np.random.default_rng(0), 120, 28)
+    order = np.random.default_rng(1).permutation(784)
+    shuffled = codec.CodedLayer(before.codes[:, order], before.levels, 0)
+    assert "k" not in codec.smallest(shuffled)[0]
+
+
 def test_a_large_layer_takes_at_most_one_percent_over_its_entropy() -> None:
     before = layer((512, 512), 3, 4, 0.8, 1)
     p = np.unique(before.codes, return_counts=True)[1] / before.codes.size

@@ -23,8 +23,12 @@ from clipq_ray.errors import FormatError
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.clq"))
 BLOBS = {
-    f"{coder} {one.shape}": (one, coder)
-    for one, coder in (*make_golden.coded().values(), *make_golden.trimmed().values())
+    f"{coder} {one.shape}": (one.shape, coder, layers.write(one, coder, *kernel))
+    for one, coder, *kernel in (
+        *make_golden.coded().values(),
+        *make_golden.trimmed().values(),
+        *make_golden.pixels().values(),
+    )
 }
 EDGES = [
     ((2, 1, 33, 33), 0, 1, "m"),
@@ -178,10 +182,9 @@ def test_vectors_by_every_coder(letter: str) -> None:
 def test_damage_under_a_right_checksum_is_refused_by_both_or_by_none(
     blob: str, at: int, new: bytes, replaced: int, from_the_end: bool
 ) -> None:
-    layer, coder = BLOBS[blob]
-    data = layers.write(layer, coder)
+    shape, coder, data = BLOBS[blob]
     at = len(data) - at % min(len(data), 6) if from_the_end else at % len(data)
-    same_verdict(one_tensor(layer.shape, coder, data[:at] + new + data[at + replaced :]))
+    same_verdict(one_tensor(shape, coder, data[:at] + new + data[at + replaced :]))
 
 
 EMPTY, ZERO = b"\0\0", b"\0\0\0\0"
@@ -229,6 +232,15 @@ NORM = {"b": [["", 1]], "k": "q", "m": {}}
         (True, one_tensor([3, 2], "ah", layers.write(make_golden.constant(), "ah"))),
         (False, one_tensor([3, 2], "ah", layers.write(make_golden.constant(), "ah") + b"\0\0")),
         (False, one_tensor([1, 2**20 + 1], "a", bytes((1, 1)) + bytes(8) + b"\1\1" + bytes(64))),
+        (True, one_tensor([2, 6], "qk", EMPTY + b"\2\3")),
+        (False, one_tensor([2, 6], "qk", EMPTY + b"\2\4")),
+        (False, one_tensor([2, 6], "qk", EMPTY + b"\2\6")),
+        (False, one_tensor([2, 6], "qk", EMPTY + b"\0\3")),
+        (False, one_tensor([2, 6, 1], "qk", EMPTY + b"\2\3")),
+        (False, one_tensor([12], "qk", EMPTY + b"\2\3")),
+        (True, one_tensor([2, 0], "qk", EMPTY + b"\1\1")),
+        (False, one_tensor([2, 0], "qk", EMPTY + b"\1\2")),
+        (False, one_tensor([2, 0], "qk", EMPTY + b"\xff\xff\xff\xff\xff\xff\x3f" * 2)),
         (False, one_tensor([4], "q", b"\0\1" + bytes(4) + b"\x80\x40" + bytes(4))),
     ],
 )  # fmt: skip
