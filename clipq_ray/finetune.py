@@ -73,7 +73,7 @@ class Trainer:
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
     should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `held`: with a plan, the size that pruning rates
-    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `fixed_clips`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained. `feed` makes the batches.
+    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `bit_price`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained, a bit of a code at this price. `feed` makes the batches.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Trainer:
         ramp: Ramp | None = None,
         held: Held | None = None,
         costs: Costs | None = None,
-        fixed_clips: bool = False,
+        bit_price: float | None = None,
         feed: Feed = batches,
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
@@ -110,12 +110,12 @@ class Trainer:
         self.progressed = 0.0  # the part of the schedule that is done, 0..1
         self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
         # what is clipped follows from the weights with which the training began
-        fixed = Levels(model, plan) if plan and fixed_clips else None
+        fixed = Levels(model, plan, bit_price) if plan and bit_price is not None else None
         found = checkpoints.latest()
         if found:
             self._load_model(found[0])
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
-        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and not fixed_clips else None
+        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and bit_price is None else None
         self.operator: Operator | Levels | None = fixed or (
             Operator(model, plan, self.rates.now, costs) if plan and self.rates else None
         )

@@ -2,7 +2,7 @@
 
 While a network is trained with the operator, weights change sides at the threshold to the end, each by a whole level, and levels are what quantizing moves least, not
 what the loss likes best. `Levels` takes the operator's place in a training behind it, in which only kept weights move: each has the level next to its full-precision twin,
-rare ones a little further off, since their codes take more bits, and a level is the mean of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
+rare ones a little further off where their bits have a price, and a level is the mean of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
 All else that a network learns (biases, batch norm) is trained along. A file differs by what other codes, vectors and grids take.
 
 Source: Han et al., ICLR 2016, section 3 (levels trained), and Esser et al., ICLR 2020, section 2.2 (the scale of their gradient), Chou et al. 1989 (bits in the
@@ -26,8 +26,8 @@ from clipq_ray.plan import Plan, Share
 from clipq_ray.quantizer import Quantized
 
 PRICE = 0.1
-"""Of a bit, in the mean square of the distances of a layer's neighbouring levels. Without a price rare levels fill up, and a LeNet-5 of 1,470 bytes takes 30 to 55 more; one that
-follows the size of the file from epoch to epoch loses rare levels and brings no bytes back (bench/LOG.md)."""
+"""Of a bit, in the mean square of the distances of a layer's neighbouring levels: a file stays about as large as it was. Without a price rare levels fill up, and a LeNet-5 of 1,470 bytes
+takes 30 to 55 more; one that follows the size of the file from epoch to epoch loses rare levels and brings no bytes back (bench/LOG.md)."""
 
 
 @dataclass
@@ -47,8 +47,8 @@ class _Layer:
         for number in range(len(self.levels)):
             yield number, self.kept & (self.codes == number)
 
-    def assign(self) -> None:
-        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `PRICE` for each bit of its code, in the mean square of the
+    def assign(self, price: float) -> None:
+        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `price` for each bit of its code, in the mean square of the
         distances of neighbouring levels; then every level to the mean of its twins."""
         n = [int(mask.sum()) for _, mask in self.masks()]
         gaps = [
@@ -58,7 +58,7 @@ class _Layer:
         least = torch.full_like(self.twin, torch.inf)
         for number, level in enumerate(self.levels):
             bits = math.log2((sum(n) + len(n)) / (n[number] + 1))
-            costs = (self.twin - level).square_().add_(PRICE * gap * bits)
+            costs = (self.twin - level).square_().add_(price * gap * bits)
             better = (costs < least) & ((self.twin > 0) == (level > 0))
             self.codes[better] = number
             least = torch.where(better, costs, least)
@@ -89,10 +89,12 @@ class _Layer:
 
 class Levels:
     """The levels and codes of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights.
+    `price` of a bit: `PRICE` for a file that stays as large, 0 where it may grow.
 
     `ModelError` where the plan names a parameter that the network lacks, or a weight is NaN or infinite."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, price: float) -> None:
+        self._price = price
         self._layers = [
             _layer(name, model.get_parameter(name), one) for name, one in bake(model, plan).items()
         ]
@@ -111,7 +113,7 @@ class Levels:
             yield
         with torch.no_grad():
             for one in self._layers:
-                one.assign()
+                one.assign(self._price)
 
     @contextmanager
     def reading_full_precision(self) -> Iterator[None]:

@@ -128,6 +128,7 @@ def _trainings(source: Source) -> list[_Trainings]:
     config = source.config
     half = math.ceil(config.epochs / 2)
     further = config.rounds - 1 if config.tradeoff is None else 0
+    prices = 2 if config.hold_size else 1  # where codes take too much
     return [
         one
         for one in (
@@ -136,7 +137,7 @@ def _trainings(source: Source) -> list[_Trainings]:
             _Trainings("fine-tuning", 1, config.epochs),
             _Trainings("dense control", int(wants_control(source)), config.epochs),
             _Trainings("more rounds", further, config.round_epochs or half, True, True),
-            _Trainings("levels", 1 + further, config.level_epochs, further > 0),
+            _Trainings("levels", (1 + further) * prices, config.level_epochs, further > 0 or prices > 1),
         )
         if one.times and one.epochs
     ]

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from clipq_ray import packing, stages
+from clipq_ray import fitting, packing, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
@@ -192,7 +192,7 @@ class Making:
         if requested is None or intent is None or intent.kind != "bytes" or not self.run.config.hold_size:
             return None
         precision = self.done[-1].packed.precision if self.done else packing.usual(self.run.source)
-        held = requested if rungs_left else min(requested, to_ask(intent))
+        held = requested if rungs_left else min(requested, to_ask(intent, self.run.config.level_epochs > 0))
         return Size(held, self.given.inventory, precision)
 
     @property
@@ -339,36 +339,18 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:
         run.reporter.say(f"pruning rates followed the size: {scale:.3f} of the planned weights")
-    fitted = (
-        _fitted(run, tuned, plan, given.work, number) if run.config.level_epochs and not rungs_left else None
-    )
-    with run.reporter.stage(f"pack round {number}"):
-        packed = packing.pack(
-            run.source, tuned, plan, given.inventory, run.data, given.source_sha256, fitted, making.most_bytes
-        )
-    if fitted is not None:
-        words = "taken" if packed.levels == "fitted" else "not taken, with the means the file is better"
-        run.reporter.say(f"levels that were trained: {words}")
+    fitted, packed = fitting.packed(
+        run, tuned, plan, given.inventory, given.source_sha256, given.work, number,
+        further=run.config.level_epochs > 0 and not rungs_left, held=size is not None, most_bytes=making.most_bytes,
+    )  # fmt: skip
+    trained = [one.tuned for one in before] + [tuned] + ([fitted] if fitted else [])
+    epochs = sum(epochs_in(store) for store in trained)
     drop = Drop.between(
         given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
     )
-    trained = [one.tuned for one in before] + [tuned] + ([fitted] if fitted else [])
-    epochs = sum(epochs_in(store) for store in trained)
     outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
     held = size.bytes if size else None
     return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome)
-
-
-def _fitted(run: Run, tuned: Store, plan: Plan, work: Store, number: int) -> Store:
-    """The weights of a round with levels and codes that were trained, its clipped weights as they are."""
-    config = run.config
-    # a decay would draw levels towards zero, which no clipping needs any more
-    schedule = replace(
-        stages.schedule_of(config, config.level_epochs, config.level_learning_rate),
-        warmup_epochs=0.0,
-        weight_decay=0.0,
-    )
-    return stages.trained(run, "levels", schedule, tuned, plan, work, number)
 
 
 def _schedule(config: Config, rungs_left: int, further: bool) -> Schedule:

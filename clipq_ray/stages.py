@@ -205,9 +205,11 @@ def trained(
     time_share: float = 1.0,
     size: Size | None = None,
     costs: Costs | None = None,
+    bit_price: float | None = None,
 ) -> Store:
     """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind.
-    `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at; `costs`: what places are charged for."""
+    `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at; `costs`: what places are charged for; `bit_price`: of a code, where
+    what the weights have clipped stays clipped."""
     config = run.config
     inputs = {
         "architecture": identity.of_network(run.source),
@@ -217,14 +219,19 @@ def trained(
         **({"ramp": asdict(ramp)} if ramp else {}),
         **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order, str(size.precision)]} if size else {}),
         **({"costs": asdict(costs)} if costs else {}),
+        **({"bit_price": bit_price} if bit_price is not None else {}),
         **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),
     }  # fmt: skip
+
+    name = stage if number == 1 else f"{stage}-{number}"
+    if bit_price:  # a second one behind the same round
+        name += f"-price-{bit_price}"
 
     def make(store: Store, progress: Any) -> float:
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(stage if number == 1 else f"{stage}-{number}").uri, deadline_of(run, stage, time_share), ramp, size,
-            stage == "levels", costs,
+            work.child(name).uri, deadline_of(run, stage, time_share), ramp, size,
+            bit_price, costs,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)

@@ -42,7 +42,7 @@ class Size:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """One training: `stage` is "baseline", "finetune", "levels" (`fixed_clips`: what the given weights have clipped stays clipped) or "control"; URIs name stores.
+    """One training: `stage` is "baseline", "finetune", "levels" (`bit_price`: what the given weights have clipped stays clipped, and a code's bits have this price) or "control"; URIs name stores.
     `deadline`: by the clock of the storage [s since 1970]."""
 
     source: Source
@@ -55,7 +55,7 @@ class TrainTask:
     deadline: float | None = None
     ramp: Ramp | None = None
     size: Size | None = None
-    fixed_clips: bool = False
+    bit_price: float | None = None
     costs: Costs | None = None
 
 
@@ -94,7 +94,7 @@ def train(
         ramp=task.ramp,
         held=_held(task, data),
         costs=task.costs,
-        fixed_clips=task.fixed_clips,
+        bit_price=task.bit_price,
         feed=feed,
     )
     trainer.run(progress, report)

@@ -24,7 +24,7 @@ from clipq_ray.storage import Store
 from clipq_ray.work import WEIGHTS, Source, write_state
 
 FITTING: dict[str, Any] = {
-    "fixed_clips": True, "stage": "levels",
+    "bit_price": levels.PRICE, "stage": "levels",
     "schedule": schedule(epochs=8, learning_rate=2e-2, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0),
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ def test_a_twin_gets_the_gradient_of_its_weight_and_of_its_level() -> None:
     model = network()
     plan = plan_of(model)
     quantized = codes_of(model, plan)["head.weight"]
-    fixed = Levels(model, plan)
+    fixed = Levels(model, plan, levels.PRICE)
     inputs, wanted = torch.randn(20, 96), torch.randint(0, 4, (20,))
     table = quantized.levels.nan_to_num().requires_grad_()
     weight = table[quantized.codes.long() + plan.layers[1].share.negative]
@@ -69,7 +69,7 @@ def test_a_weight_goes_to_the_nearest_level_on_its_side_and_levels_are_the_means
     weight = torch.tensor([-0.9, -0.5, 0.0, 0.3, 0.35, 0.9])
     model = nn.ParameterDict({"w": nn.Parameter(weight.clone())})
     plan = make_plan(model, {"w": Theta(0.0, 2)})
-    trained = Levels(model, plan)
+    trained = Levels(model, plan, levels.PRICE)
     low, high = sorted(set(model["w"].detach().tolist()) - {0.0})[-2:]
     assert (low, high) == pytest.approx((0.325, 0.9))
     with trained.full_precision(), torch.no_grad():
@@ -81,13 +81,16 @@ def test_a_weight_goes_to_the_nearest_level_on_its_side_and_levels_are_the_means
     assert torch.equal(model["w"].detach(), found)
 
 
-@pytest.mark.parametrize(("there", "wall"), [(1, 0.6 + levels.PRICE * 0.6 * 3.9 / 2), (30, 0.6)])
+@pytest.mark.parametrize(
+    ("there", "price", "wall"),
+    [(1, levels.PRICE, 0.6 + levels.PRICE * 0.6 * 3.9 / 2), (30, levels.PRICE, 0.6), (1, 0.0, 0.6)],
+)
 def test_a_rare_level_gets_weights_only_where_it_is_nearer_by_what_its_bits_cost(
-    there: int, wall: float
+    there: int, price: float, wall: float
 ) -> None:
     weight = torch.tensor([-0.5] + [0.3] * 30 + [0.9] * there)
     model = nn.ParameterDict({"w": nn.Parameter(weight.clone())})
-    trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}))
+    trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}), price)
     with trained.full_precision(), torch.no_grad():
         model["w"][1:3] = torch.tensor([wall - 0.03, wall + 0.03])
     assert (model["w"].detach()[1:3] > 0.5).tolist() == [False, True]
@@ -96,7 +99,7 @@ def test_a_rare_level_gets_weights_only_where_it_is_nearer_by_what_its_bits_cost
 def test_a_level_of_a_layer_of_one_side_does_not_leave_it() -> None:
     model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([0.3, 0.35, 0.9]))})
     plan = make_plan(model, {"w": Theta(0.0, 2)})
-    trained = Levels(model, plan)
+    trained = Levels(model, plan, levels.PRICE)
     with trained.full_precision(), torch.no_grad():
         model["w"].fill_(-1.0)
     assert (model["w"].detach() > 0).all()
