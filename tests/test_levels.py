@@ -222,3 +222,18 @@ def test_a_run_with_trained_levels_says_what_became_of_them(tmp_path: Path) -> N
     assert (
         compressed(tmp_path / "without", target_ratio=20.0, rounds=1).manifest["metrics"]["levels"] == "means"
     )
+
+
+def test_codes_behind_a_held_round_are_free_first_and_get_a_price_where_they_are_not_taken(
+    tmp_path: Path,
+) -> None:
+    """At a rate of nothing they are those of the round before, and of equals the means are taken."""
+    given: dict[str, Any] = {
+        "target_bytes": 6000, "rounds": 1, "epochs": 4, "level_epochs": 1, "level_learning_rate": 1e-12
+    }  # fmt: skip
+    free = compressed(tmp_path, **given).manifest
+    assert [one["stage"] for one in free["stages"]].count("levels") == 1
+    held = compressed(tmp_path, **given, hold_size=True).manifest
+    assert held["metrics"]["levels"] == "means"
+    assert [one["stage"] for one in held["stages"]].count("levels") == 2
+    assert held["metrics"]["bytes_after"] < 0.98 * 6000

@@ -105,6 +105,7 @@ def test_each_round_is_held_at_what_it_is_asked_for() -> None:
     assert held(size, 12000, 3) == 12000
     assert held(size, 2143, 1) == 2143
     assert held(size, 1500, 0) == 1477
+    assert held(size, 1500, 0, level_epochs=3) == 1440
     assert held(size, 1400, 0) == 1400
     assert held(Intent("max_drop", 1.0), 1500, 0) is None
     assert held(size, 1500, 0, hold_size=False) is None
