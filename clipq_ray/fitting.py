@@ -1,4 +1,4 @@
-"""The file of a round: with the levels that training left, or with levels and codes trained behind it where validation images like these better.
+"""The file of a round: with the levels and codes that training left, or with those trained behind it where validation images like these better.
 
 Not covered: how they are trained (`levels`), what is packed (`packing`).
 """
@@ -18,26 +18,32 @@ from clipq_ray.storage import Store
 def packed(
     run: Run, tuned: Store, plan: Plan, inventory: Inventory, source_sha256: str, work: Store, number: int,
     *, further: bool, held: bool, most_bytes: int | None,
-) -> tuple[Store | None, packing.PackedNetwork]:  # fmt: skip
-    """The weights with trained levels and codes, if there are any, and the file of the `number`-th round, whose full-precision weights lie in `tuned`.
+) -> tuple[Store | None, packing.PackedNetwork, tuple[Store, ...]]:  # fmt: skip
+    """Of the `number`-th round, whose full-precision weights lie in `tuned`: the weights with trained levels and codes that were taken, if they were, the file, and all that was
+    trained for it.
 
-    `further`: whether levels are trained behind it; `held`: whether it was held at a size, which leaves bytes for codes; `most_bytes`: of the file, where that is promised.
+    `further`: whether levels and codes are trained behind it; `held`: whether it was held at a size, which leaves bytes for codes; `most_bytes`: of the file, where that is promised.
     """
-    for fitted in _tries(run, tuned, plan, work, number, held) if further else (None,):
+
+    def pack(fitted: Store | None) -> packing.PackedNetwork:
         with run.reporter.stage(f"pack round {number}"):
-            made = packing.pack(
-                run.source, tuned, plan, inventory, run.data, source_sha256, fitted, most_bytes
-            )
-        if fitted is not None:
-            words = "taken" if made.levels == "fitted" else "not taken, with the means the file is better"
-            run.reporter.say(f"levels that were trained: {words}")
-        if made.levels == "fitted":
+            return packing.pack(run.source, tuned, plan, inventory, run.data, source_sha256, fitted)
+
+    made, trained = [pack(None)], list[Store]()
+    for fitted in _tries(run, tuned, plan, work, number, held) if further else ():
+        trained.append(fitted)
+        made.append(pack(fitted))
+        taken = packing.best(made, most_bytes)
+        words = "taken" if taken == len(made) - 1 else "not taken, the file without them is better"
+        run.reporter.say(f"levels and codes that were trained: {len(made[-1].file):,} bytes, {words}")
+        if taken and packing.keeps(made[taken], most_bytes):
             break
-    return fitted, made
+    taken = packing.best(made, most_bytes)
+    return trained[taken - 1] if taken else None, made[taken], tuple(trained)
 
 
 def _tries(run: Run, tuned: Store, plan: Plan, work: Store, number: int, held: bool) -> Iterator[Store]:
-    """The weights of a round with levels and codes that were trained, its clipped weights as they are; the next ones are trained when they are asked for."""
+    """The weights of a round with levels and codes that were trained, its clipped weights as they are; the next ones are trained when they are asked for, before a deadline."""
     config = run.config
     # a decay would draw levels towards zero, which no clipping needs any more
     schedule = replace(
@@ -45,6 +51,9 @@ def _tries(run: Run, tuned: Store, plan: Plan, work: Store, number: int, held: b
         warmup_epochs=0.0,
         weight_decay=0.0,
     )
-    # where bytes were left for codes they may take them; where they take more, or are not better, their bits get a price
-    for price in (0.0, levels.PRICE) if held else (levels.PRICE,):
-        yield stages.trained(run, "levels", schedule, tuned, plan, work, number, bit_price=price)
+    yield stages.trained(
+        run, "levels", schedule, tuned, plan, work, number, bit_price=0.0 if held else levels.PRICE
+    )
+    # where bytes were left for codes they could take them; where they took more, or were not better, their bits get a price
+    if held and (run.seconds_left is None or run.seconds_left > 0):
+        yield stages.trained(run, "levels", schedule, tuned, plan, work, number, bit_price=levels.PRICE)

@@ -22,7 +22,7 @@ from clipq_ray.errors import StorageError
 from clipq_ray.storage import MANIFEST, Store, run_store
 from clipq_ray.work import Source
 
-STAGE_VERSIONS = {"baseline": 2, "search": 7, "finetune": 4, "levels": 1, "control": 2}
+STAGE_VERSIONS = {"baseline": 2, "search": 8, "finetune": 5, "levels": 2, "control": 2}
 """Raised when a change of the code changes what a stage makes of the same inputs; where a size is held, "finetune" depends on how a file is packed too."""
 
 _DECIDES_NOTHING = {

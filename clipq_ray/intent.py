@@ -28,7 +28,7 @@ SPARE = 0.985
 """Of the bytes that a promised file may take, what to hold training at, and to ask for where no rungs lead to it: files end a little beside their plan, and
 a further round for so little costs accuracy (bench/LOG.md)."""
 SPARE_FOR_CODES = 0.96
-"""The same where codes are trained behind a round: they take 2 to 4 % more when they may, and lower the error more than as many bytes of weights (bench/LOG.md)."""
+"""The same where codes are trained behind a round that is held: they take 2 to 4 % more when they may, and lower the error more than as many bytes of weights (bench/LOG.md)."""
 MOST_SHRUNK = 1.5
 """A file that ends further from its plan than by this ratio says of the next one that it does so by this."""
 
@@ -158,13 +158,13 @@ def before_training(requested: int, last: Outcome | None) -> int:
     return max(1, math.floor(requested * shrunk))
 
 
-def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int) -> int | None:
-    """The bytes of the file to ask the next round for, after at least one; None where the rounds are over."""
+def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int, codes: bool = False) -> int | None:
+    """The bytes of the file to ask the next round for, after at least one; None where the rounds are over. `codes`: as in `to_ask`."""
     if len(outcomes) >= rounds or intent.kind == "tradeoff":
         return None
     last = outcomes[-1]
     if intent.kind == "bytes":
-        return None if keeps(intent, last) else to_ask(intent)
+        return None if keeps(intent, last) else to_ask(intent, codes)
     kept = [outcome.bytes for outcome in outcomes if keeps(intent, outcome)]
     broken = [outcome.bytes for outcome in outcomes if not keeps(intent, outcome)]
     if not broken:

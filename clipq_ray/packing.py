@@ -1,13 +1,13 @@
 """From a fine-tuned network to the bytes of its file.
 
-Weights are quantized for good (with levels that were trained, where there are some and validation images like them better), what units leave behind that feed nothing goes (`dead_units`), units are brought into the order that takes the fewest bytes (`unit_order`), batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
+Weights are quantized for good, what units leave behind that feed nothing goes (`dead_units`), units are brought into the order that takes the fewest bytes (`unit_order`), batch-norm statistics re-estimated with them (kept only where validation images say that it is better),
 batch norm folded and put on the coarsest grids that change nothing measured on validation images, and all is encoded. What a choice costs is measured on
-the decoded file. Not covered: the format (`codec`) and the report.
+the decoded file. Not covered: the format (`codec`), which file of a round is taken (`fitting`), the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,28 +62,35 @@ def pack(
     data: Data,
     source_sha256: str,
     fitted: Store | None = None,
-    most_bytes: int | None = None,
 ) -> PackedNetwork:
-    """The packed form of the network whose full-precision weights lie in `tuned`; `fitted`: the same with levels that were trained, which are taken where
-    validation images like them better and the file is not larger than `most_bytes`, or the other is too."""
+    """The packed form of the network whose full-precision weights lie in `tuned`; with `fitted` the one with levels and codes that were trained behind them."""
     model = source.network()
     model.load_state_dict(read_state(tuned))
     full = {layer.layer: model.get_parameter(layer.layer).detach().double().clone() for layer in plan.layers}
     quantized = bake(model, plan)
-    made = _made(source, model, full, plan, quantized, inventory, data, source_sha256, "means")
-    if fitted is None:
-        return made
-    weights, model = read_state(fitted), source.network()
-    trained = {
-        name: replace(one, clips=quantized[name].clips) for name, one in levels.read(weights, plan).items()
-    }
-    model.load_state_dict(weights)
-    other = _made(source, model, full, plan, trained, inventory, data, source_sha256, "fitted")
+    if fitted is not None:
+        weights, model = read_state(fitted), source.network()
+        quantized = {
+            name: replace(one, clips=quantized[name].clips)
+            for name, one in levels.read(weights, plan).items()
+        }
+        model.load_state_dict(weights)
+    words = "means" if fitted is None else "fitted"
+    return _made(source, model, full, plan, quantized, inventory, data, source_sha256, words)
+
+
+def best(made: Sequence[PackedNetwork], most_bytes: int | None) -> int:
+    """Which one to take: one that is not larger than `most_bytes`, if there is one, and that validation images like best; of equals the first."""
 
     def rank(one: PackedNetwork) -> tuple[bool, float, float]:
-        return most_bytes is None or len(one.file) <= most_bytes, one.validation.top1, -one.validation.loss
+        return keeps(one, most_bytes), one.validation.top1, -one.validation.loss
 
-    return max(made, other, key=rank)  # of equals the means
+    return max(range(len(made)), key=lambda number: rank(made[number]))
+
+
+def keeps(one: PackedNetwork, most_bytes: int | None) -> bool:
+    """Whether a file is as small as promised."""
+    return most_bytes is None or len(one.file) <= most_bytes
 
 
 def _made(

@@ -385,5 +385,4 @@ def _curves(best: rounds.Round, control: Store | None) -> dict[str, Any]:
     def rows(store: Store | None) -> list[dict[str, Any]]:
         return json.loads(store.read(CURVE))["curve"] if store else []
 
-    taken = best.fitted if best.packed.levels == "fitted" else None
-    return {"finetune": rows(best.tuned), "levels": rows(taken), "control": rows(control)}
+    return {"finetune": rows(best.tuned), "levels": rows(best.fitted), "control": rows(control)}

@@ -128,7 +128,7 @@ def _trainings(source: Source) -> list[_Trainings]:
     config = source.config
     half = math.ceil(config.epochs / 2)
     further = config.rounds - 1 if config.tradeoff is None else 0
-    prices = 2 if config.hold_size else 1  # where codes take too much
+    prices = 2 if config.hold_size else 1  # where free codes take too much, or are no better
     return [
         one
         for one in (

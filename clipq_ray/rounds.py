@@ -56,7 +56,7 @@ but 0.3 points; more by five times what may be lost. A start only: the rounds de
 @dataclass(frozen=True)
 class Round:
     """One round: the search that it is from, the plan and what became of it; `held`: the bytes that it was held at, if it was; `on_the_way`: whether more were
-    to follow it on the way to a size; `fitted`: where levels were trained behind it."""
+    to follow it on the way to a size; `fitted`: the levels and codes trained behind it that the file has, if it has them."""
 
     searched: Searched
     choice: Choice
@@ -192,7 +192,7 @@ class Making:
         if requested is None or intent is None or intent.kind != "bytes" or not self.run.config.hold_size:
             return None
         precision = self.done[-1].packed.precision if self.done else packing.usual(self.run.source)
-        held = requested if rungs_left else min(requested, to_ask(intent, self.run.config.level_epochs > 0))
+        held = requested if rungs_left else min(requested, to_ask(intent, _codes_follow(self.run.config)))
         return Size(held, self.given.inventory, precision)
 
     @property
@@ -217,7 +217,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
     intent = Intent.of(run.config, given.inventory.bytes_before)
     making = Making(run, given, intent)
     done = making.done
-    requested, *rungs = _requests(intent, given.searched, making.other, run.config.rungs)
+    requested, *rungs = _requests(intent, given.searched, making.other, run.config)
     seconds = 0.0
     while True:
         left = run.seconds_left
@@ -240,7 +240,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
             continue
         # rounds on the way to a size are none of those that look for the promise
         looked = [one.outcome for one in done if not one.on_the_way]
-        requested = next_request(intent, looked, run.config.rounds)
+        requested = next_request(intent, looked, run.config.rounds, _codes_follow(run.config))
         if requested is None:
             break
     made = Rounds(intent, given.inventory, tuple(done))
@@ -260,18 +260,23 @@ def _say_smallest(run: Run, made: Rounds) -> None:
         run.reporter.say(run.notes[-1])
 
 
+def _codes_follow(config: Config) -> bool:
+    """Whether codes that are trained behind a round may take bytes that it leaves."""
+    return config.hold_size and config.level_epochs > 0
+
+
 def _thetas(choice: Choice) -> list[Any]:
     return [trial.theta for trial in choice.trials.values()]
 
 
-def _requests(intent: Intent, searched: Searched, other: int, rungs: int) -> tuple[int | None, ...]:
+def _requests(intent: Intent, searched: Searched, other: int, config: Config) -> tuple[int | None, ...]:
     """The bytes to ask the first rounds for: one number, or with a size as many as there are rungs on the way to it; None where lambda is given."""
     if intent.kind == "tradeoff":
         return (None,)
     if intent.kind == "bytes":
-        wanted = math.floor(intent.value)
+        wanted, rungs, codes = math.floor(intent.value), config.rungs, _codes_follow(config)
         return (
-            (to_ask(intent),)
+            (to_ask(intent, codes),)
             if rungs < 2
             else rung_sizes(_mild(Intent("max_drop", 0.0), searched, other), wanted, rungs)
         )
@@ -339,11 +344,11 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:
         run.reporter.say(f"pruning rates followed the size: {scale:.3f} of the planned weights")
-    fitted, packed = fitting.packed(
+    fitted, packed, further_trained = fitting.packed(
         run, tuned, plan, given.inventory, given.source_sha256, given.work, number,
         further=run.config.level_epochs > 0 and not rungs_left, held=size is not None, most_bytes=making.most_bytes,
     )  # fmt: skip
-    trained = [one.tuned for one in before] + [tuned] + ([fitted] if fitted else [])
+    trained = [one.tuned for one in before] + [tuned, *further_trained]
     epochs = sum(epochs_in(store) for store in trained)
     drop = Drop.between(
         given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from test_packing import DIGITS, lenet
 from test_rounds import run as compressed
 from torch import nn
 
-from clipq_ray import codec, levels, packing
+from clipq_ray import codec, fitting, levels, packing
 from clipq_ray.config import make
 from clipq_ray.levels import Levels
 from clipq_ray.network import inventory
 from clipq_ray.operator import bake, make_plan
 from clipq_ray.plan import Plan, Theta
+from clipq_ray.progress import Reporter
 from clipq_ray.quantizer import Quantized
 from clipq_ray.storage import Store
 from clipq_ray.work import WEIGHTS, Source, write_state
@@ -157,59 +159,100 @@ def test_levels_that_nothing_has_any_more_are_empty_and_the_others_in_order() ->
     assert torch.equal(found.levels.nan_to_num()[found.codes.long() + plan.layers[0].share.negative], moved)
 
 
+class Round:
+    """A trained LeNet-5 in a store, and others of trained levels and codes behind it."""
+
+    def __init__(
+        self, folder: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.folder, model = folder, lenet(weights)
+        source = Source(make(storage=str(folder), engine="local", unit_order="given"), model, DIGITS)
+        self.inventory = inventory(model, DIGITS.train.batch(torch.arange(2), None)[0])
+        self.plan = make_plan(model, {one.name: Theta(0.5, 3) for one in self.inventory.layers})
+        self.quantized, self.state = codes_of(model, self.plan), model.state_dict()
+        self.trained: dict[float, Store] = {}
+        monkeypatch.setattr(fitting.stages, "trained", lambda *given, bit_price: self.trained[bit_price])
+        self.run: Any = SimpleNamespace(
+            source=source, data=DIGITS, config=source.config, reporter=Reporter(quiet=True), seconds_left=None
+        )
+
+    def store(self, name: str, *, factor: float = 1.0, spoilt: bool = False, large: bool = False) -> Store:
+        """The quantized weights times `factor`; `spoilt`: the bias of one class out of all proportion; `large`: with a level that float16 does not hold."""
+        changed = {**self.state, **{name: factor * one.values for name, one in self.quantized.items()}}
+        last, first = list(changed)[-1], self.inventory.layers[0].name
+        if spoilt:
+            changed[last] = changed[last] + 50.0 * torch.eye(10)[0]
+        if large:
+            least = changed[first][changed[first] > 0].min()
+            changed[first] = torch.where(changed[first] == least, 1e-9, changed[first])
+        found = Store(self.folder / name)
+        write_state(found, WEIGHTS, changed)
+        return found
+
+    def tuned(self, *, spoilt: bool) -> Store:
+        """The full-precision weights."""
+        found, last = Store(self.folder / "tuned"), list(self.state)[-1]
+        wrong = 50.0 * torch.eye(10)[0] if spoilt else 0.0
+        write_state(found, WEIGHTS, {**self.state, last: self.state[last] + wrong})
+        return found
+
+    def packed(
+        self, tuned: Store, *, held: bool, most: int | None = None
+    ) -> tuple[Store | None, packing.PackedNetwork, tuple[Store, ...]]:
+        """What becomes of the round."""
+        return fitting.packed(
+            self.run, tuned, self.plan, self.inventory, "0" * 64, Store(self.folder / "work"), 1,
+            further=True, held=held, most_bytes=most,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def a_round(
+    tmp_path: Path, digits_weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> Round:
+    return Round(tmp_path, digits_weights, monkeypatch)
+
+
 @pytest.mark.parametrize(("better", "words"), [(True, "fitted"), (False, "means")])
 def test_trained_levels_are_taken_where_validation_images_like_them_better(
-    better: bool, words: str, tmp_path: Path, digits_weights: dict[str, torch.Tensor]
+    better: bool, words: str, a_round: Round
 ) -> None:
-    model = lenet(digits_weights)
-    source = Source(make(storage=str(tmp_path), engine="local", unit_order="given"), model, DIGITS)
-    found = inventory(model, DIGITS.train.batch(torch.arange(2), None)[0])
-    plan = make_plan(model, {one.name: Theta(0.5, 3) for one in found.layers})
-    tuned, fitted = Store(tmp_path / "tuned"), Store(tmp_path / "fitted")
-    quantized = codes_of(model, plan)
-    given = model.state_dict()
-    changed = {**given, **{name: one.values for name, one in quantized.items()}}
-    if better:  # other levels, so that they can be told from the means
-        changed = {name: value * (1.2 if name in quantized else 1.0) for name, value in changed.items()}
-    # the bias of one class out of all proportion is worse, whatever the network
-    worse = given if better else changed
-    last = list(given)[-1]
-    worse[last] = worse[last] + 50.0 * torch.eye(10)[0]
-    write_state(tuned, WEIGHTS, given)
-    write_state(fitted, WEIGHTS, changed)
-    made = packing.pack(source, tuned, plan, found, DIGITS, "0" * 64, fitted)
+    # other levels, so that they can be told from the means
+    a_round.trained[levels.PRICE] = a_round.store("fitted", factor=1.2, spoilt=not better)
+    taken, made, trained = a_round.packed(a_round.tuned(spoilt=better), held=False)
     assert made.levels == words
-    for name, one in quantized.items():
+    assert trained == (a_round.trained[levels.PRICE],)
+    assert taken == (trained[0] if better else None)
+    for name, one in a_round.quantized.items():
         factor = 1.2 if better else 1.0
         np.testing.assert_allclose(codec.arrays(made.file)[name], factor * one.values.numpy(), rtol=2**-9)
 
 
-def test_trained_levels_are_not_taken_where_they_break_the_promise_of_a_size(
-    tmp_path: Path, digits_weights: dict[str, torch.Tensor]
-) -> None:
-    model = lenet(digits_weights)
-    source = Source(make(storage=str(tmp_path), engine="local"), model, DIGITS)
-    found = inventory(model, DIGITS.train.batch(torch.arange(2), None)[0])
-    plan = make_plan(model, {one.name: Theta(0.5, 3) for one in found.layers})
-    tuned, fitted = Store(tmp_path / "tuned"), Store(tmp_path / "fitted")
-    state = model.state_dict()
-    changed = {**state, **{name: one.values for name, one in codes_of(model, plan).items()}}
-    first = found.layers[0].name
-    least = changed[first][changed[first] > 0].min()
-    changed[first] = torch.where(changed[first] == least, 1e-9, changed[first])  # float16 does not hold it
-    last = list(state)[-1]
-    write_state(tuned, WEIGHTS, {**state, last: state[last] + 50.0 * torch.eye(10)[0]})
-    write_state(fitted, WEIGHTS, changed)
+def test_free_codes_that_break_the_promise_of_a_size_give_way_to_priced_ones(a_round: Round) -> None:
+    free, priced = a_round.store("free", large=True), a_round.store("priced")
+    a_round.trained = {0.0: free, levels.PRICE: priced}
+    tuned = a_round.tuned(spoilt=True)
+    taken, larger, trained = a_round.packed(tuned, held=True)
+    assert (taken, trained) == (free, (free,))  # a file of any size will do
+    most = len(larger.file)
+    assert a_round.packed(tuned, held=True, most=most)[::2] == (free, (free,))
+    taken, smaller, trained = a_round.packed(tuned, held=True, most=most - 1)
+    assert (taken, trained) == (priced, (free, priced))
+    assert smaller.levels == "fitted"
+    assert len(smaller.file) < most
+    # neither keeps it: the better network, and of equals the first
+    taken, _, trained = a_round.packed(tuned, held=True, most=10)
+    assert len(trained) == 2
+    assert taken in trained
 
-    def packed(levels: Store | None, most: int | None) -> packing.PackedNetwork:
-        return packing.pack(source, tuned, plan, found, DIGITS, "0" * 64, levels, most)
 
-    better, smaller = packed(fitted, None), packed(None, None)
-    assert better.levels == "fitted"
-    assert len(smaller.file) < len(better.file)
-    assert packed(fitted, len(better.file)).file == better.file
-    assert packed(fitted, len(better.file) - 1).file == smaller.file
-    assert packed(fitted, 10).file == better.file  # neither keeps it
+def test_codes_that_are_too_large_leave_the_file_as_it_was(a_round: Round) -> None:
+    large = a_round.store("large", large=True)
+    a_round.trained = {0.0: large, levels.PRICE: large}
+    tuned = a_round.tuned(spoilt=True)
+    most = len(a_round.packed(tuned, held=True)[1].file) - 1
+    taken, made, trained = a_round.packed(tuned, held=True, most=most)
+    assert (taken, made.levels, trained) == (None, "means", (large, large))
 
 
 def test_a_run_with_trained_levels_says_what_became_of_them(tmp_path: Path) -> None:
@@ -236,4 +279,5 @@ def test_codes_behind_a_held_round_are_free_first_and_get_a_price_where_they_are
     held = compressed(tmp_path, **given, hold_size=True).manifest
     assert held["metrics"]["levels"] == "means"
     assert [one["stage"] for one in held["stages"]].count("levels") == 2
+    assert [one["epochs"] for one in held["promise"]["rounds"]] == [6]  # all that were trained
     assert held["metrics"]["bytes_after"] < 0.98 * 6000

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,8 @@ _SIDE_BITS = 48
 _WIDEST, _ROWS_LOOKED_AT, _ALIKE = 32, 256, 1.2
 """Columns are tried as square images of at most so many pixels a side, where in the first so many rows non-zeros that one line of pixels lies between are so much more frequent
 than those at the usual distance up to there: 2.5 times in the first layer of a LeNet-300-100, which then takes 10 % less; 1.1 to 1.7 behind 4 x 4 pixels (up to 2 %)."""
+_LARGE = 1 << 20
+"""Of more codes coder "a" alone says how they are best seen, since "m" would take seconds for every way; so many are looked at to see whether columns are pixels."""
 _PIECE = 1 << 15
 """Codes that become values at a time: their indices stay in the cache."""
 
@@ -98,38 +101,53 @@ def layer_bytes(layer: CodedLayer, profile: Profile = "fast") -> int:
 
 def smallest(layer: CodedLayer, profile: Profile = "fast") -> tuple[str, bytes]:
     """The coder that takes fewest bytes for `layer`, float16 levels where they are exact, and its blob without checksum."""
-    made = []
-    for marks, numbers, codes in _views(layer.codes):
-        letter, data = coders.smallest(codes, layer.negative, layer.positive, profile)
-        made.append((letter + marks, numbers + data))
-    coder, data = min(made, key=lambda one: len(one[1]))
+
+    def coded(view: _View, profile: Profile) -> tuple[str, bytes]:
+        letter, data = coders.smallest(view.codes, layer.negative, layer.positive, profile)
+        return letter + view.marks, view.numbers + data
+
+    def size(made: tuple[str, bytes]) -> int:
+        return len(made[1])
+
+    views = list(_views(layer.codes))
+    if layer.codes.size > _LARGE and profile != "fast":
+        views = [min(views, key=lambda view: size(coded(view, "fast")))]
+    coder, data = min((coded(view, profile) for view in views), key=size)
     coder += "h" if _are_half(layer.levels) else ""
     return coder, _levels(layer, coder) + data
 
 
-def _views(codes: npt.NDArray[np.int16]) -> Iterator[tuple[str, bytes, npt.NDArray[np.int16]]]:
+class _View(NamedTuple):
     """What may be coded in place of a layer's codes: the marks behind the coder's letter, the numbers that say how they are seen, and these codes."""
+
+    marks: str
+    numbers: bytes
+    codes: npt.NDArray[np.int16]
+
+
+def _views(codes: npt.NDArray[np.int16]) -> Iterator[_View]:
     for kernel in ((), *_kernels(codes)):
         seen = _as_kernels(codes, kernel)
         marks, numbers = "k" if kernel else "", b"".join(map(varint.write, kernel))
-        yield marks, numbers, seen
+        yield _View(marks, numbers, seen)
         part = _trimmed(seen)
         if part.size < seen.size:
-            yield marks + "t", numbers + _sides(part), part
+            yield _View(marks + "t", numbers + _sides(part), part)
 
 
 def _kernels(codes: npt.NDArray[np.int16]) -> Iterator[tuple[int, int]]:
     """The height and width of the images that the columns of a matrix seem to be, if they do."""
-    columns = codes.shape[1] if codes.ndim == 2 else 0
-    sides = [side for side in range(2, _WIDEST + 1) if columns and columns % (side * side) == 0]
+    rows, columns = codes.shape if codes.ndim == 2 else (0, 0)
+    sides = [side for side in range(2, _WIDEST + 1) if rows and columns and columns % (side * side) == 0]
     if not sides:
         return
-    used = (codes[:_ROWS_LOOKED_AT] != 0).astype(np.float32)
-    often = used.mean(0)
+    used = codes[: max(1, min(_ROWS_LOOKED_AT, _LARGE // columns))] != 0
+    often = np.count_nonzero(used, axis=0)
     found = {}
     for distance in range(1, min(_WIDEST, columns - 1) + 1):
-        together = float((used[:, distance:] * used[:, :-distance]).mean(0).sum())
-        found[distance] = together / max(float((often[distance:] * often[:-distance]).sum()), 1e-9)
+        together = np.count_nonzero(used[:, distance:] & used[:, :-distance])
+        by_chance = int(often[distance:] @ often[:-distance])
+        found[distance] = len(used) * together / max(by_chance, 1)
     best = max(sides, key=lambda side: found.get(side, 0.0))
     if found.get(best, 0.0) > _ALIKE * float(np.median(list(found.values()))):
         yield best, best
@@ -142,11 +160,17 @@ def _as_kernels(codes: npt.NDArray[np.int16], kernel: tuple[int, ...]) -> npt.ND
 
 def _trimmed(codes: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
     """The leading rows and columns (the first two dimensions) up to the last ones that hold anything but zeros."""
-    used = codes != 0
-    for axis in range(min(codes.ndim, 2)):
-        found = np.flatnonzero(used.any(tuple(other for other in range(codes.ndim) if other != axis)))
-        codes = np.take(codes, range(found[-1] + 1 if len(found) else 0), axis)
-    return codes
+    if codes.ndim == 0:
+        return codes
+    used = (codes if codes.ndim < 3 else codes.any(axis=tuple(range(2, codes.ndim)))) != 0
+    there = tuple(slice(_last(used, axis) + 1) for axis in range(used.ndim))
+    return codes[there]
+
+
+def _last(used: npt.NDArray[np.bool_], axis: int) -> int:
+    """The last row (`axis` 0) or column with anything in it; -1 without one."""
+    found = np.flatnonzero(used.any(tuple(other for other in range(used.ndim) if other != axis)))
+    return int(found[-1]) if len(found) else -1
 
 
 def _sides(part: npt.NDArray[np.int16]) -> bytes:

@@ -231,7 +231,7 @@ def _set(name: str, values: Json | None, data: Json) -> dict[str, Any]:
 
 
 def _finetune(curves: Json) -> dict[str, Any]:
-    """Loss and validation accuracy per epoch, behind it that of levels trained alone, and the control's, where there are such."""
+    """Loss and validation accuracy per epoch, behind it that of levels and codes trained while clips stay, and the control's, where there are such."""
     runs = {name: curves.get(key) or [] for name, key in _CURVES.items()}
     first = {name: len(runs["compressed"]) if name == "its levels" else 0 for name in runs}
     remarks = []

@@ -19,11 +19,10 @@ from clipq_ray.codec import layers, static, varint
 def _head(coder: str, blob: bytes) -> int:
     """Where the codes begin in a layer's blob, or in that of vectors (roughly); 0 for plain ones."""
     if coder in layers.CODERS:
-        return (
-            min(2 + (2 if coder.endswith("h") else 4) * (blob[0] + blob[1]), len(blob))
-            if len(blob) > 1
-            else 0
-        )
+        if len(blob) < 2:
+            return 0
+        pixels = 2 * ("k" in coder)  # two numbers of a byte each
+        return min(2 + (2 if coder.endswith("h") else 4) * (blob[0] + blob[1]) + pixels, len(blob))
     return min(20, len(blob)) if coder.startswith("v") else 0
 
 

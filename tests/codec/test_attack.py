@@ -49,6 +49,7 @@ READERS = {
         "_trimmed",
         "_sides",
         "_views",
+        "_last",
         "_kernels",
         "_as_kernels",
     },

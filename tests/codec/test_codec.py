@@ -94,6 +94,22 @@ def test_columns_that_are_pixels_are_coded_as_images() -> None:
     np.testing.assert_array_equal(after.codes, before.codes)
 
 
+def test_columns_that_are_pixels_are_coded_as_images_by_either_profile_and_where_a_layer_is_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = images(np.random.default_rng(0), 60, 28)
+    assert layers.smallest(before, "small")[0] == "mkh"
+    monkeypatch.setattr(layers, "_LARGE", 20000)
+    assert layers.smallest(before, "small")[0] == "mkh"
+
+
+@pytest.mark.parametrize("shape", [(0, 784), (1, 4), (3, 0), (0, 0), (2, 9)])
+def test_matrices_of_few_or_no_rows_are_coded(shape: tuple[int, int]) -> None:
+    before = codec.CodedLayer(np.ones(shape, np.int16), np.array([0, 0.5], np.float32), 0)
+    coder, blob = codec.smallest(before)
+    np.testing.assert_array_equal(layers.read(blob, shape, coder).codes, before.codes)
+
+
 def test_columns_in_no_order_are_not_tried_as_images() -> None:
     before = images(np.random.default_rng(0), 120, 28)
     order = np.random.default_rng(1).permutation(784)
