@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -79,13 +80,25 @@ def pack(
     return _made(source, model, full, plan, quantized, inventory, data, source_sha256, words)
 
 
-def best(made: Sequence[PackedNetwork], most_bytes: int | None) -> int:
-    """Which one to take: one that is not larger than `most_bytes`, if there is one, and that validation images like best; of equals the first."""
+def best(made: Sequence[PackedNetwork], most_bytes: int | None, labels: npt.NDArray[np.int64]) -> int:
+    """Which one to take: one that is not larger than `most_bytes`, if there is one, and that validation images with these `labels` like best; of equals the first."""
+    taken = 0
+    for number in range(1, len(made)):
+        if _is_better(made[number], made[taken], most_bytes, labels):
+            taken = number
+    return taken
 
-    def rank(one: PackedNetwork) -> tuple[bool, float, float]:
-        return keeps(one, most_bytes), one.validation.top1, -one.validation.loss
 
-    return max(range(len(made)), key=lambda number: rank(made[number]))
+def _is_better(
+    one: PackedNetwork, other: PackedNetwork, most_bytes: int | None, labels: npt.NDArray[np.int64]
+) -> bool:
+    """By top-1, or by the loss where top-1 differs by less than one standard error: of a few thousand images a handful turn by chance."""
+    if keeps(one, most_bytes) != keeps(other, most_bytes):
+        return keeps(one, most_bytes)
+    drop = Drop.between(other.validation.predictions, one.validation.predictions, labels)
+    if abs(drop.points) > drop.error:
+        return drop.points < 0
+    return one.validation.loss < other.validation.loss
 
 
 def keeps(one: PackedNetwork, most_bytes: int | None) -> bool:

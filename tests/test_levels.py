@@ -246,6 +246,27 @@ def test_free_codes_that_break_the_promise_of_a_size_give_way_to_priced_ones(a_r
     assert taken in trained
 
 
+def test_within_chance_the_loss_says_which_network_is_better() -> None:
+    labels = np.zeros(3000, np.int64)
+
+    def packed(wrong: range, loss: float) -> Any:
+        predictions = labels.copy()
+        predictions[wrong] = 1
+        return SimpleNamespace(
+            file=b"",
+            validation=SimpleNamespace(predictions=predictions, loss=loss, top1=1 - len(wrong) / 3000),
+        )
+
+    usual = packed(range(30), 0.04)
+    better, worse = packed(range(5, 37), 0.03), packed(range(5, 37), 0.05)
+    far_worse = packed(range(5, 70), 0.03)
+    assert packing.best([usual, better], None, labels) == 1
+    assert packing.best([usual, worse], None, labels) == 0
+    assert packing.best([usual, usual], None, labels) == 0
+    assert packing.best([usual, far_worse], None, labels) == 0
+    assert packing.best([far_worse, usual, better], None, labels) == 2
+
+
 def test_codes_that_are_too_large_leave_the_file_as_it_was(a_round: Round) -> None:
     large = a_round.store("large", large=True)
     a_round.trained = {0.0: large, levels.PRICE: large}
