@@ -52,7 +52,7 @@ class Config(BaseModel):
         None, description="URI of validation images that the network has not seen"
     )
     validation_images: int | None = Field(
-        None, ge=2, description="images held out of training for decisions; default: 10 %%, at most 5,000"
+        None, ge=2, description="images held out of training for decisions; default: 10 %, at most 5,000"
     )
     limit_images: int | None = Field(None, ge=4, description="use only so many training images, for trials")
     input_size: int | None = Field(
@@ -143,7 +143,7 @@ class Config(BaseModel):
     # The file
     profile: Literal["fast", "small"] = Field(
         "fast",
-        description="coders that layers choose from; small takes 3 to 5 %% less than fast, encodes at a 25th of its speed and decodes at a 17th",
+        description="coders that layers choose from; small takes 3 to 5 % less than fast, encodes at a 25th of its speed and decodes at a 17th",
     )
     vectors: Literal["auto", "exact"] = Field(
         "auto",
@@ -229,7 +229,7 @@ class Config(BaseModel):
     level_epochs: int = Field(
         0,
         ge=0,
-        description="further epochs in which clipped weights stay clipped, and levels, codes, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept; --hold-size leaves a twenty-fifth of the size for their codes",
+        description="further epochs in which clipped weights stay clipped, and levels, codes, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept; --hold-size leaves 4 % of the size for their codes",
     )
     level_learning_rate: float = Field(0.01, gt=0, description="peak rate of these epochs")
     baseline_epochs: int = Field(
@@ -248,7 +248,7 @@ class Config(BaseModel):
         None,
         ge=0,
         le=100,
-        description="top-1 that the original should have; far from it (2 points) the run stops [%%]",
+        description="top-1 that the original should have; far from it (2 points) the run stops [%]",
     )
     deadline_hours: float | None = Field(
         None,

@@ -32,16 +32,15 @@ def packed(
             return packing.pack(run.source, tuned, plan, inventory, run.data, source_sha256, fitted)
 
     labels = np.asarray(run.data.validation.labels)
-    made, trained = [pack(None)], list[Store]()
+    made, trained, taken = [pack(None)], list[Store](), 0
     for fitted in _tries(run, tuned, plan, work, number, held) if further else ():
         trained.append(fitted)
         made.append(pack(fitted))
         taken = packing.best(made, most_bytes, labels)
-        words = "taken" if taken == len(made) - 1 else "not taken, the file without them is better"
+        words = "taken" if taken == len(made) - 1 else "not taken, another file is better"
         run.reporter.say(f"levels and codes that were trained: {len(made[-1].file):,} bytes, {words}")
         if taken and packing.keeps(made[taken], most_bytes):
             break
-    taken = packing.best(made, most_bytes, labels)
     return trained[taken - 1] if taken else None, made[taken], tuple(trained)
 
 

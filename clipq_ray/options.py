@@ -43,8 +43,8 @@ def parser(description: str) -> OneLineParser:
 def _add(result: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
     option = "--" + name.replace("_", "-")
     default = field.get_default(call_default_factory=True)
-    shown = "" if default in (None, (), {}) else f" (default: {default})".replace("%", "%%")
-    text = (field.description or "") + shown
+    shown = "" if default in (None, (), {}) else f" (default: {default})"
+    text = ((field.description or "") + shown).replace("%", "%%")  # argparse takes one for a format
     if field.annotation is bool:
         result.add_argument(
             option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text

@@ -224,7 +224,7 @@ def trained(
     }  # fmt: skip
 
     name = stage if number == 1 else f"{stage}-{number}"
-    if bit_price:  # a second one behind the same round
+    if bit_price:  # behind a round there may be one of free codes, too
         name += f"-price-{bit_price}"
 
     def make(store: Store, progress: Any) -> float:
