@@ -38,10 +38,11 @@ _SAMPLE = 16  # images whose outputs must be the same without dead units
 
 @dataclass(frozen=True)
 class PackedNetwork:
-    """The file, its score on validation images, and what the statistics need: the quantized layers and the full-precision weights behind them."""
+    """The file, its score on validation images, and what the statistics need of each layer: where it was clipped, how far quantizing moved it, and the norm
+    of the full-precision weights. No tensors: a job keeps one of these for every round."""
 
     file: bytes
-    quantized: dict[str, Quantized]
+    clips: dict[str, tuple[float, float]]
     full_norms: dict[str, tuple[float, float]]
     levels: str
     batch_norm: str
@@ -123,7 +124,8 @@ def _made(
     )
     blobs = {name: codec.smallest(layer, source.config.profile) for name, layer in layers.items()}
     file, precision, found = _smallest(source, model, inventory, data, packed, blobs, exact)
-    return PackedNetwork(file, quantized, norms, levels_words, words, precision, gone, found)
+    clips = {name: one.clips for name, one in quantized.items()}
+    return PackedNetwork(file, clips, norms, levels_words, words, precision, gone, found)
 
 
 def _coded(
@@ -219,7 +221,7 @@ def _on_grids(
 
 def other_bytes_of(packed: PackedNetwork) -> int:
     """Bytes of a file besides the layers' blobs."""
-    layers = sum(entry.bytes for entry in codec.entries(packed.file) if entry.name in packed.quantized)
+    layers = sum(entry.bytes for entry in codec.entries(packed.file) if entry.name in packed.clips)
     return len(packed.file) - layers
 
 

@@ -146,7 +146,7 @@ def _layer_rows(
     for index, (layer, planned) in enumerate(zip(inventory.layers, plan.layers, strict=True)):
         coded = decoded[layer.name]
         assert isinstance(coded, codec.CodedLayer)
-        entry, quantized, trial = entries[layer.name], packed.quantized[layer.name], trials[layer.name]
+        entry, clips, trial = entries[layer.name], packed.clips[layer.name], trials[layer.name]
         nonzeros = int(np.count_nonzero(coded.codes))
         error, norm = packed.full_norms[layer.name]
         rows.append(
@@ -161,8 +161,8 @@ def _layer_rows(
                 "bits": planned.theta.b,
                 "share_negative": planned.share.negative,
                 "share_positive": planned.share.positive,
-                "clip_negative": quantized.clips[0],
-                "clip_positive": quantized.clips[1],
+                "clip_negative": clips[0],
+                "clip_positive": clips[1],
                 "levels": len(coded.levels),
                 "level_values": [float(value) for value in coded.levels],
                 "nonzeros": nonzeros,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -332,14 +332,12 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     further = any(not one.on_the_way for one in before)
     schedule, size = _schedule(run.config, rungs_left, further), making.size(requested, rungs_left)
     ramp = _ramp(run.config, model, plan, before)
-    if size and not any(looked_at(epoch / schedule.epochs, ramp) for epoch in range(1, schedule.epochs)):
-        run.notes.append(
-            f"round {number}: --hold-size had nothing to do, no epoch of {schedule.epochs} ends behind the ramp and before {END:.0%} of them; raise --epochs or lower --ramp-share"
-        )
     power = run.config.rate_distortion
+    costs = Costs(power, counted=bool(before)) if power else None
+    run.notes += _idle(number, schedule.epochs, ramp, size, costs)
     tuned = stages.trained(
         run, "finetune", schedule, making.start, plan, given.work, number, ramp, 1 / (1 + rungs_left), size,
-        Costs(power, counted=bool(before)) if power else None,
+        costs,
     )  # fmt: skip
     plan, scale = plan_after(tuned, plan)
     if scale != 1.0:
@@ -356,6 +354,16 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
     held = size.bytes if size else None
     return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome)
+
+
+def _idle(
+    number: int, epochs: int, ramp: Ramp | None, size: Size | None, costs: Costs | None
+) -> Iterator[str]:
+    """Notes on what was asked for of the `number`-th round and its epochs are too few for: both look at a network between two of them."""
+    if size and not any(looked_at(epoch / epochs, ramp) for epoch in range(1, epochs)):
+        yield f"round {number}: --hold-size had nothing to do, no epoch of {epochs} ends behind the ramp and before {END:.0%} of them; raise --epochs or lower --ramp-share"
+    if costs and epochs == 1:
+        yield f"round {number}: --rate-distortion had nothing to do, weights are divided by their costs between two epochs; raise the epochs of the round"
 
 
 def _schedule(config: Config, rungs_left: int, further: bool) -> Schedule:

@@ -99,6 +99,7 @@ def planned(
     task = SearchTask(
         run.source, weights.uri, tuple(groups), settings, min(config.search_images, len(run.data.train)),
         inventory.bytes_before, store.uri, stages.deadline_of(run, "search", time_share), tuple(costs[group.name] for group in groups), plan,
+        stages.DEADLINE_SHARES["search"] * time_share,
     )  # fmt: skip
     return Search(run, key, task)
 

@@ -35,7 +35,7 @@ from clipq_ray.storage import USES, Store, stage_store
 from clipq_ray.training import Size, TrainTask
 from clipq_ray.work import CURVE, Source, prepare_process, read_state
 
-_DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7, "levels": 0.5}
+DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7, "levels": 0.5}
 """Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""
 _TAIL_SECONDS = 60.0  # kept free before a deadline for packing, verification and commit
 
@@ -246,7 +246,7 @@ def deadline_of(run: Run, stage: str, share: float = 1.0) -> float | None:
     """The time, by the clock of the storage [s since 1970], by which `stage` should end: its share of what is left before the deadline, or a part `share`
     of that where more of its kind are to come. That clock is the one that all nodes have, and that an attempt after a lost worker has too."""
     left = run.seconds_left
-    return None if left is None else run.storage.now() + max(0.0, left) * _DEADLINE_SHARES[stage] * share
+    return None if left is None else run.storage.now() + max(0.0, left) * DEADLINE_SHARES[stage] * share
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors import SafetensorError
@@ -214,7 +214,7 @@ class SearchTask:
 
     `work`: what an evaluation of each group costs beside others [FLOP]. `plan`: how all layers are compressed beside the group that is searched; None:
     they are not. After `deadline`, by the clock of the storage [s since 1970], a group ends with
-    what it has, at least one trial.
+    what it has, at least one trial; it leaves the search a part `deadline_share` of the time that there was when it was set.
     """
 
     source: Source
@@ -227,6 +227,13 @@ class SearchTask:
     deadline: float | None = None
     work: tuple[int, ...] = ()
     plan: Plan | None = None
+    deadline_share: float = 1.0
+
+    def after(self, seconds: float) -> SearchTask:
+        """The same where it could not begin for `seconds`, which all stages before the end lose, not the search alone."""
+        if self.deadline is None:
+            return self
+        return replace(self, deadline=self.deadline + (1 - self.deadline_share) * seconds)
 
     def open_groups(self) -> list[int]:
         """The numbers of the groups whose trials are not there yet, the longest first."""

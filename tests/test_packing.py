@@ -16,6 +16,7 @@ from clipq_ray.data import Data, open_data
 from clipq_ray.evaluate import evaluate
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Theta
+from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.storage import Store
 from clipq_ray.work import WEIGHTS, Source, write_state
 
@@ -84,11 +85,13 @@ def test_levels_are_float16_and_the_layers_are_those_of_the_quantizer(
     tmp_path: Path, digits_weights: dict[str, torch.Tensor]
 ) -> None:
     made = packed(tmp_path, lenet(digits_weights), unit_order="given")
-    layers = [one for one in codec.entries(made.file) if one.name in made.quantized]
-    assert len(layers) == len(made.quantized)
+    layers = [one for one in codec.entries(made.file) if one.name in made.clips]
+    assert len(layers) == len(made.clips)
     assert all(one.coder.endswith("h") for one in layers)
-    for name, quantized in made.quantized.items():
-        np.testing.assert_allclose(codec.arrays(made.file)[name], quantized.values.numpy(), rtol=2**-10)
+    for name in made.clips:
+        weight = digits_weights[name]
+        expected = quantize(weight, Theta(0.5, 3), decide_share(weight, Theta(0.5, 3))).values
+        np.testing.assert_allclose(codec.arrays(made.file)[name], expected.numpy(), rtol=2**-10)
 
 
 def test_a_network_that_no_grid_serves_keeps_its_batch_norm_as_it_is(

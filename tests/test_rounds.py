@@ -233,6 +233,8 @@ def test_what_places_cost_is_followed_in_every_round_and_weights_are_divided_onc
     config = make(**{**QUICK, "storage": str(promised[0]), **given})
     result = compress(Source(config), Watching(), Reporter(quiet=True))
     assert Watching.costs == [Costs(0.5), Costs(0.5, counted=True), None]
+    said = [note for note in result.manifest["notes"] if "--rate-distortion had nothing to do" in note]
+    assert [note.split(":")[0] for note in said] == ["round 1"]  # the one of a single epoch
     without = run(promised[0], **{**given, "rate_distortion": 0.0})
     assert Store(without.uri).read("model.clq") != Store(result.uri).read("model.clq")
 

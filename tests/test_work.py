@@ -68,6 +68,13 @@ def test_a_search_without_a_deadline_makes_all_its_evaluations(tmp_path: Path) -
     assert task.open_groups() == []
 
 
+def test_a_search_that_has_waited_takes_its_share_of_what_is_left_then(tmp_path: Path) -> None:
+    # 1,000 s are left, of which 400 are the search's; when its turn comes 500 s later, 200 are
+    task = replace(search_task(tmp_path, 10_000.0 + 400.0), deadline_share=0.4).after(500.0)
+    assert task.deadline == pytest.approx(10_500.0 + 200.0)
+    assert search_task(tmp_path, None).after(500.0).deadline is None
+
+
 def test_a_search_whose_deadline_has_passed_still_measures_every_layer_once(tmp_path: Path) -> None:
     task = search_task(tmp_path, time.time() - 1)
     searched(task)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,7 +163,9 @@ def search(
 
     if not left():
         return
+    began = time.monotonic()
     with Watch(apart, progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
+        tasks = [task.after(time.monotonic() - began) for task in tasks]
         places = left()  # another job's search of the same network may have gone before
         if not places:
             return
