@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from clipq_ray.codec.header import MAGIC
 from clipq_ray.errors import ModelError
 from clipq_ray.models.registry import Architecture, zoo, zoo_names
 from clipq_ray.storage import Store
@@ -46,6 +47,11 @@ def read_weights(uri: str, architecture: Architecture | None) -> dict[str, Tenso
     data = store.read(name)
     if not data:
         raise ModelError(f"expected weights at {uri}, got an empty file; write or fetch it again")
+    if data.startswith(MAGIC):
+        raise ModelError(
+            f"expected trained weights at {uri}, got a compressed network (.clq): its batch norm is folded and its weights are quantized, so it is no start for training; "
+            "give the weights that it was made from"
+        )
     safe = (
         name.endswith(".safetensors") or data[8:9] == b"{"
     )  # its header is JSON behind eight bytes of length

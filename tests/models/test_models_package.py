@@ -286,6 +286,15 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
+def test_a_compressed_network_is_no_start_for_training_and_is_refused() -> None:
+    record = Path(__file__).parents[2] / "bench" / "records" / "lenet5_caffe-mnist-small.clq"
+    with pytest.raises(
+        ModelError, match=r"got a compressed network \(\.clq\).*weights that it was made"
+    ) as caught:
+        read_weights(str(record), None)
+    one_line(caught)
+
+
 def test_pickled_objects_are_refused_unread_and_the_user_learns_how_to_export(
     lenet: nn.Module, tmp_path: Path
 ) -> None:
