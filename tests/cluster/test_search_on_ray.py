@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_process import ROOT, children, command, committed, finished, processes, sha256, started
+from job_process import ROOT, Job, children, command, committed, finished, processes, sha256, started
 from PIL import Image
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
@@ -127,27 +127,31 @@ def test_a_trial_that_hangs_is_ended_and_where_it_may_not_fail_it_is_named(
     assert_as_undisturbed(undisturbed, storage, before)
 
 
-def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_finish(
-    weights: Path, tmp_path: Path, cluster: Cluster
+def held_searchers(job: Job, node: Any) -> list[int]:
+    """The processes of a search that is stopped here: one of seconds may end before another job has come to its own."""
+    raylet, held = node.all_processes["raylet"][0].process.pid, list[int]()
+
+    def found() -> bool:  # between two steps an actor's process may have no title
+        held.extend(child.pid for child in children([raylet]) if "ResourceTrainable" in child.title)
+        return bool(held)
+
+    job.until(found)
+    for process in held:
+        os.kill(process, signal.SIGSTOP)
+    return held
+
+
+def the_second_waits(
+    first: list[str], second: list[str], storage: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
+    """Two jobs on one cluster, of which the second comes to its search in the middle of the first one's, in `storage`; both finish."""
     node = cluster.add_node(num_cpus=2)
-    first, second = (
-        command(tmp_path / name, weights, **{**SEARCHED, "seed": seed}) for name, seed in (("a", 0), ("b", 1))
-    )
     with started(first, tmp_path / "first", RAY_ADDRESS=cluster.address) as one:
-        one.until(lambda: rows_so_far(tmp_path / "a"))
-        raylet, held = node.all_processes["raylet"][0].process.pid, list[int]()
-
-        def found() -> bool:  # between two steps an actor's process may have no title
-            held.extend(child.pid for child in children([raylet]) if "ResourceTrainable" in child.title)
-            return bool(held)
-
-        one.until(found)
-        for process in held:  # a search of seconds may end before another job has come to its own
-            os.kill(process, signal.SIGSTOP)
+        one.until(lambda: rows_so_far(storage))
+        held = held_searchers(one, node)
         with started(second, tmp_path / "second", RAY_ADDRESS=cluster.address) as other:
             other.until(lambda: "search: waits" in (tmp_path / "second").read_text())
-            assert not searched(tmp_path / "a")
+            assert not searched(storage)
             for process in held:
                 os.kill(process, signal.SIGCONT)
             assert one.wait() == (0, [])
@@ -156,9 +160,39 @@ def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_
     assert line.startswith("search: waits for that of another job on this cluster (")
     assert str(one.process.pid) in line
     assert ended.code == 0
+
+
+def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_finish(
+    weights: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    first, second = (
+        command(tmp_path / name, weights, **{**SEARCHED, "seed": seed}) for name, seed in (("a", 0), ("b", 1))
+    )
+    the_second_waits(first, second, tmp_path / "a", tmp_path, cluster)
     for name in ("a", "b"):
         (run,) = manifest.committed(Store(tmp_path / name))
         assert manifest.verify(run.store) == []
+
+
+def test_a_second_job_on_the_cluster_that_needs_the_same_search_takes_it_as_it_is(
+    weights: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    """Two networks that differ behind the search: by its turn the second one's has been made."""
+    storage = tmp_path / "s"
+    first, second = (
+        command(storage, weights, **{**SEARCHED, "name": name, "target_ratio": ratio})
+        for name, ratio in (("a", 15), ("b", 20))
+    )
+    the_second_waits(first, second, storage, tmp_path, cluster)
+    a, b = (committed_run(storage, name) for name in ("a", "b"))
+    assert a == b  # with their seconds, which a second measurement would have changed
+
+
+def committed_run(storage: Path, name: str) -> list[dict[str, Any]]:
+    """The trials of the run of this name."""
+    (run,) = (one for one in manifest.committed(Store(storage)) if f"model={name}/" in one.store.uri)
+    rows = tables.from_bytes(run.store.read("trials.parquet")).to_pylist()
+    return [{name: value for name, value in row.items() if name != "chosen"} for row in rows]
 
 
 def test_a_search_whose_driver_is_killed_goes_on_behind_its_last_evaluation(
