@@ -25,6 +25,7 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
 from clipq_ray.consistency import PAPER
 from clipq_ray.data import batches
+from clipq_ray.data.augment import cut_out
 from clipq_ray.operator import Operator, make_plan, mildest_rates
 from clipq_ray.optimizers import sgd
 from clipq_ray.places import Costs
@@ -45,7 +46,8 @@ def peer(
     variant: str, options: Mapping[str, Any], ours: Mapping[str, Any], data: str, storage: Path, seed: int
 ) -> tuple[dict[str, Any], bytes]:
     """What is to be said of one variant, and its file."""
-    kept = {name: value for name, value in options.items() if name not in (*PAPER, "rung_epochs")}
+    left_out = {*PAPER, "rung_epochs"} - {"cutout_pixels"}  # how images are shown is the same for all
+    kept = {name: value for name, value in options.items() if name not in left_out}
     config = make(**{**kept, "data": data, "seed": seed, "engine": "local", "epochs": ours["epochs"]})
     given = _Given(config, ours, storage)
     started = time.time()
@@ -172,7 +174,11 @@ class _Given:
                 if operator is None and step % 20 == 0:
                     self._prune(masks, 1 - max(0.0, 1 - done / share) ** 3 if share else 1.0)
                 optimizer.zero_grad(set_to_none=True)
-                images = images.to(device).contiguous(memory_format=torch.channels_last)
+                images = images.to(device)
+                if schedule.cutout_pixels:
+                    draws = seeds.generator(config.seed, stage, "cutout", epoch, step)
+                    images = cut_out(images, schedule.cutout_pixels, draws)
+                images = images.contiguous(memory_format=torch.channels_last)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     output = self.model(images)
                 nn.functional.cross_entropy(output.float(), labels.to(device)).backward()

@@ -207,6 +207,12 @@ class Config(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD (Nesterov)")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay of SGD")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the loss")
+    cutout_pixels: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="side of a square at a random place of each training image that is set to 0, the mean of normalised ones, against knowing them by heart [pixels]; 0: none",
+    )
     ramp_share: float = Field(
         0.0,
         ge=0,

@@ -20,7 +20,7 @@ NAME_WORDS = "letters, digits, '.', '_' and '-' that begins with a letter or dig
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
     "dead_units": "keep", "level_epochs": 0, "unit_order": "given", "vectors": "exact", "label_smoothing": 0.0,
-    "hold_size": False, "rate_distortion": 0.0,
+    "hold_size": False, "rate_distortion": 0.0, "cutout_pixels": 0,
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with Nesterov momentum, linear warm-up and one cosine to zero; `batch_size` is over all ranks."""
+    """SGD with Nesterov momentum, linear warm-up and one cosine to zero; `batch_size` is over all ranks; `cutout_pixels`: side of a square that is masked in
+    every image (`data.augment`), 0: none."""
 
     epochs: int
     batch_size: int
@@ -24,6 +25,7 @@ class Schedule:
     momentum: float
     weight_decay: float
     label_smoothing: float
+    cutout_pixels: int = 0
 
     def rate(self, done: float, epoch: float) -> float:
         """The learning rate when a part `done` (0..1) of the schedule is over, `epoch` epochs from the start."""

@@ -189,7 +189,7 @@ def schedule_of(config: Config, epochs: int, rate: float) -> Schedule:
     """A schedule of so many epochs up to this rate, the rest from the configuration."""
     return Schedule(
         epochs, config.batch_size, rate, min(config.warmup_epochs, epochs / 2), config.momentum, config.weight_decay,
-        config.label_smoothing,
+        config.label_smoothing, config.cutout_pixels,
     )  # fmt: skip
 
 

@@ -120,6 +120,10 @@ class Source:
         """One image through the network: it must take the data's size and have an output for every label."""
         data = self.data()
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
+        if (masked := self.config.cutout_pixels) >= (side := min(images.shape[2:])):
+            raise ConfigError(
+                f"expected --cutout-pixels below the {side} of the images, got {masked}, which leaves nothing of many; give half of it, for example"
+            )
         try:
             with torch.inference_mode():
                 outputs = logits(self.network().eval()(images)).shape[-1]

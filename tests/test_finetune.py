@@ -82,7 +82,7 @@ def network(kind: type[nn.Module] = Network, *arguments: Any) -> nn.Module:
 def schedule(**changes: Any) -> Schedule:
     base: dict[str, Any] = {
         "epochs": 4, "batch_size": 20, "learning_rate": 0.05, "warmup_epochs": 0.5, "momentum": 0.9, "weight_decay": 1e-3,
-        "label_smoothing": 0.1,
+        "label_smoothing": 0.1, "cutout_pixels": 2,
     }  # fmt: skip
     return Schedule(**{**base, **changes})
 
@@ -230,6 +230,31 @@ def test_progress_counts_every_step_of_every_epoch(tmp_path: Path) -> None:
     assert [done for done, _, _ in seen] == list(range(1, 11))  # 110 images are five batches of 20
     assert {total for _, total, _ in seen} == {10}
     assert seen[-1][2] == "epoch 2 of 2"
+
+
+def test_a_masked_square_is_another_one_in_every_step_and_none_where_it_is_not_asked_for(
+    tmp_path: Path,
+) -> None:
+    class Seeing(Network):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                seen.append((images == 0).sum().item())
+            return super().forward(images)
+
+    masked = []
+    for pixels in (0, 5):
+        seen: list[float] = []
+        run(
+            trainer(
+                tmp_path / str(pixels), network(Seeing), schedule=schedule(epochs=1, cutout_pixels=pixels)
+            )
+        )
+        masked.append(seen[1:])  # the first one tries what fits the memory
+    plain, squares = masked
+    assert len(plain) == len(squares) == 5
+    assert len(set(squares)) > 1
+    for before, after in zip(plain, squares, strict=True):
+        assert 20 * 3 * 3 <= after - before <= 20 * 5 * 5  # a corner has nine of its pixels at least
 
 
 def test_a_deadline_shortens_the_schedule_and_says_so(tmp_path: Path) -> None:

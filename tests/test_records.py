@@ -101,7 +101,7 @@ def test_a_job_that_failed_does_not_pass_for_the_run_before_it(
 
 @pytest.mark.parametrize("variant", ["two-stage", "uniform"])
 def test_what_ours_is_held_against_has_its_bits_and_about_its_size(tmp_path: Path, variant: str) -> None:
-    levers = {"ramp_share": 0.5, "rate_distortion": 0.5}
+    levers = {"ramp_share": 0.5, "rate_distortion": 0.5, "cutout_pixels": 4}
     store = made(tmp_path, **levers)
     ours = records.told(manifest.read_manifest(store), store, tmp_path)
     theirs, file = peer(variant, {**QUICK, **levers}, {**ours, "target": "t"}, "digits", tmp_path, 0)

@@ -2,7 +2,7 @@
 
 Small images (MNIST, CIFAR): padding with black, a random crop of the original size, and a mirror image with probability 1/2, as in He et
 al. 2016, section 4.2. Large ones: a random part of 8..100 % of the area with an aspect ratio of 3/4..4/3, as in Szegedy et al. 2015 and
-torchvision's RandomResizedCrop. All numbers of a batch are drawn at once, so threads cannot change them. Not covered: colour, mixing.
+torchvision's RandomResizedCrop. Any: a masked square, as in DeVries and Taylor 2017 (cutout). All numbers of a batch are drawn at once, so threads cannot change them. Not covered: colour, mixing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from clipq_ray.sending import sent
 
 Images = NDArray[np.uint8]
 
@@ -41,6 +44,21 @@ def shifts_and_mirrors(
     """The random choices of `crop_and_flip`: int64 (2, count), first row and column of each crop in 0..2 * padding, and bool (count,), whether to mirror."""
     shifts = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
     return shifts, torch.rand(count, generator=generator) < 0.5
+
+
+def cut_out(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """float (B, c, h, w), normalised -> the same, in every image 0, the mean, in a square of `pixels` x `pixels` around a random pixel; what of it lies outside is
+    lost, so images differ in how much they show. The numbers are drawn on the CPU, wherever the images are."""
+    count, _, height, width = images.shape
+
+    def inside(side: int) -> Tensor:
+        """bool (B, side): the rows or columns of the squares."""
+        first = torch.randint(0, side, (count, 1), generator=generator) - pixels // 2
+        offsets = torch.arange(side) - first
+        return sent((offsets >= 0) & (offsets < pixels), images.device)
+
+    rows, columns = inside(height), inside(width)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
 def draws(count: int, generator: torch.Generator) -> NDArray[np.float64]:

@@ -1,11 +1,11 @@
-"""Random crops and flips."""
+"""Random crops, flips and masks."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from clipq_ray.data.augment import crop_and_flip, crop_box, draws
+from clipq_ray.data.augment import crop_and_flip, crop_box, cut_out, draws
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -62,3 +62,24 @@ def test_an_image_too_narrow_for_any_box_gives_its_centre() -> None:
     assert (left, right) == (0, 10)
     assert abs((top + bottom) / 2 - 500) <= 1
     assert crop_box(np.full(41, 0.5), 1, 1)[0] == (0, 0, 1, 1)
+
+
+def test_a_square_of_every_image_is_masked_and_the_rest_stays() -> None:
+    images = torch.rand(200, 3, 9, 12, generator=seeded()) + 1
+    masked = cut_out(images, 4, seeded())
+    areas, centres = set(), set()
+    for before, after in zip(images, masked, strict=True):
+        gone = after == 0
+        assert torch.equal(after[~gone], before[~gone])
+        assert torch.equal(gone[0], gone[1])  # of all channels the same
+        rows, columns = gone[0].any(1).nonzero(), gone[0].any(0).nonzero()
+        height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+        assert gone[0].sum() == height * width  # no holes in it
+        assert max(height, width) <= 4
+        areas.add(height * width)
+        centres.add((int(rows.min()), int(columns.min())))
+    assert max(areas) == 16  # whole inside
+    assert min(areas) < 8  # cut off by a corner
+    assert len(centres) > 50
+    assert torch.equal(masked, cut_out(images, 4, seeded()))
+    assert not torch.equal(masked, cut_out(images, 4, seeded(1)))
