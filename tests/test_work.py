@@ -61,6 +61,17 @@ def search_task(tmp_path: Path, deadline: float | None) -> SearchTask:
     )
 
 
+def test_a_mask_as_large_as_the_images_is_refused() -> None:
+    def source(pixels: int) -> Source:
+        return Source(
+            make(model="lenet5", data="digits", weights="random", engine="local", cutout_pixels=pixels)
+        )
+
+    source(27).check_fit()
+    with pytest.raises(ConfigError, match="expected --cutout-pixels below the 28 of the images, got 28"):
+        source(28).check_fit()
+
+
 def test_a_search_without_a_deadline_makes_all_its_evaluations(tmp_path: Path) -> None:
     task = search_task(tmp_path, None)
     searched(task)
