@@ -21,11 +21,20 @@ from clipq_ray.console import OneLineParser
 from clipq_ray.errors import ConfigError
 from clipq_ray.fleet.file import Fleet, parsed, read
 
+_SECTIONS = {
+    "model": "network", "data": "data", "storage": "where results lie", "max_drop": "what is asked for, and the way there", "profile": "the file",
+    "search_images": "search", "epochs": "fine-tuning", "expect_top1_percent": "guards", "engine": "machines",
+}  # fmt: skip
+"""The titles in the help, each before the option that it begins with."""
+
 
 def parser(description: str) -> OneLineParser:
     """The parser for `Config`; options keep the fields' order, help shows unit and default."""
     result = OneLineParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [--model NAME ... | --config FILE | --fleet FILE] [options]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument(
         "--config", metavar="FILE", help="YAML file that holds the same options, e.g. target_ratio: 20"
@@ -35,12 +44,15 @@ def parser(description: str) -> OneLineParser:
         metavar="FILE",
         help="YAML file that names many networks with their options, see clipq_ray/fleet/file.py; options of the command line take the place of its defaults",
     )
+    section: argparse._ArgumentGroup | None = None
     for name, field in Config.model_fields.items():
-        _add(result, name, field)
+        if name in _SECTIONS:
+            section = result.add_argument_group(_SECTIONS[name])
+        _add(section or result, name, field)
     return result
 
 
-def _add(result: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+def _add(result: argparse._ActionsContainer, name: str, field: FieldInfo) -> None:
     option = "--" + name.replace("_", "-")
     default = field.get_default(call_default_factory=True)
     shown = "" if default in (None, (), {}) else f" (default: {default})"

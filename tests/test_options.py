@@ -42,6 +42,14 @@ def test_help_shows_every_option_with_its_text_and_default(shown: str) -> None:
             assert f"{text}(default:{default})".replace(" ", "") in shown.replace(" ", ""), option
 
 
+def test_help_is_in_sections(shown: str) -> None:
+    found = [
+        shown.index(f" {title}: --") for title in ("network", "data", "search", "fine-tuning", "machines")
+    ]
+    assert found == sorted(found)
+    assert shown.index(" search: --search-images") < shown.index(" fine-tuning: --epochs")
+
+
 def test_help_shows_a_default_with_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPQ_STORAGE", "s3://bucket/100%done")
     text = io.StringIO()
