@@ -15,6 +15,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -149,7 +150,7 @@ class Unit:
         ]  # fmt: skip
         if self.target.weights is not None:
             command += ["--weights", str(shared / "weights" / self.target.weights)]
-        code = subprocess.run(command, check=False).returncode
+        code = code_of(command)
         asked = published(options) if self.variant == "paper" else options
         store = newest(storage / f"model={name}", {**asked, "seed": self.seed})
         document = manifest.read_manifest(store) if store else None
@@ -240,6 +241,27 @@ def keep_median(target: Target, seeds: Iterable[int]) -> None:
         shutil.copyfile(Unit(target, "ours", seed).stem.with_suffix(".clq"), RECORDS / f"{target.name}.clq")
 
 
+_UNDER_WAY: list[subprocess.Popen[bytes]] = []
+"""Commands that end with this process."""
+
+
+def code_of(command: Sequence[str]) -> int:
+    """The exit code of a command, which hears too what ends this process."""
+    with subprocess.Popen(command) as child:
+        _UNDER_WAY.append(child)
+        try:
+            return child.wait()
+        finally:
+            _UNDER_WAY.remove(child)
+
+
+def end(number: int, frame: Any) -> None:
+    """Handler of a signal: end what is under way, which stores what it has, then this process."""
+    for child in list(_UNDER_WAY):
+        child.send_signal(number)
+    raise SystemExit(128 + number)
+
+
 def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> None:
     """As many of `series` at a time as were asked for, each by a command of its own; the order is that of the list."""
     commands = [
@@ -250,7 +272,11 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
         for target, seed in series
     ]  # fmt: skip
     with ThreadPoolExecutor(given.parallel) as pool:
-        codes = list(pool.map(lambda command: subprocess.run(command, check=False).returncode, commands))
+        try:
+            codes = list(pool.map(code_of, commands))
+        except SystemExit:  # ended: what has not begun is not to begin
+            pool.shutdown(cancel_futures=True)
+            raise
     failed = [
         f"{target.name} seed {seed}" for (target, seed), code in zip(series, codes, strict=True) if code
     ]
@@ -276,6 +302,7 @@ def main() -> int:
         help="targets and seeds at once: on a GPU, most of which one small network leaves idle",
     )
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, end)
     wanted = [one for one in TARGETS if one.name.startswith(tuple(given.only))]
     series = [] if given.table else [(target, seed) for target in wanted for seed in given.seeds]
     if given.parallel > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,17 @@ QUICK: dict[str, Any] = {
 def made(storage: Path, **options: Any) -> Store:
     config = make(**{**QUICK, "storage": str(storage), "engine": "local", **options})
     return Store(compress(Source(config), LocalEngine(), Reporter(quiet=True)).uri)
+
+
+def test_what_is_under_way_ends_with_the_command(tmp_path: Path) -> None:
+    forever = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+    outer = f"import signal; from bench import records; signal.signal(15, records.end); records.code_of({forever!r})"
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        inner = int(job.stdout.readline())
+        job.terminate()
+        assert job.wait(60) == 128 + 15
+    assert not Path(f"/proc/{inner}").exists()
 
 
 def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
