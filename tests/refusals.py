@@ -15,4 +15,4 @@ def refused(kind: type[ClipqError], match: str) -> Iterator[pytest.ExceptionInfo
     """`pytest.raises`, and the message is one line."""
     with pytest.raises(kind, match=match) as caught:
         yield caught
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value), str(caught.value)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from torch import Tensor, nn
 
 from clipq_ray import finetune
@@ -321,7 +322,7 @@ def test_the_note_on_memory_stands_there_once_after_a_restart(tmp_path: Path) ->
 
 
 def test_one_image_that_does_not_fit_is_an_error_of_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="one image does not fit"):
+    with refused(RunError, match="one image does not fit"):
         trainer(tmp_path, network(Small, 0))
 
 
@@ -337,9 +338,8 @@ def test_divergence_is_one_line_that_says_what_to_do(planned: bool, tmp_path: Pa
     model = network()
     plan = make_plan(model, PLAN) if planned else None
     made = trainer(tmp_path, model, plan, schedule=schedule(learning_rate=1e30))
-    with pytest.raises(RunError, match=r"^finetune diverged in epoch 1.*lower --learning-rate") as refused:
+    with refused(RunError, match=r"^finetune diverged in epoch 1.*lower --learning-rate"):
         run(made)
-    assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("epoch-*"))  # a diverged epoch is no checkpoint
 
 

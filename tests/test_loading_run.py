@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 from clipq_ray import codec, load, load_state_dict, manifest, models
@@ -129,9 +130,8 @@ def test_a_name_with_a_module_in_a_file_is_never_imported(tmp_path: Path) -> Non
 
 
 def test_a_factory_that_does_not_fit_the_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="factory") as caught:
+    with refused(ModelError, match="factory"):
         load(written(tmp_path, lenet()), factory=lambda: nn.Linear(2, 2))
-    assert "\n" not in str(caught.value)
 
 
 def test_loading_works_without_ray_and_without_training_code(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from torch import Tensor, nn
 
 from clipq_ray.errors import ModelError
@@ -215,9 +216,8 @@ def test_channels_last_weights_are_the_same_to_it_and_keep_their_layout() -> Non
 def test_a_plan_for_another_network_is_refused_in_one_line() -> None:
     plan = Plan((LayerPlan("9.weight", Theta(0.5, 2), Share(1, 2)),))
     for use in (Operator, bake):
-        with pytest.raises(ModelError, match=r"the plan names 9\.weight") as caught:
+        with refused(ModelError, match=r"the plan names 9\.weight"):
             use(network(), plan)
-        assert "\n" not in str(caught.value)
 
 
 def test_weights_that_diverged_are_named() -> None:
@@ -228,9 +228,8 @@ def test_weights_that_diverged_are_named() -> None:
         with operator.full_precision(), torch.no_grad():
             model.get_parameter("2.weight")[0, 0] = torch.nan
 
-    with pytest.raises(ModelError, match=r"layer 2\.weight") as caught:
+    with refused(ModelError, match=r"layer 2\.weight"):
         diverge()
-    assert "\n" not in str(caught.value)
 
 
 def stepped(model: nn.Module, operator: Operator, steps: range, rate: float = 0.5) -> None:

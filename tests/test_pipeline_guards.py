@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -125,12 +126,10 @@ def test_a_given_network_near_chance_stops_before_the_search(
     for name in ("fc3.weight", "fc3.bias"):  # the labels of another order
         state[name] = digits_weights[name].roll(1, dims=0).contiguous()
     weights = saved(state, tmp_path / "w.safetensors")
-    with pytest.raises(RunError) as caught:
+    with refused(RunError, match=r"chance is 10\.00 %") as caught:
         run(tmp_path / "s", weights=weights)
     line = str(caught.value)
-    assert "\n" not in line
     assert f"top-1 {top1_percent(state):.2f} % on 360 images" in line
-    assert "chance is 10.00 %" in line
     for cause in ("labels in another order", "--mean/--std", "--input-size", "--weights"):
         assert cause in line
     assert not searched(tmp_path / "s")
@@ -143,12 +142,9 @@ def test_a_network_far_from_the_expected_top1_stops_before_the_search(
     weights, percent = saved(digits_weights, tmp_path / "w.safetensors"), top1_percent(digits_weights)
     assert percent > 60
     for expected in (percent - 2.5, 5.0):
-        with pytest.raises(RunError) as caught:
+        with refused(RunError, match="labels in another order") as caught:
             run(tmp_path / "s", weights=weights, expect_top1_percent=expected)
-        line = str(caught.value)
-        assert "\n" not in line
-        assert f"near {expected} % (--expect-top1-percent), got {percent:.2f} %" in line
-        assert "labels in another order" in line
+        assert f"near {expected} % (--expect-top1-percent), got {percent:.2f} %" in str(caught.value)
     assert not searched(tmp_path / "s")
 
 
@@ -246,6 +242,6 @@ def test_where_memory_is_short_gradients_are_accumulated_and_the_run_says_so(tmp
 
 
 def test_where_not_even_one_image_fits_the_run_stops_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"\Aone image does not fit the device's memory; [^\n]*\Z"):
+    with refused(RunError, match="^one image does not fit the device's memory; "):
         narrow(0, tmp_path / "s")
     assert list(manifest.committed(Store(tmp_path / "s"))) == []

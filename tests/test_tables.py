@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import refused
 
 from clipq_ray import tables
 from clipq_ray.errors import FormatError
@@ -83,9 +84,8 @@ def test_the_same_rows_give_the_same_bytes() -> None:
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_by_name(row: dict[str, Any], says: str) -> None:
-    with pytest.raises(FormatError, match=says) as error:
+    with refused(FormatError, match=says):
         tables.to_bytes([row], tables.PREDICTIONS)
-    assert "\n" not in str(error.value)
 
 
 def test_every_truncation_is_a_named_error() -> None:

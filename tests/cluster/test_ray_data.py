@@ -15,6 +15,7 @@ import ray
 import torch
 from data_files import folder, numbered, parquet, png, write
 from ray.cluster_utils import Cluster
+from refusals import refused
 from s3_server import environment, make_bucket
 
 from clipq_ray.cluster import ray_data
@@ -305,6 +306,6 @@ def test_a_node_that_is_lost_while_it_decodes_loses_and_doubles_no_image(
 
 
 def test_options_that_contradict_each_other_are_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"expected --engine ray with --decode cluster"):
+    with refused(ConfigError, match="expected --engine ray with --decode cluster"):
         make(engine="local", decode="cluster")
     assert os.environ.get("RAY_ADDRESS") is None

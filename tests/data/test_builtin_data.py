@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from torchvision import datasets
 
 from clipq_ray.data import open_data
@@ -119,10 +120,9 @@ def test_damaged_idx_files_are_named(tmp_path: Path, damage, expected: str) -> N
     write_mnist(tmp_path / "m")
     path = tmp_path / "m" / "train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=f"{expected}.*") as error:
+    with refused(DataError, match=expected) as caught:
         open_data(str(tmp_path / "m"), input_shape=(1, 28, 28))
-    assert "train-images-idx3-ubyte" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "train-images-idx3-ubyte" in str(caught.value)
 
 
 def test_missing_labels_and_unequal_counts_are_named(tmp_path: Path) -> None:
@@ -154,9 +154,8 @@ def test_missing_labels_and_unequal_counts_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_and_missing_data_say_what_was_looked_for(uri: str, expected: str) -> None:
-    with pytest.raises(DataError, match=expected) as error:
+    with refused(DataError, match=expected):
         open_data(uri, input_shape=(3, 32, 32))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("pixels", [0, 2])
