@@ -105,6 +105,7 @@ def prepare(
     storage.check_writable()
     engine.reaches(storage)
     engine.check(config)
+    source.device()  # refused before anything is written
     prepare_process(config.threads_per_worker)
     run = Run(source, engine, reporter, storage, turn)
     begin(run)

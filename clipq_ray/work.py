@@ -120,10 +120,7 @@ class Source:
         """One image through the network: it must take the data's size and have an output for every label."""
         data = self.data()
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
-        if (masked := self.config.cutout_pixels) >= (side := min(images.shape[2:])):
-            raise ConfigError(
-                f"expected --cutout-pixels below the {side} of the images, got {masked}, which leaves nothing of many; give half of it, for example"
-            )
+        self._check_sides(min(images.shape[2:]))
         try:
             with torch.inference_mode():
                 outputs = logits(self.network().eval()(images)).shape[-1]
@@ -136,6 +133,17 @@ class Source:
             raise DataError(
                 f"expected labels below the network's {outputs} outputs, got {data.classes} classes; check --model-args and --data"
             )
+
+    def _check_sides(self, pixels: int) -> None:
+        """What moves or masks an image must leave something of it."""
+        for option, given, advice in (
+            ("--shift-pixels", self.config.shift_pixels or 0, "an eighth is usual"),
+            ("--cutout-pixels", self.config.cutout_pixels, "a half is usual"),
+        ):
+            if given >= pixels:
+                raise ConfigError(
+                    f"expected {option} below the {pixels} pixels of the images, got {given}, which leaves nothing of some; {advice}"
+                )
 
     def device(self) -> torch.device:
         """The device for work that is not placed by a cluster; the job itself may run on a head without a GPU, whatever its workers have."""

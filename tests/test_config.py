@@ -80,6 +80,7 @@ def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, 
         ),
         ({"rungs": 3}, "expected --target-bytes or --target-ratio with --rungs 3"),
         ({"rungs": 3, "tradeoff": 8.0}, "expected --target-bytes or --target-ratio with --rungs 3"),
+        ({"rung_epochs": 3, "target_bytes": 9}, "expected --rungs with --rung-epochs 3"),
         ({"search_again": True, "tradeoff": 2.0}, "expected several rounds with --search-again"),
         (
             {"search_again": True, "target_bytes": 9, "rounds": 1},

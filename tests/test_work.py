@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
@@ -61,14 +62,15 @@ def search_task(tmp_path: Path, deadline: float | None) -> SearchTask:
     )
 
 
-def test_a_mask_as_large_as_the_images_is_refused() -> None:
+@pytest.mark.parametrize("option", ["cutout_pixels", "shift_pixels"])
+def test_what_may_leave_nothing_of_an_image_is_refused(option: str) -> None:
     def source(pixels: int) -> Source:
-        return Source(
-            make(model="lenet5", data="digits", weights="random", engine="local", cutout_pixels=pixels)
-        )
+        given: dict[str, Any] = {option: pixels}
+        return Source(make(model="lenet5", data="digits", weights="random", engine="local", **given))
 
     source(27).check_fit()
-    with pytest.raises(ConfigError, match="expected --cutout-pixels below the 28 of the images, got 28"):
+    words = f"expected --{option.replace('_', '-')} below the 28 pixels of the images, got 28"
+    with refused(ConfigError, match=words):
         source(28).check_fit()
 
 
