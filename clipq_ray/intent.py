@@ -78,8 +78,8 @@ class Drop:
         return (self.high - self.low) / (2 * _Z95)
 
     def words(self) -> str:
-        """Lost or gained, and the interval of what is lost."""
-        return f"{abs(self.points):.2f} points {'gained' if self.points < 0 else 'lost'} (lost with 95 %: {self.low:+.2f} to {self.high:+.2f})"
+        """What becomes of top-1, with its interval: less than 0 is lost."""
+        return f"{0 - self.points:+.2f} points (95 %: {0 - self.high:+.2f} to {0 - self.low:+.2f})"
 
     @classmethod
     def between(

@@ -1,11 +1,12 @@
 """Compress trained networks: `python jobs/compress.py --model resnet20 --weights URI --data URI --storage URI`.
 
-Parse, build, call; the stages are in `clipq_ray.pipeline`. Everything that was finished is in the storage, so the same command run again
+Everything that was finished is in the storage, so the same command run again
 continues. Exit code 0: all committed; 1: a run failed (the others are finished), or a file does not keep the promise of its intent; 2: something in the input is wrong.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -39,8 +40,13 @@ def main(arguments: list[str]) -> int:
         source.check()
     if fleet.name is not None:
         refuse_newer(fleet_store(Store(shared.storage), fleet.name))
+    reporter = Reporter()
+    if shared.engine == "ray":
+        reporter.say(
+            f"ray: {'joining the cluster' if os.environ.get('RAY_ADDRESS') else 'starting on this machine'}"
+        )
     with make_engine(shared) as engine:
-        found = compress_all(sources, engine, Reporter(), fleet.ensembles)
+        found = compress_all(sources, engine, reporter, fleet.ensembles)
     together = ensembles.all_scored(fleet.ensembles, sources, found)
     if fleet.name is not None and any(isinstance(one, HeldError) for one in found):
         print("fleet: not written, since another job makes some of its runs", file=sys.stderr)

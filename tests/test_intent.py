@@ -150,3 +150,9 @@ def test_on_a_network_that_loses_more_the_smaller_it_is_the_rounds_close_in(
     if len(seen) < rounds:
         assert keeps(intent, chosen)
         assert chosen.bytes <= 1.06 * limit + 1
+
+
+def test_what_became_of_top1_is_said_with_one_sign() -> None:
+    assert Drop(0.5, -0.25, 1.25, 400).words() == "-0.50 points (95 %: -1.25 to +0.25)"
+    assert Drop(-0.5, -1.25, 0.25, 400).words() == "+0.50 points (95 %: -0.25 to +1.25)"
+    assert Drop(0.0, -0.25, 0.25, 400).words() == "+0.00 points (95 %: -0.25 to +0.25)"
