@@ -274,7 +274,7 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
     with ThreadPoolExecutor(given.parallel) as pool:
         try:
             codes = list(pool.map(code_of, commands))
-        except SystemExit:  # ended: what has not begun is not to begin
+        except BaseException:  # ended or interrupted: what has not begun is not to begin
             pool.shutdown(cancel_futures=True)
             raise
     failed = [

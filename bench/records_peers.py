@@ -174,10 +174,8 @@ class _Given:
                 if operator is None and step % 20 == 0:
                     self._prune(masks, 1 - max(0.0, 1 - done / share) ** 3 if share else 1.0)
                 optimizer.zero_grad(set_to_none=True)
-                images = images.to(device)
-                if schedule.cutout_pixels:
-                    draws = seeds.generator(config.seed, stage, "cutout", epoch, step)
-                    images = cut_out(images, schedule.cutout_pixels, draws)
+                draws = seeds.generator(config.seed, stage, "cutout", epoch, step)
+                images = cut_out(images.to(device), schedule.cutout_pixels, draws)
                 images = images.contiguous(memory_format=torch.channels_last)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     output = self.model(images)

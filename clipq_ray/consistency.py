@@ -42,8 +42,6 @@ def _intent(config: Config) -> Iterator[str]:
     sized = config.target_bytes is not None or config.target_ratio is not None
     if config.rungs > 1 and not sized:
         yield f"expected --target-bytes or --target-ratio with --rungs {config.rungs}, which are sizes on the way to one; add it, or leave --rungs out"
-    if config.rung_epochs is not None and config.rungs == 1:
-        yield f"expected --rungs with --rung-epochs {config.rung_epochs}, which are epochs of the rounds on the way to a size; add it, or leave --rung-epochs out"
     if config.search_again and (config.tradeoff is not None or config.rungs == config.rounds == 1):
         yield "expected several rounds with --search-again, which searches before each further one, got one; raise --rounds or --rungs, or leave --search-again out"
     if config.hold_size and not sized:

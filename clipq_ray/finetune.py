@@ -224,13 +224,6 @@ class Trainer:
             lambda step: seeds.generator(self.seed, *place, step, self.rank.rank),
         )
 
-    def _cut_out(self, images: Tensor, epoch: int, step: int) -> Tensor:
-        """The images of a step as the schedule masks them."""
-        if not self.schedule.cutout_pixels:
-            return images
-        generator = seeds.generator(self.seed, self.stage, "cutout", epoch, step, self.rank.rank)
-        return cut_out(images, self.schedule.cutout_pixels, generator)
-
     def _steps(self) -> int:
         """Steps of an epoch."""
         return max(1, len(self.train_split) // min(self.schedule.batch_size, len(self.train_split)))
@@ -244,8 +237,9 @@ class Trainer:
                 group["lr"] = self.schedule.rate(self._done(epoch, step / steps), epoch + step / steps)
             self._move_rates(self._done(epoch, (step + 1) / steps))
             torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
-            images = self._cut_out(sent(images, self.rank.device), epoch, step)
+            masks = seeds.generator(self.seed, self.stage, "cutout", epoch, step, self.rank.rank)
             try:
+                images = cut_out(sent(images, self.rank.device), self.schedule.cutout_pixels, masks)
                 total += self._step(images, sent(labels, self.rank.device))
             except _NotFinite as error:
                 raise self._diverged(epoch, "weights NaN or infinite") from error

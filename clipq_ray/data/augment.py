@@ -2,7 +2,8 @@
 
 Small images (MNIST, CIFAR): padding with black, a random crop of the original size, and a mirror image with probability 1/2, as in He et
 al. 2016, section 4.2. Large ones: a random part of 8..100 % of the area with an aspect ratio of 3/4..4/3, as in Szegedy et al. 2015 and
-torchvision's RandomResizedCrop. Any: a masked square, as in DeVries and Taylor 2017 (cutout). All numbers of a batch are drawn at once, so threads cannot change them. Not covered: colour, mixing.
+torchvision's RandomResizedCrop. Both: a masked square, as in DeVries and Taylor 2017 (cutout). All numbers of a batch are drawn at once, so
+threads cannot change them. Not covered: colour, mixing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def shifts_and_mirrors(
 
 def cut_out(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     """float (B, c, h, w), normalised -> the same, in every image 0, the mean, in a square of `pixels` x `pixels` around a random pixel; what of it lies outside is
-    lost, so images differ in how much they show. The numbers are drawn on the CPU, wherever the images are."""
+    lost, so images differ in how much they show. 0 `pixels`: the images themselves. The numbers are drawn on the CPU, wherever the images are."""
+    if not pixels:
+        return images
     count, _, height, width = images.shape
 
     def inside(side: int) -> Tensor:
