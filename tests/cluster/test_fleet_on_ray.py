@@ -120,7 +120,7 @@ def train_workers(cluster: Cluster) -> list[Process]:
 
 def assert_lines_say_whose_they_are(errors: Path) -> None:
     """All that a job wrote, apart from what is of the whole fleet."""
-    own, whole = "|".join(NAMES), r"\[[\d:]+\] search: |fleet: "
+    own, whole = "|".join(NAMES), r"\[[\d:]+\] (?:ray|search): |fleet: "
     lines = errors.read_text().splitlines()
     assert [line for line in lines if not re.match(rf"(\[[\d:]+\] )?({own}): |{whole}", line)] == []
     warned = [line for line in lines if "unreadable image" in line]
