@@ -194,18 +194,18 @@ def reestimate_batch_norm(
     batch_size: int,
     seed: int,
     device: torch.device | str = "cpu",
-) -> None:
+) -> bool:
     """Running statistics of every batch norm anew, as a cumulative average over shuffled images augmented as in training.
 
     Only batch norms are in training mode; modes and momenta are restored. Batches are of nearly equal size, `batch_size` at most and
     2 at least (one image has no variance), since the average counts each alike. A batch norm that is never reached keeps its statistics,
-    and all do if this fails on the way. `DataError` for fewer than 2 images; nothing happens without batch norm.
+    and all do if this fails on the way. `DataError` for fewer than 2 images; False, and nothing happens, without batch norm.
     """
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
     if not norms:
-        return
+        return False
     order = split.order(seeds.generator(seed, "batch norm", "order"))[:images]
     if len(order) < 2:
         raise DataError(f"expected at least 2 images for batch norm, got {len(order)}; give more images")
@@ -215,6 +215,7 @@ def reestimate_batch_norm(
             split, parts, lambda step: seeds.generator(seed, "batch norm", "augment", step)
         ):
             model(pixels.to(device))
+    return True
 
 
 @contextmanager

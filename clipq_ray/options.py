@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from clipq_ray.config import Config, make, unknown
+from clipq_ray.config import Config, checked, unknown
 from clipq_ray.consistency import INTENTS
 from clipq_ray.console import OneLineParser
 from clipq_ray.errors import ConfigError
@@ -106,12 +106,21 @@ def parse_all(arguments: Sequence[str], description: str) -> Fleet:
             "--config: expected the name of one network as model, got a list; use --fleet, or --model for each"
         )
     names = given.get("model") or [filed.get("model")]
+    places = {name: f" (in {path!r})" for name in filed if name not in given}
     if len(names) > 1:
-        return Fleet(None, tuple(_several(names, options)))
-    return Fleet(None, (make(**{**options, **({"model": names[0]} if names[0] is not None else {})}),))
+        return Fleet(None, tuple(_several(names, options, places)))
+    return Fleet(None, (_made(options, places, names[0]),))
 
 
-def _several(names: Sequence[str], options: Mapping[str, Any]) -> list[Config]:
+def _made(options: Mapping[str, Any], places: Mapping[str, str], model: str | None) -> Config:
+    """The configuration; `ConfigError` says of a wrong option where it stands, by `places`, which the command line is without."""
+    found, problems = checked({**options, **({"model": model} if model is not None else {})})
+    if found is None:
+        raise ConfigError("; ".join(text + places.get(option or "", "") for option, text in problems))
+    return found
+
+
+def _several(names: Sequence[str], options: Mapping[str, Any], places: Mapping[str, str]) -> list[Config]:
     """The same options for several networks, where they can be the same."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -126,7 +135,7 @@ def _several(names: Sequence[str], options: Mapping[str, Any]) -> list[Config]:
         raise ConfigError(
             f"{option}: expected one --model with it, got {len(names)}; leave it out or use --fleet"
         )
-    return [make(**{**options, "model": name}) for name in names]
+    return [_made(options, places, name) for name in names]
 
 
 def _value(name: str, text: Any) -> Any:

@@ -171,10 +171,12 @@ def _batch_norm(model: nn.Module, source: Source, data: Data) -> tuple[str, Eval
     config = source.config
     kept = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     before = _score(source, model, data)
-    reestimate_batch_norm(
+    there = reestimate_batch_norm(
         model, data.train, images=config.batch_norm_images, batch_size=config.evaluation_batch_size, seed=config.seed,
         device=source.device(),
     )  # fmt: skip
+    if not there:
+        return "none", before
     if any(bool((value.cpu() != kept[name]).any()) for name, value in model.state_dict().items()):
         after = _score(source, model, data)
         if (after.top1, -after.loss) > (before.top1, -before.loss):

@@ -87,8 +87,9 @@ def _planned(source: Source) -> Plan:
     searches = 1 + config.search_again * sum(one.times for one in trainings if one.searched)
     evaluations = config.search_evaluations * len(groups) * searches
     search_seconds = evaluations * min(config.search_images, images) * forward / (config.search_parallel or 1)
+    called = f"{config.name} ({config.model})" if config.name else config.model
     lines = [
-        f"network     {config.model}: {found.parameters:,} parameters, {len(found.layers)} layers to compress"
+        f"network     {called}: {found.parameters:,} parameters, {len(found.layers)} layers to compress"
         + (f" in {len(groups)} groups" if config.groups else ""),
         f"data        {data.description}: {images:,} training, {held:,} validation images",
         f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: about {_clock(search_seconds)}",

@@ -331,7 +331,8 @@ def test_too_few_images_are_refused_and_leave_the_statistics_alone() -> None:
 
 def test_a_network_without_batch_norm_is_not_even_evaluated() -> None:
     split = colour(4)
-    reestimate_batch_norm(models.build(models.Architecture("lenet5")), split, images=4, batch_size=2, seed=0)
+    model = models.build(models.Architecture("lenet5"))
+    assert not reestimate_batch_norm(model, split, images=4, batch_size=2, seed=0)
     assert split.sizes == []
 
 

@@ -133,20 +133,32 @@ def test_a_file_may_hold_lists_objects_and_names_with_hyphens(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("epoch: 3\n", "did you mean --epochs"),
-        ("epochs: 0\n", "--epochs"),
+        (
+            "epoch: 3\n",
+            "unknown option 'epoch'; did you mean --epochs or --rung-epochs or --round-epochs? (in '{path}')",
+        ),
+        ("epochs: 0\n", "--epochs: expected greater than or equal to 1, got 0 (in '{path}')"),
         ("target_ratio: 3\ntradeoff: 1\n", "expected one intent"),
         ("- a\n- b\n", "'name: value'"),
         ("epochs\n", "'name: value'"),
-        ("epochs: [\n", "expected YAML"),
+        (
+            "epochs: [\n",
+            "expected YAML in '{path}', got line 2, column 1: expected the node content, but found '<stream end>'",
+        ),
         ("name: 2026-02-30\n", "expected YAML"),
         ("max-drop: 1\nepochs: 3\nmax_drop: 2\n", "got max_drop again in line 3"),
         ("!!python/object/apply:os.getcwd []\n", "expected YAML"),
     ],
 )
 def test_a_wrong_file_is_one_line(text: str, words: str, tmp_path: Path) -> None:
-    with refused(ConfigError, match=re.escape(words)):
-        parsed(written(tmp_path, text))
+    arguments = written(tmp_path, text)
+    with refused(ConfigError, match=re.escape(words.replace("{path}", arguments[-1]))):
+        parsed(arguments)
+
+
+def test_what_is_wrong_on_the_command_line_is_not_said_of_the_file(tmp_path: Path) -> None:
+    with refused(ConfigError, match=r"got 'none'$"):
+        parsed([*written(tmp_path, "epochs: 0\n"), "--epochs", "none"])
 
 
 def test_the_recipes_are_valid() -> None:

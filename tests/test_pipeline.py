@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manifest_fields import assert_described
 
 import clipq_ray
 from clipq_ray import manifest
@@ -47,6 +48,10 @@ def test_a_run_is_committed_whole_and_verifies(finished: tuple[Path, Result]) ->
     assert set(result.manifest["files"]) >= {"model.clq", "layers.parquet", "trials.parquet", "report.html"}
     assert manifest.verify(Store(result.uri)) == []
     assert result.manifest["metrics"]["ratio"] > 10
+
+
+def test_every_field_of_the_manifest_is_described(finished: tuple[Path, Result]) -> None:
+    assert_described(finished[1].manifest, "A run")
 
 
 def test_the_loaded_network_scores_what_the_job_reported(finished: tuple[Path, Result]) -> None:

@@ -85,9 +85,10 @@ def parsed(option: str, path: str, parse: Callable[[str], Any]) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}: expected a readable YAML file, got {path!r} ({error})") from error
     except (yaml.YAMLError, ValueError) as error:  # of a date that is none
-        raise ConfigError(
-            f"{option}: expected YAML in {path!r}, got {' '.join(str(error).split())}"
-        ) from error
+        said, mark = " ".join(str(error).split()), getattr(error, "problem_mark", None)
+        if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
+            said = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        raise ConfigError(f"{option}: expected YAML in {path!r}, got {said}") from error
 
 
 def read(path: str, options: Mapping[str, Any]) -> Fleet:

@@ -167,7 +167,7 @@ def _verdict(metrics: Json, predictions: pa.Table | None) -> list[str]:
             f"Image by image, {words.count(paired.lost)} were lost and {words.count(paired.won)} won; the paired 95 % interval of the "
             f"drop is {words.interval(*paired.drop_interval(), unit='points')}."
         )
-    if metrics.get("batch_norm"):
+    if metrics.get("batch_norm", "none") != "none":
         told.append(f"Batch-norm statistics: {words.printable(metrics['batch_norm'])}.")
     return told
 

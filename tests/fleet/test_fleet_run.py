@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from manifest_fields import assert_described
 
 import clipq_ray
 from clipq_ray import claims, cli, manifest, tables
@@ -215,7 +216,9 @@ def test_an_ensemble_is_scored_by_averaged_probabilities_of_the_decoded_files(
     vote = [{"name": "vote", "members": ["lenet5", "smaller"]}]
     ended = submitted(fleet(folder, GOOD, ensembles=vote))
     assert ended.returncode == 0
-    (told,) = json.loads((folder / "s" / "fleet=night" / "manifest.json").read_text())["ensembles"]
+    stated = json.loads((folder / "s" / "fleet=night" / "manifest.json").read_text())
+    assert_described(stated, "A fleet")
+    (told,) = stated["ensembles"]
     assert any(line.startswith("ensemble vote (lenet5, smaller): ") for line in ended.stdout.splitlines())
     test = open_data("digits", input_shape=(1, 28, 28)).test
     assert test is not None
@@ -285,5 +288,6 @@ def test_what_a_fleet_would_do_has_totals_and_says_what_is_committed(
     ended = submitted(fleet(folder, [GOOD[0], {"model": "lenet5", "name": "new", "seed": 1}]), "--dry-run")
     assert ended.returncode == 0, ended.stderr
     assert "network     lenet5: run r-" in ended.stdout
+    assert "network     new (lenet5): 61,706 parameters" in ended.stdout
     assert "all 2      1 committed already, 1 to make: about " in ended.stdout
     assert not (folder / "s" / "model=new").exists()
