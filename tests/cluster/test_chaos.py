@@ -13,7 +13,7 @@ from kills import Nodes, artifact, disturbed, left_over, orders, rows_so_far, su
 from safetensors.torch import save_file
 from torch import Tensor
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 PAIRS = (
     ("search actor", "search"),
