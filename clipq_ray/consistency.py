@@ -24,6 +24,20 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
+_NEEDS = {
+    "rung_epochs": ("rungs", 1),
+    "round_epochs": ("rounds", 1),
+    "level_learning_rate": ("level_epochs", 0),
+}
+"""Options that say how something is done, and the option with which it is not done at all."""
+
+
+def idle(config: Config) -> Iterator[str]:
+    """What was said and has nothing to do, a sentence each: no mistake, since a recipe's part may be switched off by one option."""
+    for name, (other, off) in _NEEDS.items():
+        if getattr(config, name) != type(config).model_fields[name].default and getattr(config, other) == off:
+            yield f"--{name.replace('_', '-')} has nothing to do with --{other.replace('_', '-')} {off}"
+
 
 def problem(config: Config) -> str | None:
     """The first thing that is wrong with options together, in one line: expected, got, what to do."""

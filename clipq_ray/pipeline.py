@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
 from clipq_ray.cluster.engine import Engine
+from clipq_ray.consistency import idle
 from clipq_ray.errors import FormatError, HeldError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, grouped
@@ -109,6 +110,9 @@ def prepare(
     prepare_process(config.threads_per_worker)
     run = Run(source, engine, reporter, storage, turn)
     begin(run)
+    run.notes += idle(config)
+    for note in run.notes:
+        reporter.say(f"options: {note}")
     reporter.say(f"data: opening {config.data}")
     data = source.data()
     source.check_fit()

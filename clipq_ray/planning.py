@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from clipq_ray import identity, network
+from clipq_ray.consistency import idle
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.groups import grouped
@@ -109,7 +110,9 @@ def _planned(source: Source) -> Plan:
     lines.append(
         f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)"
     )
-    words = "\n".join([*lines, *(f"note        {note}" for note in (*data.notes, *found.notes))])
+    words = "\n".join(
+        [*lines, *(f"note        {note}" for note in (*idle(config), *data.notes, *found.notes))]
+    )
     return Plan(words, total, disk)
 
 

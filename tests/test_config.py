@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from refusals import refused
 
 from clipq_ray.config import Config, make
+from clipq_ray.consistency import idle
 from clipq_ray.errors import ConfigError
 
 
@@ -114,6 +115,17 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
 def test_values_on_the_border_are_taken(options: dict[str, Any]) -> None:
     made = make(**options)
     assert {name: getattr(made, name) for name in options} == options
+
+
+def test_what_has_nothing_to_do_is_said() -> None:
+    said = idle(make(rung_epochs=3, round_epochs=4, level_learning_rate=0.1, rounds=1))
+    assert list(said) == [
+        "--rung-epochs has nothing to do with --rungs 1",
+        "--round-epochs has nothing to do with --rounds 1",
+        "--level-learning-rate has nothing to do with --level-epochs 0",
+    ]
+    assert list(idle(make(rungs=2, rung_epochs=3, rounds=2, round_epochs=4, level_epochs=1, level_learning_rate=0.1, target_bytes=9))) == []  # fmt: skip
+    assert list(idle(make())) == []
 
 
 def test_the_paper_switches_off_what_goes_beyond_it() -> None:

@@ -182,11 +182,13 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compress", "--dry-run", "--storage", "s", "--search-evaluations", "9"])
+    options = "--dry-run --storage s --search-evaluations 9 --rung-epochs 3"
+    monkeypatch.setattr(sys, "argv", ["compress", *options.split()])
     assert console.run("compress", imported("compress").main) == 0
     printed = capfd.readouterr().out
     assert "61,706 parameters, 5 layers" in printed
     assert "45 evaluations" in printed
+    assert "note        --rung-epochs has nothing to do with --rungs 1" in printed
     for word in ("baseline", "fine-tuning", "time", "disk", "nothing was done"):
         assert word in printed
     assert list(tmp_path.iterdir()) == []
