@@ -50,7 +50,7 @@ _ADVICE = (
         "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role)",
     ),
     (("ProfileNotFound",), "correct AWS_PROFILE or unset it"),
-    (("AccessDenied", "403"), "allow these credentials to get, put, delete and list objects there"),
+    (("AccessDenied", "403"), "allow these credentials to get, put, delete and list objects there, and to list and abort multipart uploads"),
     (("PermissionError",), "give yourself permission there or choose another storage"),
     (
         ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientConnectorError", "ConnectionError", "ConnectionRefusedError",

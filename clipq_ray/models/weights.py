@@ -168,16 +168,27 @@ def _implied(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: 
 
 def _refuse_misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: str) -> None:
     missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    other = {
+        name: given[name] for name in wanted if name in given and wanted[name].shape != given[name].shape
+    }
     shapes = [
-        f"{name} expected {tuple(tensor.shape)} got {tuple(given[name].shape)}"
-        for name, tensor in wanted.items()
-        if name in given and tensor.shape != given[name].shape
+        f"{name} expected {tuple(wanted[name].shape)} got {tuple(one.shape)}" for name, one in other.items()
     ]
     if missing or unexpected or shapes:
         raise ModelError(
             f"weights {origin} do not fit the network: missing {_some(missing)}; unexpected {_some(unexpected)}; "
-            f"other shapes {_some(shapes)}; check --model and --model-args"
+            f"other shapes {_some(shapes)}; {'check --model and --model-args' if missing or unexpected else _other_classes(wanted, other)}"
         )
+
+
+def _other_classes(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """What to do about tensors of other shapes: where all have the same other number of outputs, those are most likely other classes."""
+    alike = all(one.shape[1:] == wanted[name].shape[1:] for name, one in other.items())
+    outputs = {one.shape[0] if one.dim() else 0 for one in other.values()}
+    if alike and len(outputs) == 1:
+        count = outputs.pop()
+        return f"for {count} classes say --model-args '{{\"num_classes\": {count}}}'"
+    return "check --model and --model-args"
 
 
 def _refuse_values(name: str, wanted: Tensor, given: Tensor, origin: str) -> None:

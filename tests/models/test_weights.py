@@ -280,7 +280,12 @@ MISFITS: dict[str, tuple[Callable[[], State], tuple[str, ...]]] = {
             "missing none; unexpected none",
             "fc3.weight expected (10, 84) got (100, 84)",
             "fc3.bias expected (10,) got (100,)",
+            "; for 100 classes say --model-args '{\"num_classes\": 100}'",
         ),
+    ),
+    "another width": (
+        lambda: {**small("lenet5"), "fc2.bias": torch.zeros(3), "fc3.bias": torch.zeros(4)},
+        ("fc2.bias expected (84,) got (3,)", "; check --model and --model-args"),
     ),
     "another name and another shape": (
         lambda: {**renamed(small("lenet5"), {"fc1.bias": "extra"}), "fc2.bias": torch.zeros(3)},
