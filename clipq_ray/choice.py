@@ -25,7 +25,7 @@ class Choice:
         return sum(trial.bytes for trial in self.trials.values())
 
     def thetas(self, groups: Sequence[Group]) -> dict[str, Theta]:
-        """Theta of every layer of `groups`, in the order of the network."""
+        """Theta of every layer, group by group."""
         return {layer: trial.theta for layer, trial in by_layer(groups, self.trials).items()}
 
 

@@ -68,7 +68,9 @@ def _latest(work: Store) -> _Found:
     try:
         content = json.loads(work.read(name))
         owner, words = str(content["owner"]), str(content["words"])
-        gone = owner in _ENDED or (content["place"] == place() and not runs(content["process"]))
+        gone = owner in _ENDED or (
+            content["place"] != "" and content["place"] == place() and not runs(content["process"])
+        )
     except (ValueError, KeyError, TypeError):
         owner, words, gone = "", "somebody", False  # of another version; its age counts
     except StorageError:

@@ -126,10 +126,12 @@ class Trainer:
             self._load_progress(*found)
             if self.operator:
                 self.operator.load_state(_under("operator/", found[0]))
-        # buffers follow rank 0; parameters were equal from the start and stay so
-        self.wrapped = DistributedDataParallel(model) if rank.world > 1 else model
         self.attempts = checkpoints.attempts(stage)
-        self.micro_batch = self._fitting_micro_batch()
+        self.micro_batch, unread = self._fitting_micro_batch()
+        # buffers follow rank 0; parameters were equal from the start and stay so. Gradients that never come (of a head that only other losses read) are not waited for
+        self.wrapped = (
+            DistributedDataParallel(model, find_unused_parameters=unread) if rank.world > 1 else model
+        )
         self.attempts.begin(rank.rank, self.micro_batch)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
@@ -330,8 +332,8 @@ class Trainer:
         loss: Tensor = self.loss(output.float(), labels)
         return loss
 
-    def _fitting_micro_batch(self) -> int:
-        """The largest micro-batch that fits all ranks' memory, found by one step without effect before training."""
+    def _fitting_micro_batch(self) -> tuple[int, bool]:
+        """The largest micro-batch that fits all ranks' memory, found by one step without effect before training, and whether parameters got no gradient in it."""
         indices = self._index_batches(0)[0]
         # one image as often as needed: the images of a batch lie in many row groups
         images, labels = (
@@ -356,13 +358,14 @@ class Trainer:
                         "one image does not fit the device's memory; use a larger device"
                     ) from None
                 micro = math.ceil(micro / 2)
+        unread = any(one.requires_grad and one.grad is None for one in self.model.parameters())
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         if self.rank.world > 1:
-            least = torch.tensor(micro, device=self.rank.device)
+            least = torch.tensor([micro, not unread], device=self.rank.device)
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
-            micro = int(least)
+            micro, unread = int(least[0]), not least[1]
         if micro < len(indices):
             note = (
                 f"{self.stage}: {len(indices)} images per worker do not fit the device's memory; gradients are "
@@ -371,7 +374,7 @@ class Trainer:
             log.warning(note)
             if note not in self.notes:  # a checkpoint may have brought it
                 self.notes.append(note)
-        return micro
+        return micro, unread
 
     def _validate(self, progress: Progress) -> float | None:
         """Top-1 of the quantized network on validation images [%], by rank 0; it says between batches that it goes on."""

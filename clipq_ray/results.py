@@ -142,9 +142,12 @@ def _layer_rows(
 ) -> list[dict[str, Any]]:
     entries = {entry.name: entry for entry in codec.entries(packed.file)}
     decoded = codec.decode(packed.file, [layer.name for layer in inventory.layers]).tensors
+    plans = {
+        one.layer: one for one in plan.layers
+    }  # in another order where layers of a group are not neighbours
     rows = []
-    for index, (layer, planned) in enumerate(zip(inventory.layers, plan.layers, strict=True)):
-        coded = decoded[layer.name]
+    for index, layer in enumerate(inventory.layers):
+        planned, coded = plans[layer.name], decoded[layer.name]
         assert isinstance(coded, codec.CodedLayer)
         entry, clips, trial = entries[layer.name], packed.clips[layer.name], trials[layer.name]
         nonzeros = int(np.count_nonzero(coded.codes))

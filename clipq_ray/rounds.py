@@ -56,7 +56,8 @@ but 0.3 points; more by five times what may be lost. A start only: the rounds de
 @dataclass(frozen=True)
 class Round:
     """One round: the search that it is from, the plan and what became of it; `held`: the bytes that it was held at, if it was; `on_the_way`: whether more were
-    to follow it on the way to a size; `fitted`: the levels and codes trained behind it that the file has, if it has them."""
+    to follow it on the way to a size; `fitted`: the levels and codes trained behind it that the file has, if it has them; `divided`: whether its weights were divided by what their
+    places cost."""
 
     searched: Searched
     choice: Choice
@@ -67,6 +68,7 @@ class Round:
     fitted: Store | None
     packed: packing.PackedNetwork
     outcome: Outcome
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,12 @@ class Given:
 
 
 class Making:
-    """The rounds of one network, made one after another, each from the weights of the one before; `intent`: what is promised of it alone."""
+    """The rounds of one network, made one after another, each from the weights of the one before; `intent`: what is promised of it alone.
+    `most_bytes`: what a file may take at most with levels that are trained behind it, where a size is promised."""
 
     def __init__(self, run: Run, given: Given, intent: Intent | None = None) -> None:
         self.run, self.given, self._intent = run, given, intent
+        self.most_bytes = math.floor(intent.value) if intent is not None and intent.kind == "bytes" else None
         self._model = run.source.network()
         self._model.load_state_dict(read_state(given.weights))
         # what the file holds besides layers: predicted, then as in the last round
@@ -194,12 +198,6 @@ class Making:
         precision = self.done[-1].packed.precision if self.done else packing.usual(self.run.source)
         held = requested if rungs_left else min(requested, to_ask(intent, _codes_follow(self.run.config)))
         return Size(held, self.given.inventory, precision)
-
-    @property
-    def most_bytes(self) -> int | None:
-        """What a file may take at most, where that is promised."""
-        intent = self._intent
-        return math.floor(intent.value) if intent is not None and intent.kind == "bytes" else None
 
     def initial(self) -> nn.Module:
         """The network with the weights from which the next round starts."""
@@ -333,7 +331,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     schedule, size = _schedule(run.config, rungs_left, further), making.size(requested, rungs_left)
     ramp = _ramp(run.config, model, plan, before)
     power = run.config.rate_distortion
-    costs = Costs(power, counted=bool(before)) if power else None
+    costs = Costs(power, counted=any(one.divided for one in before)) if power else None
     run.notes += _idle(number, schedule.epochs, ramp, size, costs)
     tuned = stages.trained(
         run, "finetune", schedule, making.start, plan, given.work, number, ramp, 1 / (1 + rungs_left), size,
@@ -353,7 +351,10 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     )
     outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
     held = size.bytes if size else None
-    return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome)
+    divided = (
+        costs is not None and schedule.epochs > 1
+    )  # between two epochs, whatever a deadline leaves of them
+    return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome, divided)
 
 
 def _idle(

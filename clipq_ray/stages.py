@@ -228,9 +228,10 @@ def trained(
         name += f"-price-{bit_price}"
 
     def make(store: Store, progress: Any) -> float:
+        # checkpoints lie below the key too: of another plan's none is gone on from
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
-            work.child(name).uri, deadline_of(run, stage, time_share), ramp, size,
+            work.child(name, store.uri.rpartition("-")[2]).uri, deadline_of(run, stage, time_share), ramp, size,
             bit_price, costs,
         )  # fmt: skip
         with run.away():

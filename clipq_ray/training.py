@@ -98,7 +98,10 @@ def train(
         feed=feed,
     )
     trainer.run(progress, report)
-    if rank.rank == 0:
+    output = Store(task.output)
+    if rank.rank == 0 and not output.exists(
+        CURVE
+    ):  # another job's, on which it has built already: the first one counts
         if data.train.unreadable:  # met while training; the driver has not read these images
             trainer.notes.append(
                 f"{task.stage}: {len(data.train.unreadable)} unreadable images were replaced by their next ones: "
@@ -110,7 +113,6 @@ def train(
             )
         if task.plan is not None and (slow := slow_on(rank.device)):
             trainer.notes.append(f"{task.stage}: {slow}")
-        output = Store(task.output)
         write_state(output, WEIGHTS, model.state_dict())
         rows = [asdict(row) for row in trainer.curve]
         recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}

@@ -25,7 +25,7 @@ from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Split, open_data
 from clipq_ray.data.resident import placed
-from clipq_ray.errors import ConfigError, DataError, FormatError
+from clipq_ray.errors import ClipqError, ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
 from clipq_ray.groups import Group
 from clipq_ray.operator import bake_keeping
@@ -124,7 +124,9 @@ class Source:
         try:
             with torch.inference_mode():
                 outputs = logits(self.network().eval()(images)).shape[-1]
-        except (RuntimeError, ValueError, TypeError) as error:
+        except ClipqError:
+            raise
+        except Exception as error:  # of anybody's code; torchvision's asserts
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"expected a network that takes images of {tuple(images.shape[1:])}, got: {reason}; check --model and --input-size"

@@ -123,6 +123,16 @@ def test_the_claim_of_a_process_that_ended_on_this_machine_is_dead_at_once(tmp_p
     taken(work).give_back()
 
 
+def test_where_machines_cannot_be_told_a_claim_counts_by_its_age(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "place", lambda: "")
+    first = taken(work)
+    monkeypatch.setattr(claims, "runs", lambda process: False)  # on another machine
+    assert isinstance(claim(work), Holder)
+    first.give_back()
+
+
 def test_a_damaged_claim_counts_by_its_age(work: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     work.write("claim-000007.json", b"{")
     assert claim(work) == Holder(7, "somebody")

@@ -65,6 +65,14 @@ class Small(Network):
         return super().forward(images)
 
 
+class TwoHeads(Network):
+    """A second head that no loss here reads, as an auxiliary one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(6 * 16, 4)
+
+
 def images(n: int, seed: int = 0) -> TensorSplit:
     """Four classes: which quarter of the picture is bright."""
     random = np.random.default_rng(seed)
@@ -405,6 +413,26 @@ def test_ranks_with_other_codes_are_found_after_one_epoch(differing: bool, tmp_p
     for rank in range(2):
         said = (tmp_path / f"rank-{rank}").read_text()
         assert ("layer head.weight after epoch 1" in said) if differing else (said == "ended")
+
+
+def one_of_two_with_two_heads(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = network(TwoHeads)
+    rows = run(
+        trainer(Path(folder) / "c", model, make_plan(model, PLAN), rank=Rank(rank, 2, torch.device("cpu")))
+    )
+    parameters = {name: one.detach() for name, one in model.named_parameters()}
+    torch.save((len(rows), parameters), Path(folder) / f"rank-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_head_without_a_gradient_holds_up_no_worker(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two_with_two_heads, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in range(2))
+    assert first[0] == second[0] == 4
+    assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
 
 
 def test_rising_rates_end_at_the_plans_and_make_another_network(tmp_path: Path) -> None:

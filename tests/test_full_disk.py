@@ -49,7 +49,7 @@ def test_a_full_disk_ends_the_run_by_name_and_with_more_space_it_goes_on(small: 
     line = str(caught.value)
     assert caught.value.exit_code == 1
     said = re.fullmatch(
-        rf"cannot write [\d,]+ bytes to {small}/model=lenet5/run=r-[0-9a-f]{{12}}/_work/finetune/(epoch-\d+\.safetensors): "
+        rf"cannot write [\d,]+ bytes to {small}/model=lenet5/run=r-[0-9a-f]{{12}}/_work/finetune/[0-9a-f]{{16}}/(epoch-\d+\.safetensors): "
         rf"No space left on device, [\d,]+ bytes are free; free space there or choose another storage; "
         rf"what is finished is kept in {small}: the same command again goes on behind it",
         line,

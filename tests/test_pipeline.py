@@ -12,7 +12,7 @@ import pytest
 from manifest_fields import assert_described
 
 import clipq_ray
-from clipq_ray import manifest
+from clipq_ray import manifest, tables
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
@@ -52,6 +52,19 @@ def test_a_run_is_committed_whole_and_verifies(finished: tuple[Path, Result]) ->
 
 def test_every_field_of_the_manifest_is_described(finished: tuple[Path, Result]) -> None:
     assert_described(finished[1].manifest, "A run")
+
+
+def test_every_row_of_a_layer_is_that_layers_where_a_group_has_no_neighbours(
+    finished: tuple[Path, Result],
+) -> None:
+    made = Store(run(finished[0], groups=("*1.weight",)).uri)
+    layers, trials = (
+        tables.from_bytes(made.read(name)).to_pylist() for name in ("layers.parquet", "trials.parquet")
+    )
+    chosen = {row["layer"]: (row["p"], row["bits"]) for row in trials if row["chosen"]}
+    assert [row["layer"] for row in layers if row["group"] == "*1.weight"] == ["conv1.weight", "fc1.weight"]
+    assert {row["layer"]: (row["p"], row["bits"]) for row in layers} == {row["layer"]: chosen[row["group"]] for row in layers}  # fmt: skip
+    assert len(set(chosen.values())) > 1
 
 
 def test_the_loaded_network_scores_what_the_job_reported(finished: tuple[Path, Result]) -> None:

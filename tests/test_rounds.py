@@ -229,10 +229,18 @@ def test_what_places_cost_is_followed_in_every_round_and_weights_are_divided_onc
             self.costs.append(task.costs)
             return super().train(task, progress)
 
-    given = {"target_bytes": 5000, "rungs": 2, "rung_epochs": 1, "level_epochs": 1, "rate_distortion": 0.5}
-    config = make(**{**QUICK, "storage": str(promised[0]), **given})
-    result = compress(Source(config), Watching(), Reporter(quiet=True))
+    given = {"target_bytes": 5000, "rungs": 2, "level_epochs": 1, "rate_distortion": 0.5}
+
+    def watched(rung_epochs: int) -> Result:
+        Watching.costs.clear()
+        config = make(**{**QUICK, "storage": str(promised[0]), **given, "rung_epochs": rung_epochs})
+        return compress(Source(config), Watching(), Reporter(quiet=True))
+
+    watched(2)
     assert Watching.costs == [Costs(0.5), Costs(0.5, counted=True), None]
+    given["rung_epochs"] = 1
+    result = watched(1)  # in which nothing was divided yet
+    assert Watching.costs == [Costs(0.5), Costs(0.5), None]
     said = [note for note in result.manifest["notes"] if "--rate-distortion had nothing to do" in note]
     assert [note.split(":")[0] for note in said] == ["round 1"]  # the one of a single epoch
     without = run(promised[0], **{**given, "rate_distortion": 0.0})

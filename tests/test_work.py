@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from refusals import refused
+from torch import nn
 
 from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
@@ -129,6 +130,30 @@ def test_an_image_that_cannot_be_read_while_training_is_named_in_the_notes(tmp_p
     (note,) = json.loads(out.read(CURVE))["notes"]
     assert "1 unreadable" in note
     assert "3.jpg" in note
+
+
+def test_a_training_that_another_job_has_finished_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
+    source = Source(make(model="lenet5", weights="random", limit_images=20, engine="local"))
+    out = Store(tmp_path / "out")
+    out.write(CURVE, b"theirs")
+    task = TrainTask(source, "baseline", None, None, Schedule(1, 4, 0.01, 0.0, 0.9, 0.0, 0.0), out.uri, Store(tmp_path / "c").uri)  # fmt: skip
+    train(task, Rank(0, 1, torch.device("cpu")), silent, silent)
+    assert (out.names(), out.read(CURVE)) == ([CURVE], b"theirs")
+
+
+class Asserting(nn.Module):
+    """Says what it does not take as torchvision's transformers do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch._assert(images.shape[2] == 32, "Wrong image height! Expected 32")
+        return images
+
+
+def test_a_network_that_asserts_its_input_is_refused_in_one_line() -> None:
+    with refused(
+        ConfigError, match=r"takes images of \(1, 28, 28\), got: Wrong image height! Expected 32; check"
+    ):
+        Source(make(limit_images=20, engine="local"), Asserting()).check_fit()
 
 
 def test_a_state_dict_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ class RayEngine:
         self._refuse_impossible(worker, config.fewest_workers)
         ray_data.refuse_without_cpus(config)
         decoding = ray_data.counted(config, self.at_once)
-        rank = (-task.source.priority,)
+        self._room.trainings, rank = self.at_once, (-task.source.priority,)
         with self._noting(), self._room.training(worker, config.workers, rank, Amount(decoding)) as waited:
             self._trained(task, worker, decoding, progress)
         return waited

@@ -8,6 +8,7 @@ jobs leave.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -133,13 +134,14 @@ class _Leaving:
 class Room:
     """Lets trainings and trials in; safe to use from several threads.
 
-    `limit`: what the job may use at a time; `searches`: trials at a time; `grows`: whether the cluster may get more when asked.
+    `limit`: what the job may use at a time; `searches`: trials at a time; `trainings`: as many of those; `grows`: whether the cluster may get more when asked.
     """
 
     def __init__(
         self, cluster: Cluster, limit: Amount = UNLIMITED, searches: int | None = None, *, grows: bool = False
     ) -> None:
         self._cluster, self._limit, self._searches, self._grows = cluster, limit, searches, grows
+        self.trainings = sys.maxsize
         self._lock, self._closed, self._count = threading.Lock(), False, 0
         self._queue: list[_Training] = []
         self._trainings: list[_Training] = []
@@ -176,9 +178,8 @@ class Room:
             if self._closed:
                 raise RunError("the job was ended while a training waited; run again to continue")
             self._look()
-            if min(self._queue, key=lambda one: one.rank) is not mine or not self._fits(
-                mine.amount, mine.beside
-            ):
+            first = min(self._queue, key=lambda one: one.rank)
+            if first is not mine or self._full() or not self._fits(mine.amount, mine.beside):
                 return False
             self._queue.remove(mine)
             mine.before = frozenset(self._cluster.groups())
@@ -260,6 +261,10 @@ class Room:
         self._leaving.append(_Leaving(amount, frozenset(groups), time.monotonic() + _LEAVING_SECONDS))
         self._looked = -math.inf
 
+    def _full(self) -> bool:
+        """Whether as many trainings go on as may."""
+        return len(self._trainings) >= self.trainings
+
     def _used(self) -> Amount:
         live = {one.group for one in self._trials.values()}
         amounts = [one.amount for one in self._trials.values()]
@@ -298,7 +303,7 @@ class Room:
         """Whether trials give way to a training: one that would have its workers without them. With `seats`: whether those that run must, since what is
         free and what is just being left does not do, or has not done for a while (workers that need one machine may find room on none)."""
         waiting = [one for one in self._trainings if not one.groups]
-        if self._queue:
+        if self._queue and not self._full():
             waiting.append(min(self._queue, key=lambda one: one.rank))
         trainings = sum((one.counted for one in self._trainings), NOTHING)
         trials, free = self._running(), self._free()

@@ -121,6 +121,8 @@ def from_loaders(
         used, validation = train.subset(torch.from_numpy(rest)), train.subset(torch.from_numpy(held))
         notes.append(f"validation: {len(held)} of {len(train)} training images, stratified")
         notes.append("held-out images go through the training dataset's own transforms")
+    elif validation_images is not None:
+        notes.append(f"validation_images has nothing to do: {len(validation)} validation images are there")
     return Data(
         train=used,
         validation=validation,

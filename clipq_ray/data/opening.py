@@ -260,6 +260,10 @@ def _chosen(
         notes.append(f"validation: {len(held)} of {len(rows)} training images, stratified")
         chosen["validation"] = train, rows[held]
         rows = rows[rest]
+    elif validation_images is not None:
+        notes.append(
+            f"--validation-images has nothing to do: {len(chosen['validation'][1])} validation images are there"
+        )
     chosen["train"] = train, rows
     return chosen, notes
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -160,7 +160,11 @@ class _Vote:
                 return [in_turn(number) for number in range(len(given))]
             pool = ThreadPoolExecutor(len(given))
             try:
-                return list(pool.map(in_turn, range(len(given))))
+                made = [pool.submit(in_turn, number) for number in range(len(given))]
+                wait(
+                    made
+                )  # one that fails leaves no training behind that nobody watches and whose claim is given back
+                return [one.result() for one in made]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -209,9 +213,16 @@ class _Vote:
 
     def _made(self, shares: Sequence[Share]) -> None:
         def make(number: int) -> None:
+            self._making[number].most_bytes = self._most(shares, number)
             self._making[number].make(shares[number].choice, shares[number].bytes)
 
         self._each(make, range(len(self._members)))
+
+    def _most(self, shares: Sequence[Share], number: int) -> int | None:
+        """What a member's file may take at most with levels trained behind it, where all of them have a size."""
+        if self._intent.kind != "bytes":
+            return None
+        return math.floor(self._intent.value * shares[number].bytes / sum(one.bytes for one in shares))
 
     def _other(
         self, requested: int, before: Sequence[Sequence[Share]], outcomes: Sequence[Outcome]

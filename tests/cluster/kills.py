@@ -141,7 +141,7 @@ def rows_so_far(storage: Path) -> Rows:
     for stage in TRAININGS:
         for path in storage.glob(f"_stages/{stage}-*/curve.json"):
             found[stage] = json.loads(path.read_text())["curve"]
-        for place in storage.glob(f"model=*/run=*/_work/{stage}"):
+        for place in storage.glob(f"model=*/run=*/_work/{stage}/*"):
             with suppress(StorageError):  # removed while it was read
                 last = Checkpoints(Store(place)).latest()
                 if last is not None and stage not in found:

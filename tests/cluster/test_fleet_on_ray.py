@@ -266,7 +266,7 @@ def test_an_interrupt_while_networks_train_in_threads_is_one_line(tmp_path: Path
     long = {**DEFAULTS, "epochs": 1000, "workers": 1, "baseline_epochs": 1}
     arguments = submission(tmp_path, f"--storage={storage}", defaults={**long, "data": "digits"})
     with started(arguments, tmp_path / "errors") as job:
-        job.until(lambda: len(list(storage.glob("model=*/run=*/_work/finetune/*"))) >= 2)
+        job.until(lambda: len(list(storage.glob("model=*/run=*/_work/finetune/*/*"))) >= 2)
         os.kill(job.process.pid, signal.SIGINT)
         ended = job.wait()
         assert ended == (130, ["compress: interrupted; run the same command again to continue"])

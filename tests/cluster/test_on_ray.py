@@ -40,7 +40,7 @@ def train_workers(session: int) -> set[int]:
 
 def curve_so_far(storage: Path) -> list[dict[str, Any]]:
     """The rows of fine-tuning's last checkpoint, wall seconds included; empty before the third epoch's."""
-    for place in storage.glob("model=*/run=*/_work/finetune"):
+    for place in storage.glob("model=*/run=*/_work/finetune/*"):
         try:
             last = Checkpoints(Store(place)).latest()
         except StorageError:  # removed while it was read: the next look finds its successor

@@ -308,7 +308,8 @@ def test_it_goes_on_through_a_pulled_cable_and_a_dead_host_to_the_same_bytes(clu
     def epoch() -> int:
         assert cluster.status("second").get("status", "RUNNING") in ("PENDING", "RUNNING"), cluster.log("second")[-3000:]  # fmt: skip
         kept = [
-            re.search(r"/_work/finetune/epoch-(\d+)\.", key) for key in cluster.keys("faults/model=lenet5/")
+            re.search(r"/_work/finetune/\w+/epoch-(\d+)\.", key)
+            for key in cluster.keys("faults/model=lenet5/")
         ]
         return max((int(one[1]) for one in kept if one), default=0)
 

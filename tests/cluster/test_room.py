@@ -156,6 +156,23 @@ def test_a_training_that_is_started_again_finds_its_workers_although_trials_wait
         until(room.may_follow)
 
 
+def test_no_more_trainings_go_on_than_may_and_one_that_waits_for_that_holds_back_no_trial() -> None:
+    desk = Desk(4)
+    room = Room(desk)
+    room.trainings = 1
+    with going(room) as trainings:
+        trainings.start("t", ONE)
+        until(lambda: trainings.let_in == ["t"])
+        desk.place("t", ONE, training=True)
+        trainings.start("u", ONE)
+        time.sleep(0.5)
+        assert trainings.let_in == ["t"]
+        assert room.begin("a", ONE)
+        trainings.end("t")
+        desk.remove("t")
+        until(lambda: trainings.let_in == ["t", "u"])
+
+
 def test_no_more_trials_leave_their_seats_than_a_training_needs() -> None:
     desk = Desk(3)
     room = Room(desk)

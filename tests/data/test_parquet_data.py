@@ -241,6 +241,7 @@ def test_a_column_of_bytes_serves_as_well(tmp_path: Path) -> None:
         pa.table({"image": [png(n) for n in range(9)], "label": list(range(9))}), tmp_path / "train.parquet"
     )
     data = opened(str(tmp_path), validation_images=3)
+    assert not any("nothing to do" in note for note in data.notes)
     assert (len(data.train), data.classes, data.class_names[8]) == (6, 9, "8")
 
 
@@ -263,6 +264,9 @@ def test_which_files_are_the_test_set(tmp_path: Path) -> None:
         12,
         False,
     )
+    asked = opened(str(tmp_path / "c"), validation_images=3)
+    assert len(asked.validation) == 9
+    assert "--validation-images has nothing to do: 9 validation images are there" in asked.notes
     hidden = parquet([png(number) for number in range(5)], [-1] * 5)
     unlabelled = opened(
         write(tmp_path / "d", {**files, "validation.parquet": numbered(100, 9), "test.parquet": hidden})

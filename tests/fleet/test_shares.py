@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +16,19 @@ from test_fleet_run import DEFAULTS, ROOT, fleet, rows, submitted
 
 import clipq_ray
 from clipq_ray import search
-from clipq_ray.choice import choose_for_bytes
+from clipq_ray.choice import Choice, choose_for_bytes
+from clipq_ray.cluster.engine import LocalEngine
+from clipq_ray.config import make
 from clipq_ray.data import open_data
-from clipq_ray.errors import DataError
+from clipq_ray.errors import DataError, RunError
 from clipq_ray.fleet.ensembles import together
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import Curves, first_budget, shared_out
+from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_out
 from clipq_ray.intent import Intent
+from clipq_ray.progress import Reporter
+from clipq_ray.stages import Run
+from clipq_ray.storage import Store
+from clipq_ray.work import Source
 
 assert ROOT
 MEMBERS = [{"model": "lenet5"}, {"model": "lenet_300_100"}]
@@ -74,6 +83,47 @@ def test_the_first_budget_of_a_drop_is_the_smallest_that_may_be_recovered() -> N
     )
     assert found == 2 * 210
     assert first_budget(Intent("bytes", 1234.5), []) == 1215
+
+
+class Voting(_Vote):
+    """An ensemble whose members only do what a test says, each as in a thread of its own."""
+
+    def __init__(self, intent: Intent, count: int) -> None:
+        source = Source(make(limit_images=20, engine="local"))
+        runs = [
+            Run(source, LocalEngine(), Reporter(quiet=True), Store("memory://vote"), threading.Lock())
+        ] * count
+        self._members: Any = [SimpleNamespace(run=run) for run in runs]
+        self._making: Any = [SimpleNamespace(make=lambda *_: None, most_bytes=None) for _ in runs]
+        self._intent, self._turn, self._parallel = intent, runs[0].turn, True
+
+
+def test_a_member_that_fails_leaves_no_training_of_another_one_behind() -> None:
+    vote = Voting(Intent("bytes", 100), 2)
+    ended: list[int] = []
+
+    def step(number: int) -> None:
+        with vote._members[number].run.away():
+            if number == 0:
+                raise RunError("diverged")
+            time.sleep(0.5)
+            ended.append(number)
+
+    with vote._turn, pytest.raises(RunError, match="diverged"):
+        vote._each(step, range(2))
+    assert ended == [1]
+
+
+def test_levels_that_are_trained_behind_a_members_round_have_its_share_of_the_size() -> None:
+    vote = Voting(Intent("bytes", 1000), 2)
+    shares = [Share(Choice(1.0, {}), size, 0.0) for size in (300, 600)]
+    with vote._turn:
+        vote._made(shares)
+    assert [making.most_bytes for making in vote._making] == [333, 666]
+    drop = Voting(Intent("max_drop", 1.0), 2)
+    with drop._turn:
+        drop._made(shares)
+    assert [making.most_bytes for making in drop._making] == [None, None]
 
 
 def told(folder: Path) -> dict[str, Any]:
