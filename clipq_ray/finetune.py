@@ -341,6 +341,12 @@ class Trainer:
             for one in self.train_split.batch(indices[:1], seeds.generator(self.seed, self.stage, "probe"))
         )
         buffers = [buffer.clone() for buffer in self.model.buffers()]
+        # what several workers reduce gradients in, which is made behind this
+        room = [
+            torch.empty_like(one)
+            for one in self.model.parameters()
+            if one.requires_grad and self.rank.world > 1
+        ]
         self.model.train()
         micro = min(len(indices), self.attempts.most() or len(indices))
         while True:
@@ -358,6 +364,7 @@ class Trainer:
                         "one image does not fit the device's memory; use a larger device"
                     ) from None
                 micro = math.ceil(micro / 2)
+        del room
         unread = any(one.requires_grad and one.grad is None for one in self.model.parameters())
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):

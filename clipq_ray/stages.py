@@ -232,7 +232,7 @@ def trained(
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
             work.child(name, store.uri.rpartition("-")[2]).uri, deadline_of(run, stage, time_share), ramp, size,
-            bit_price, costs,
+            bit_price, costs, DEADLINE_SHARES[stage] * time_share,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from clipq_ray.plan import Plan
 from clipq_ray.quantizer import slow_on
 from clipq_ray.rates import Held, Ramp
 from clipq_ray.storage import Store
-from clipq_ray.work import CURVE, WEIGHTS, Source, here, prepare_process, read_state, write_state
+from clipq_ray.work import CURVE, WEIGHTS, Source, here, later, prepare_process, read_state, write_state
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Size:
 @dataclass(frozen=True)
 class TrainTask:
     """One training: `stage` is "baseline", "finetune", "levels" (`bit_price`: what the given weights have clipped stays clipped, and a code's bits have this price) or "control"; URIs name stores.
-    `deadline`: by the clock of the storage [s since 1970]."""
+    `deadline`: by the clock of the storage [s since 1970], which left it a part `deadline_share` of the time that there was when it was set."""
 
     source: Source
     stage: str
@@ -57,6 +57,11 @@ class TrainTask:
     size: Size | None = None
     bit_price: float | None = None
     costs: Costs | None = None
+    deadline_share: float = 1.0
+
+    def after(self, seconds: float) -> TrainTask:
+        """The same where it could not begin for `seconds`, as of a search."""
+        return replace(self, deadline=later(self.deadline, self.deadline_share, seconds))
 
 
 def train(

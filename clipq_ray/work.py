@@ -222,6 +222,11 @@ def here(deadline: float | None, store: Store) -> float | None:
     return None if deadline is None else time.monotonic() + deadline - store.now()
 
 
+def later(deadline: float | None, share: float, seconds: float) -> float | None:
+    """A deadline that left a part `share` of the time until the end, of what could not begin for `seconds` since."""
+    return None if deadline is None else deadline + (1 - share) * seconds
+
+
 @dataclass(frozen=True)
 class SearchTask:
     """The search of one network: one object of trials per group of layers is written to `output`.
@@ -245,9 +250,7 @@ class SearchTask:
 
     def after(self, seconds: float) -> SearchTask:
         """The same where it could not begin for `seconds`, which all stages before the end lose, not the search alone."""
-        if self.deadline is None:
-            return self
-        return replace(self, deadline=self.deadline + (1 - self.deadline_share) * seconds)
+        return replace(self, deadline=later(self.deadline, self.deadline_share, seconds))
 
     def open_groups(self) -> list[int]:
         """The numbers of the groups whose trials are not there yet, the longest first."""

@@ -60,7 +60,7 @@ def before_commit(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -
 
 @pytest.mark.parametrize(
     ("state", "reason"),
-    [("refusing", r"the store refuses access \(AccessDenied\); allow these credentials to get, put, delete and list objects there"),
+    [("refusing", r"the store refuses access \(AccessDenied\); allow these credentials to get, put, delete and list objects there, and to list and abort multipart uploads"),
      ("gone", r"the store cut the connection \(\w+\); check AWS_ENDPOINT_URL and the network")],
 )  # fmt: skip
 def test_a_run_that_cannot_be_committed_is_kept_and_committed_by_the_same_command(

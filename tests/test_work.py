@@ -87,6 +87,8 @@ def test_a_search_that_has_waited_takes_its_share_of_what_is_left_then(tmp_path:
     task = replace(search_task(tmp_path, 10_000.0 + 400.0), deadline_share=0.4).after(500.0)
     assert task.deadline == pytest.approx(10_500.0 + 200.0)
     assert search_task(tmp_path, None).after(500.0).deadline is None
+    training = TrainTask(task.source, "finetune", None, None, Schedule(1, 4, 0.01, 0.0, 0.9, 0.0, 0.0), "out", "work", 10_700.0)  # fmt: skip
+    assert replace(training, deadline_share=0.7).after(500.0).deadline == 10_000 + 500 + 0.7 * (1000 - 500)
 
 
 def test_a_search_whose_deadline_has_passed_still_measures_every_layer_once(tmp_path: Path) -> None:

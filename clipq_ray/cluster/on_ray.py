@@ -273,7 +273,7 @@ class RayEngine:
         decoding = ray_data.counted(config, self.at_once)
         self._room.trainings, rank = self.at_once, (-task.source.priority,)
         with self._noting(), self._room.training(worker, config.workers, rank, Amount(decoding)) as waited:
-            self._trained(task, worker, decoding, progress)
+            self._trained(task.after(waited), worker, decoding, progress)
         return waited
 
     @contextmanager

@@ -180,7 +180,7 @@ class _Vote:
             if shares is None or (outcomes and self._late(seconds)):
                 break
             started = time.monotonic()
-            self._made(shares)
+            self._made(shares, self._intent, sum(one.bytes for one in shares))
             seconds = time.monotonic() - started
             shared.append(shares)
             outcomes.append(self._outcome(requested, reference, labels))
@@ -196,7 +196,9 @@ class _Vote:
                 [
                     _share(curves, one["shares"][name]["steps"], one["tradeoff"])
                     for name, curves in zip(self._names, self._curves, strict=True)
-                ]
+                ],
+                Intent(stated["intent"], stated["value"]),
+                sum(share["requested_bytes"] for share in one["shares"].values()),
             )
         return dict(stated)
 
@@ -211,18 +213,15 @@ class _Vote:
 
         return self._each(close, range(len(self._members)))
 
-    def _made(self, shares: Sequence[Share]) -> None:
+    def _made(self, shares: Sequence[Share], intent: Intent, whole: int) -> None:
+        """A round of each member; `whole`: the bytes of all shares, also of members that are committed. With levels trained behind it a file takes at most its part of a promised size."""
+
         def make(number: int) -> None:
-            self._making[number].most_bytes = self._most(shares, number)
+            if intent.kind == "bytes":
+                self._making[number].most_bytes = math.floor(intent.value * shares[number].bytes / whole)
             self._making[number].make(shares[number].choice, shares[number].bytes)
 
         self._each(make, range(len(self._members)))
-
-    def _most(self, shares: Sequence[Share], number: int) -> int | None:
-        """What a member's file may take at most with levels trained behind it, where all of them have a size."""
-        if self._intent.kind != "bytes":
-            return None
-        return math.floor(self._intent.value * shares[number].bytes / sum(one.bytes for one in shares))
 
     def _other(
         self, requested: int, before: Sequence[Sequence[Share]], outcomes: Sequence[Outcome]

@@ -118,12 +118,21 @@ def test_levels_that_are_trained_behind_a_members_round_have_its_share_of_the_si
     vote = Voting(Intent("bytes", 1000), 2)
     shares = [Share(Choice(1.0, {}), size, 0.0) for size in (300, 600)]
     with vote._turn:
-        vote._made(shares)
+        vote._made(shares, Intent("bytes", 1000), 900)
     assert [making.most_bytes for making in vote._making] == [333, 666]
     drop = Voting(Intent("max_drop", 1.0), 2)
     with drop._turn:
-        drop._made(shares)
+        drop._made(shares, Intent("max_drop", 1.0), 900)
     assert [making.most_bytes for making in drop._making] == [None, None]
+
+
+def test_a_member_that_follows_what_the_others_state_has_the_limit_that_it_had() -> None:
+    left = Voting(Intent("bytes", 7), 1)  # the other one is committed
+    left._names, left._curves = ["b"], [curves([0.0, 0.1], 4000)]
+    of = {name: {"requested_bytes": size, "steps": {}} for name, size in (("a", 300), ("b", 600))}
+    with left._turn:
+        left.again({"intent": "bytes", "value": 1000, "rounds": [{"tradeoff": 1.0, "shares": of}]})
+    assert [making.most_bytes for making in left._making] == [left._curves[0].other * 1000 // 900]
 
 
 def told(folder: Path) -> dict[str, Any]:
