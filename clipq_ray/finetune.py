@@ -28,7 +28,7 @@ from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ModelError, RunError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.levels import Levels
-from clipq_ray.memory import ran_out
+from clipq_ray.memory import most_that_fit, ran_out
 from clipq_ray.operator import Operator, Recovery
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
@@ -348,22 +348,12 @@ class Trainer:
             if one.requires_grad and self.rank.world > 1
         ]
         self.model.train()
-        micro = min(len(indices), self.attempts.most() or len(indices))
-        while True:
-            try:
-                part = slice(0, micro)
-                self._loss(
-                    self.model, images[part].to(self.rank.device), labels[part].to(self.rank.device)
-                ).backward()
-                break
-            except Exception as error:
-                if not ran_out(error):
-                    raise
-                if micro == 1:
-                    raise RunError(
-                        "one image does not fit the device's memory; use a larger device"
-                    ) from None
-                micro = math.ceil(micro / 2)
+
+        def step(count: int) -> None:
+            part = images[:count].to(self.rank.device), labels[:count].to(self.rank.device)
+            self._loss(self.model, *part).backward()
+
+        micro = most_that_fit(step, min(len(indices), self.attempts.most() or len(indices)))
         del room
         unread = any(one.requires_grad and one.grad is None for one in self.model.parameters())
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ def ran_out(error: BaseException) -> bool:
         return True
     # what a driver refuses (pinned memory, a CUDA graph) is a RuntimeError, or torch's own kind of one
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)
+
+
+def most_that_fit(step: Callable[[int], object], images: int) -> int:
+    """How many images at a time `step` has memory for: all `images`, half of them, and so on; `RunError` where one does not fit."""
+    while True:
+        try:
+            step(images)
+            return images
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            if images == 1:
+                raise RunError("one image does not fit the device's memory; use a larger device") from None
+            images = math.ceil(images / 2)
 
 
 class Attempts:
