@@ -142,9 +142,8 @@ def _layer_rows(
 ) -> list[dict[str, Any]]:
     entries = {entry.name: entry for entry in codec.entries(packed.file)}
     decoded = codec.decode(packed.file, [layer.name for layer in inventory.layers]).tensors
-    plans = {
-        one.layer: one for one in plan.layers
-    }  # in another order where layers of a group are not neighbours
+    # the plan is in another order where layers of a group are not neighbours
+    plans = {one.layer: one for one in plan.layers}
     rows = []
     for index, layer in enumerate(inventory.layers):
         planned, coded = plans[layer.name], decoded[layer.name]

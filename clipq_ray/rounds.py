@@ -351,9 +351,8 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     )
     outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
     held = size.bytes if size else None
-    divided = (
-        costs is not None and schedule.epochs > 1
-    )  # between two epochs, whatever a deadline leaves of them
+    # between the first two epochs, which a deadline shortens only behind that
+    divided = costs is not None and schedule.epochs > 1
     return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome, divided)
 
 

@@ -104,9 +104,8 @@ def train(
     )
     trainer.run(progress, report)
     output = Store(task.output)
-    if rank.rank == 0 and not output.exists(
-        CURVE
-    ):  # another job's, on which it has built already: the first one counts
+    # of two jobs that made it, the first one has built on its own already: that one counts
+    if rank.rank == 0 and not output.exists(CURVE):
         if data.train.unreadable:  # met while training; the driver has not read these images
             trainer.notes.append(
                 f"{task.stage}: {len(data.train.unreadable)} unreadable images were replaced by their next ones: "

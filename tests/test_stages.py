@@ -32,10 +32,10 @@ def test_a_training_goes_on_from_its_own_checkpoints_only(tmp_path: Path) -> Non
     with run.turn:
         for rate in (0.1, 0.2):
             schedule = Schedule(1, 4, rate, 0.0, 0.9, 0.0, 0.0)
-            trained(run, "finetune", schedule, None, None, Store(tmp_path / "work"))
+            trained(run, "finetune", schedule, None, None, Store(tmp_path / "kept"))
     one, other = Noting.places
     assert one != other
-    assert one.startswith(f"{Store(tmp_path).uri}/work/finetune/")
+    assert one.startswith(f"{Store(tmp_path).uri}/kept/finetune/")
 
 
 def test_each_network_takes_its_share_of_what_is_left(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ class _Leaving:
 class Room:
     """Lets trainings and trials in; safe to use from several threads.
 
-    `limit`: what the job may use at a time; `searches`: trials at a time; `trainings`: as many of those; `grows`: whether the cluster may get more when asked.
+    `limit`: what the job may use at a time; `searches`: trials at a time; `grows`: whether the cluster may get more when asked.
+    `trainings`, which a job sets once it knows its networks: trainings at a time.
     """
 
     def __init__(

@@ -161,9 +161,8 @@ class _Vote:
             pool = ThreadPoolExecutor(len(given))
             try:
                 made = [pool.submit(in_turn, number) for number in range(len(given))]
-                wait(
-                    made
-                )  # one that fails leaves no training behind that nobody watches and whose claim is given back
+                # one that fails leaves no training behind that nobody watches and whose claim is given back
+                wait(made)
                 return [one.result() for one in made]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
