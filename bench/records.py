@@ -122,9 +122,10 @@ class Unit:
                 raise SystemExit(
                     f"{self.stem.name}: expected the unit 'ours' of this seed before it, got none"
                 )
-            found, file = peer(
-                self.variant, self.target.options(), ours, data_of(self.target, shared), storage, self.seed
-            )
+            options = self.target.options()
+            if self.target.weights is not None:
+                options["weights"] = str(shared / "weights" / self.target.weights)
+            found, file = peer(self.variant, options, ours, data_of(self.target, shared), storage, self.seed)
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         self.stem.with_suffix(".clq").write_bytes(file)
         top1, images = verified(self.stem.with_suffix(".clq"), data_of(self.target, shared))

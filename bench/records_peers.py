@@ -10,9 +10,10 @@ Both are packed by the product. Not covered: which units there are (`records`).
 
 from __future__ import annotations
 
-import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipq_ray import codec, identity, models, network, packing, seeds
+from clipq_ray import codec, identity, models, network, packing
+from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
 from clipq_ray.consistency import PAPER
-from clipq_ray.data import batches
-from clipq_ray.data.augment import cut_out
-from clipq_ray.operator import Operator, make_plan, mildest_rates
-from clipq_ray.optimizers import sgd
+from clipq_ray.data.resident import placed
+from clipq_ray.finetune import Progress, Rank, Trainer
+from clipq_ray.operator import make_plan, mildest_rates
+from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan, Theta
-from clipq_ray.precision import autocast_dtype
 from clipq_ray.quantizer import decide_share, quantize, thresholds
 from clipq_ray.rates import Ramp
 from clipq_ray.stages import schedule_of
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import WEIGHTS, Source, layer_bytes, prepare_process, read_state, write_state
+from clipq_ray.work import CURVE, WEIGHTS, Source, layer_bytes, prepare_process, read_state, write_state
 
 BITS = (2, 3)
 SPARE = 1.01  # files grow by a hundredth or so while they are trained
+PRUNED_EVERY = 20  # steps
 
 
 def peer(
@@ -77,8 +79,17 @@ def mildest(bytes_of: Callable[[Theta], int], b: int, budget: float, steps: int 
     return Theta(low / steps, b)
 
 
-def silent(*_: Any) -> None:
-    """No progress."""
+def each_epoch(name: str) -> Progress:
+    """Says when another epoch of `name` begins."""
+    said = ""
+
+    def progress(_: int, __: int, words: str) -> None:
+        nonlocal said
+        if words != said:
+            said = words
+            print(f"  {name}: {words}", flush=True)
+
+    return progress
 
 
 class _Given:
@@ -87,10 +98,9 @@ class _Given:
     def __init__(self, config: Config, ours: Mapping[str, Any], storage: Path) -> None:
         prepare_process(config.threads_per_worker)
         self.source, self.ours = Source(config), ours
-        (baseline,) = (one["key"] for one in ours["stages"] if one["stage"] == "baseline")
-        self.initial = Store(storage / "_stages" / f"baseline-{baseline}")
         self.work = storage / "peers" / f"{ours['target']}-seed{config.seed}"
         self.model = self.source.network()
+        self.initial = self._initial(storage)
         self.state = read_state(self.initial)
         self.model.load_state_dict(self.state)
         self.data = self.source.data()
@@ -98,10 +108,30 @@ class _Given:
         self.inventory = network.inventory(self.model, sample, ())
         self.thetas = {one["layer"]: Theta(one["p"], one["bits"]) for one in ours["plan"]}
 
+    def _initial(self, storage: Path) -> Store:
+        """Where the weights lie: those that are given, or those that `ours` has trained first."""
+        if self.source.config.weights is None:
+            (key,) = (one["key"] for one in self.ours["stages"] if one["stage"] == "baseline")
+            return Store(storage / "_stages" / f"baseline-{key}")
+        origin = self.source.weights_origin()
+        models.apply_weights(self.model, models.read_weights(origin, self.source.architecture()), origin)
+        store = Store(self.work / "given")
+        write_state(store, WEIGHTS, self.model.state_dict())
+        return store
+
     def packed(self, tuned: Store, plan: Plan) -> packing.PackedNetwork:
         """The file."""
         sha256 = models.weights_sha256(self.state)
         return packing.pack(self.source, tuned, plan, self.inventory, self.data, sha256)
+
+    def folder(self, name: str, schedule: Schedule, **inputs: Any) -> str:
+        """Where a training of `name` stores what it makes: another one for everything that decides it."""
+        config = self.source.config
+        decided = {
+            "weights": models.weights_sha256(self.state), "data": identity.of_data(self.data), "schedule": asdict(schedule),
+            "seed": config.seed, "precision": config.precision, "shift_pixels": config.shift_pixels, **inputs,
+        }  # fmt: skip
+        return f"{name}-{identity.stage_key('finetune', config, decided)}"
 
     def uniform(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
         """One theta for all layers, by the product's own loop."""
@@ -117,94 +147,73 @@ class _Given:
             ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
             power = options.get("rate_distortion", 0.0)
             costs = Costs(power) if power else None
-            inputs = {
-                "weights": models.weights_sha256(self.state), "data": identity.of_data(self.data), "plan": plan.to_json(), "schedule": asdict(schedule),
-                "ramp": asdict(ramp) if ramp else None, "seed": config.seed, "precision": config.precision,
-                **({"costs": asdict(costs)} if costs else {}),
-            }  # fmt: skip
-            key = identity.stage_key("finetune", config, inputs)
-            tuned = Store(self.work / f"uniform-b{b}-{key}")
+            folder = self.folder(
+                f"uniform-b{b}", schedule, plan=plan.to_json(), ramp=asdict(ramp) if ramp else None,
+                costs=asdict(costs) if costs else None,
+            )  # fmt: skip
+            tuned = Store(self.work / folder)
             task = TrainTask(
                 self.source, "finetune", self.initial.uri, plan, schedule, tuned.uri,
-                Store(self.work / f"uniform-b{b}-{key}-checkpoints").uri, ramp=ramp, costs=costs,
+                Store(self.work / f"{folder}-checkpoints").uri, ramp=ramp, costs=costs,
             )  # fmt: skip
-            if not tuned.exists("curve.json"):
-                LocalEngine().train(task, silent)
+            if not tuned.exists(CURVE):
+                LocalEngine().train(task, each_epoch(f"uniform, {b} bits"))
             found.append((theta, self.packed(tuned, plan)))
         theta, best = max(found, key=lambda one: one[1].validation.top1)
         return {"plan": [{"layer": name, "p": theta.p, "bits": theta.b} for name in self.thetas]}, best
 
     def two_stage(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
         """Pruned, then quantized."""
-        first = self.source.config.epochs // 2
-        share = options.get("ramp_share", 0.0)
-        masks: dict[str, torch.Tensor] = {}
-        self._epochs("prune", first, masks, share, None)
+        config, share = self.source.config, options.get("ramp_share", 0.0)
+        planned = [{"layer": name, "p": theta.p, "bits": theta.b} for name, theta in self.thetas.items()]
+        first = schedule_of(config, config.epochs // 2, config.learning_rate)
+        pruned = self.folder("prune", first, thetas=planned, share=share)
+        self._train("prune", pruned, first, None, share)
         plan = make_plan(self.model, {name: Theta(0.0, theta.b) for name, theta in self.thetas.items()})
-        operator = Operator(self.model, plan)
-        self._epochs("quantize", self.source.config.epochs - first, masks, 0.0, operator)
-        operator.detach()
-        tuned = Store(self.work / "two-stage")
-        write_state(tuned, WEIGHTS, self.model.state_dict())
-        return {
-            "plan": [{"layer": name, "p": theta.p, "bits": theta.b} for name, theta in self.thetas.items()]
-        }, self.packed(tuned, plan)
+        second = schedule_of(config, config.epochs - first.epochs, config.learning_rate)
+        quantized = self.folder("quantize", second, pruned=pruned, plan=plan.to_json())
+        self._train("quantize", quantized, second, plan, share)
+        return {"plan": planned}, self.packed(Store(self.work / quantized), plan)
 
-    def _epochs(
-        self, stage: str, epochs: int, masks: dict[str, torch.Tensor], share: float, operator: Operator | None
-    ) -> None:
-        """The product's optimizer, schedule and precision; without an operator the weights are pruned on the way, `masks` are what is left."""
-        config, train = self.source.config, self.data.train
-        schedule = schedule_of(config, epochs, config.learning_rate)
-        optimizer = sgd(self.model, schedule)
-        device = self.source.device()
-        dtype = autocast_dtype(config.precision, device)
-        self.model.to(device).to(memory_format=torch.channels_last)
-        steps = len(train) // config.batch_size
-        self.model.train()
-        for epoch in range(epochs):
-            order = train.index_batches(
-                seeds.generator(config.seed, stage, "order", epoch), config.batch_size
-            )
-            place = functools.partial(seeds.generator, config.seed, stage, "augment", epoch)
-            for step, (images, labels) in enumerate(batches(train, order, place)):
-                done = (epoch + step / steps) / epochs
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.rate(done, epoch + step / steps)
-                if operator is None and step % 20 == 0:
-                    self._prune(masks, 1 - max(0.0, 1 - done / share) ** 3 if share else 1.0)
-                optimizer.zero_grad(set_to_none=True)
-                draws = seeds.generator(config.seed, stage, "cutout", epoch, step)
-                images = cut_out(images.to(device), schedule.cutout_pixels, draws)
-                images = images.contiguous(memory_format=torch.channels_last)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    output = self.model(images)
-                nn.functional.cross_entropy(output.float(), labels.to(device)).backward()
-                if operator is None:
-                    optimizer.step()
-                    keep_zeros(self.model, masks)
-                else:
-                    with operator.full_precision():
-                        optimizer.step()
-                        keep_zeros(self.model, masks)
-            print(f"  {stage}: epoch {epoch + 1} of {epochs}", flush=True)
-        if operator is None:
-            self._prune(masks, 1.0)
+    def _train(self, stage: str, folder: str, schedule: Schedule, plan: Plan | None, share: float) -> None:
+        """The product's loop from and to the network's weights. What is zero stays zero; without a plan more becomes so, for a part `share` of the steps."""
+        made = Store(self.work / folder)
+        if not made.exists(WEIGHTS):
+            config, device = self.source.config, self.source.device()
+            trainer = Trainer(
+                self.model, placed(self.data.train, device), placed(self.data.validation, device), plan=plan, schedule=schedule,
+                seed=config.seed, stage=stage, rank=Rank(0, 1, device), checkpoints=Checkpoints(Store(self.work / f"{folder}-checkpoints")),
+                evaluation_batch_size=config.evaluation_batch_size, precision=config.precision,
+            )  # fmt: skip
+            with trainer.operator.reading_full_precision() if trainer.operator else nullcontext():
+                left = {name: self.model.get_parameter(name).detach() != 0 for name in self.thetas}
+            steps = max(1, len(self.data.train) // config.batch_size)
+            numbers, last = itertools.count(len(trainer.curve) * steps + 1), schedule.epochs * steps
 
-    def _prune(self, masks: dict[str, torch.Tensor], risen: float) -> None:
-        """Zero what a part `risen` of the plan's rates clips, for good."""
+            def behind_a_step(*_: Any) -> None:
+                number = next(numbers)
+                if plan is None and (number % PRUNED_EVERY == 0 or number == last):
+                    self._prune(left, 1 - max(0.0, 1 - number / last / share) ** 3 if share else 1.0)
+                keep_zeros(self.model, left)
+
+            trainer.optimizer.register_step_post_hook(behind_a_step)
+            trainer.run(each_epoch(stage), lambda _: None)
+            write_state(made, WEIGHTS, self.model.state_dict())
+        self.model.load_state_dict(read_state(made))
+
+    def _prune(self, left: dict[str, torch.Tensor], risen: float) -> None:
+        """Take from what is `left` what a part `risen` of the plan's rates clips."""
         for name, theta in self.thetas.items():
             weight = self.model.get_parameter(name).detach()
-            alive = weight[weight != 0]
+            alive = weight[left[name]]
             share_left = (1 - risen * theta.p) * weight.numel() / max(alive.numel(), 1)
             if share_left < 1:
                 negative, positive = thresholds(alive, 1 - share_left)
-                masks[name] = ((weight > positive) | (weight < -negative)).float()
-        keep_zeros(self.model, masks)
+                left[name] &= (weight > positive) | (weight < -negative)
 
 
 @torch.no_grad()
-def keep_zeros(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+def keep_zeros(model: nn.Module, left: Mapping[str, torch.Tensor]) -> None:
     """Set what was pruned to zero again."""
-    for name, mask in masks.items():
+    for name, mask in left.items():
         model.get_parameter(name).mul_(mask)

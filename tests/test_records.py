@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import records
+from bench import records, records_peers
 from bench.records_peers import peer
 from clipq_ray import manifest
 from clipq_ray.batch import compress
@@ -127,6 +127,40 @@ def test_what_ours_is_held_against_has_its_bits_and_about_its_size(tmp_path: Pat
     again, same = peer(variant, {**QUICK, **levers}, {**ours, "target": "t"}, "digits", tmp_path, 0)
     assert same == file
     assert again["plan"] == theirs["plan"]
+
+
+def test_two_stages_that_were_cut_off_go_on_to_the_same_bytes_in_another_storage_from_given_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours_at = tmp_path / "ours"
+    trained = made(ours_at, ramp_share=0.5)
+    (baseline,) = (ours_at / "_stages").glob("baseline-*/weights.safetensors")
+    ours = {**records.told(manifest.read_manifest(trained), trained, ours_at), "target": "t", "epochs": 4}
+    options = {**QUICK, "ramp_share": 0.5, "weights": str(baseline)}
+    whole = peer("two-stage", options, ours, "digits", tmp_path / "whole", 0)
+
+    said = records_peers.each_epoch
+    with monkeypatch.context() as patch:
+        for stop in ("prune: epoch 2 of 2", "quantize: epoch 2 of 2"):
+
+            def until(name: str, stop: str = stop) -> Any:
+                def progress(done: int, steps: int, words: str) -> None:
+                    said(name)(done, steps, words)
+                    if f"{name}: {words}" == stop:
+                        raise KeyboardInterrupt
+
+                return progress
+
+            patch.setattr(records_peers, "each_epoch", until)
+            with pytest.raises(KeyboardInterrupt):
+                peer("two-stage", options, ours, "digits", tmp_path / "parts", 0)
+    begun: list[str] = []
+    monkeypatch.setattr(
+        records_peers, "each_epoch", lambda name: lambda *done: begun.append(f"{name}: {done[-1]}")
+    )
+    parts = peer("two-stage", options, ours, "digits", tmp_path / "parts", 0)
+    assert set(begun) == {"quantize: epoch 2 of 2"}
+    assert parts[1] == whole[1]
 
 
 def test_a_unit_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
