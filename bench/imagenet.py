@@ -3,7 +3,8 @@
 Each job is the product's own command with the recipe's options, cut to two epochs of a few steps: what is measured is that it runs through, how much memory it
 takes and how long an image takes in training (128 images a step on a GPU, 32 without). To random weights nothing that is pruned matters, so the job's search plans next to nothing, whatever size is
 asked for; the file is therefore measured at a (p, b) that is the same for all layers: four bits and the mildest rate with which the layers meet the recipe's
-ratio. Its size is not that of a trained network and never to be set beside a published ratio. Hours are predicted from the time per image, for this machine.
+ratio. Its size is not that of a trained network and never to be set beside a published ratio. Hours are predicted from the time per image, for the
+unit's machine and the trainings of the recipe from torchvision's weights (`clipq_ray.planning`), the dense control among them; searches and evaluations come on top.
 One recipe is one unit under `bench/results/imagenet-units/`, stored when its job ends (`--what jobs`) and again with its file's size (`--what sizes`, which
 wants no GPU).
 """
@@ -27,11 +28,11 @@ import yaml
 
 from bench.images import jpegs
 from bench.record import RESULTS, ROOT, Row, commit, machine, write
-from bench.records import total_epochs
 from bench.records_peers import bytes_of, mildest
 from clipq_ray import identity, manifest, network, packing
 from clipq_ray.config import Config, make
 from clipq_ray.operator import make_plan
+from clipq_ray.planning import trainings
 from clipq_ray.storage import Store
 from clipq_ray.work import Source
 
@@ -51,7 +52,6 @@ CUT = {
 
 def ran(recipe: Path, data: str) -> dict[str, Any]:
     """One recipe's job, from its command to its file."""
-    options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         changes = {**CUT, "data": data, "storage": folder}
         words = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()] + [
@@ -74,7 +74,7 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
     return {
         "recipe": recipe.stem, "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20,
         "gpu_gib": trained["gpu_bytes"] / 2**30 if "gpu_bytes" in trained else None, "job_seconds": seconds, "epoch_seconds": trained["curve"][-1]["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "job_bytes": metrics["bytes_after"],
-        "epochs": total_epochs(options), "commit": commit(), "machine": machine(), "versions": identity.versions(),
+        "commit": commit(), "machine": machine(), "versions": identity.versions(),
     }  # fmt: skip
 
 
@@ -93,8 +93,29 @@ def planned(config: Config) -> dict[str, Any]:
     return {"p": theta.p, "bits": theta.b, "bytes": size}
 
 
-def rows(unit: dict[str, Any]) -> list[Row]:
-    """What a unit says."""
+def epochs(recipe: Path, data: str) -> tuple[int, int]:
+    """Of all trainings of a recipe's job: those that there are in any case, and those that there are at most."""
+    options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    found = trainings(
+        Source(
+            make(
+                **{
+                    **options,
+                    "data": data,
+                    "limit_images": CUT["limit_images"],
+                    "validation_images": HELD_OUT,
+                }
+            )
+        )
+    )
+    return (
+        sum(one.times * one.epochs for one in found if not one.at_most),
+        sum(one.times * one.epochs for one in found),
+    )
+
+
+def rows(unit: dict[str, Any], least: int, most: int) -> list[Row]:
+    """What a unit says, its recipe's epochs given."""
     place, per_image = f"imagenet/{unit['recipe']}", unit["epoch_seconds"] / (unit["steps"] * unit["batch"])
     on_gpu = unit["gpu_gib"] is not None
     return [
@@ -102,7 +123,10 @@ def rows(unit: dict[str, Any]) -> list[Row]:
         *([Row(f"{place}/gpu_memory", unit["gpu_gib"], f"GiB, {unit['batch']} images a step")] if on_gpu else []),
         Row(f"{place}/step", unit["epoch_seconds"] / unit["steps"], "s"),
         *_sizes(place, unit),
-        Row(f"{place}/training_here", per_image * TRAINING_IMAGES * unit["epochs"] / 3600, f"hours for {unit['epochs']} epochs, predicted"),
+        *(
+            Row(f"{place}/training_here{name}", per_image * TRAINING_IMAGES * count / 3600, f"hours for {count} epochs, predicted")
+            for name, count in (("", least), ("_at_most", most))
+        ),
     ]  # fmt: skip
 
 
@@ -140,13 +164,16 @@ def main() -> int:
                 options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
                 changes = {**CUT, "search_again": False, "data": folder, "profile": options["profile"]}
                 stored(path, {**unit, **planned(make(**{**options, **changes}))})
+        counts = {one.stem: epochs(one, folder) for one in RECIPES}
     units = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(UNITS.glob("*.json"))]
     notes = {
         "weights": "random",
         "images": "generated",
         "machines": {one["recipe"]: one["machine"] for one in units},
     }
-    print(f"stored in {write('imagenet', [one for unit in units for one in rows(unit)], notes=notes)}")
+    print(
+        f"stored in {write('imagenet', [one for unit in units for one in rows(unit, *counts[unit['recipe']])], notes=notes)}"
+    )
     return 0
 
 

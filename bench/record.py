@@ -105,12 +105,17 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """What this checkout is, by `git describe`."""
-    ended = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return ended.stdout.strip() or "unknown"
+    """What this checkout is: its commit, "-dirty" behind it where files that git follows were changed, other than the results of benches."""
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!bench/records"
+    )
+    found = _git("rev-parse", "--short=12", "HEAD")
+    return found + "-dirty" * bool(changed) if found else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> int:

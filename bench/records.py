@@ -4,15 +4,16 @@ One (target, variant, seed) is one unit: its JSON and its .clq are stored under 
 was cut off goes on behind its last finished epoch. Bytes are those of the file, errors those of the decoded file on the test images, as `jobs/evaluate.py`
 says them; the test set decides nothing. The file of the median seed lies under `bench/records/`.
 
-Variants: `ours` (the recipe), `paper` (the same epochs and size, with --paper), `two-stage` and `uniform` (`records_peers`: the same epochs and size, pruned
-first and quantized then, and one (p, b) for all layers). The last two take plan and size from `ours` of their seed.
+A unit that was made with other settings than the recipe's by now counts as not there.
+
+Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
+layers). All are for the size of `ours` of their seed, in as many epochs, so `ours` comes first; the last two take its plan or size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import records_peers
 from bench.record import RESULTS, ROOT, Row, commit, machine, row, write
 from clipq_ray import identity, manifest, tables
 from clipq_ray.consistency import PAPER
@@ -71,20 +73,10 @@ TARGETS = (
 )
 
 
-def total_epochs(options: dict[str, Any]) -> int:
-    """Epochs on the way to the size and in the last round, those of its levels included."""
-    rungs = options.get("rungs", 1) - 1
-    return int(
-        options["epochs"]
-        + options.get("level_epochs", 0)
-        + rungs * options.get("rung_epochs", math.ceil(options["epochs"] / 2))
-    )
-
-
-def published(options: dict[str, Any]) -> dict[str, Any]:
-    """The same size in as many epochs by the method as published."""
+def published(options: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """The same size in so many epochs by the method as published."""
     left = {name: value for name, value in options.items() if name not in PAPER and name not in OF_LADDERS}
-    return {**left, "paper": True, "epochs": total_epochs(options)}
+    return {**left, "paper": True, "epochs": epochs}
 
 
 @dataclass(frozen=True)
@@ -103,9 +95,31 @@ class Unit:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What was measured, if it was."""
+        """What was measured with the settings of now, if it was."""
         path = self.stem.with_suffix(".json")
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if agree(found["config"], self.options()) else None
+
+    def options(self) -> dict[str, Any]:
+        """Its settings by now; `SystemExit` where they follow from what `ours` was made in, and it was not."""
+        options = {**self.target.options(), "seed": self.seed}
+        if self.variant == "ours":
+            return options
+        ours = self.ours()
+        if self.variant == "paper":
+            return published(options, ours["epochs"])
+        return records_peers.left(options, ours["epochs"])
+
+    def ours(self) -> dict[str, Any]:
+        """The unit `ours` of this seed."""
+        found = Unit(self.target, "ours", self.seed).result
+        if found is None:
+            raise SystemExit(
+                f"{self.stem.name}: expected the unit 'ours' of this seed before it, got none; make it first (--variants ours)"
+            )
+        return found
 
     def make(self, shared: Path, storage: Path, extra: list[str]) -> None:
         """Measure it, unless it was."""
@@ -115,17 +129,12 @@ class Unit:
         if self.variant in ("ours", "paper"):
             found, file = self._job(shared, storage, extra)
         else:
-            from bench.records_peers import peer
-
-            ours = Unit(self.target, "ours", self.seed).result
-            if ours is None:
-                raise SystemExit(
-                    f"{self.stem.name}: expected the unit 'ours' of this seed before it, got none"
-                )
-            options = self.target.options()
+            options = {**self.options(), "data": data_of(self.target, shared), "engine": "local"}
             if self.target.weights is not None:
                 options["weights"] = str(shared / "weights" / self.target.weights)
-            found, file = peer(self.variant, options, ours, data_of(self.target, shared), storage, self.seed)
+            found, file = records_peers.peer(
+                self.variant, options, self.target.options(), self.ours(), storage
+            )
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         self.stem.with_suffix(".clq").write_bytes(file)
         top1, images = verified(self.stem.with_suffix(".clq"), data_of(self.target, shared))
@@ -139,12 +148,12 @@ class Unit:
 
     def _job(self, shared: Path, storage: Path, extra: list[str]) -> tuple[dict[str, Any], bytes]:
         """The ordinary job; what its manifest says, and its file."""
-        name, options = self.stem.name, self.target.options()
+        name, options = self.stem.name, self.options()
         recipe = self.target.recipe
         if self.variant == "paper":
             storage.mkdir(parents=True, exist_ok=True)
             recipe = storage / f"{name}.yaml"
-            recipe.write_text(yaml.safe_dump(published(options)), encoding="utf-8")
+            recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
         command = [
             sys.executable, str(ROOT / "jobs" / "compress.py"), "--config", str(recipe), "--name", name, "--seed", str(self.seed),
             "--data", data_of(self.target, shared), "--storage", str(storage), *extra,
@@ -152,8 +161,7 @@ class Unit:
         if self.target.weights is not None:
             command += ["--weights", str(shared / "weights" / self.target.weights)]
         code = code_of(command)
-        asked = published(options) if self.variant == "paper" else options
-        store = newest(storage / f"model={name}", {**asked, "seed": self.seed})
+        store = newest(storage / f"model={name}", options)
         document = manifest.read_manifest(store) if store else None
         # 1 says that the promise was not kept, or that the job failed: then what lies there is from another time
         if store is None or document is None or code != int(not document["promise"]["kept"]):
@@ -163,12 +171,15 @@ class Unit:
 
 def newest(folder: Path, asked: dict[str, Any]) -> Store | None:
     """The run in `folder` that was committed last, of those with the options that were asked for: other recipes may have left theirs there."""
-    asked = {name: value for name, value in asked.items() if name not in PLACES}
     for path in sorted(folder.glob("run=*/manifest.json"), key=lambda one: -one.stat().st_mtime):
-        found = manifest.read_manifest(Store(path.parent))["config"]
-        if all(found.get(name) == value for name, value in asked.items()):
+        if agree(manifest.read_manifest(Store(path.parent))["config"], asked):
             return Store(path.parent)
     return None
+
+
+def agree(config: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a configuration has the options that are asked for, wherever things lay."""
+    return all(config.get(name) == value for name, value in asked.items() if name not in PLACES)
 
 
 def data_of(target: Target, shared: Path) -> str:
@@ -217,7 +228,7 @@ def seconds_of(storage: Path, stage: dict[str, Any]) -> float:
 
 def rows_of(target: Target, variant: str, seeds: Iterable[int]) -> list[Row]:
     """Bytes and errors of the seeds that are there; goals for `ours`."""
-    found = [result for seed in seeds if (result := Unit(target, variant, seed).result) is not None]
+    found = [result for seed in seeds if (result := there(target, variant, seed)) is not None]
     if not found:
         return []
     place = f"records/{target.name}" + ("" if variant == "ours" else f"/{variant}")
@@ -227,6 +238,13 @@ def rows_of(target: Target, variant: str, seeds: Iterable[int]) -> list[Row]:
         row(f"{place}/test_error", [one["test_error_percent"] for one in found], "%", goal=goals[1]),
         row(f"{place}/seconds", [one["seconds"] for one in found], "s"),
     ]
+
+
+def there(target: Target, variant: str, seed: int) -> dict[str, Any] | None:
+    """What was measured of a unit, where `ours` of its seed was too."""
+    if Unit(target, "ours", seed).result is None:
+        return None
+    return Unit(target, variant, seed).result
 
 
 def keep_median(target: Target, seeds: Iterable[int]) -> None:

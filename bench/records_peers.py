@@ -1,11 +1,13 @@
 """What the rows of `records` are held against: the same network, weights, epochs and size, prepared otherwise.
 
 - two-stage: the plan's rates and bits, first pruned, then quantized. For the first half of the epochs weights are pruned by magnitude, the rates rising as in the
-  recipe, and what is pruned stays zero; for the second half what is left is quantized (p = 0), another cosine. Learning rate, batches, data as in the recipe.
-- uniform: one (p, b) for all layers, trained as the recipe trains in one round, by rate and distortion where the recipe does. For b = 2 and b = 3 the mildest p, in steps of 0.0001, with which the layers take at
-  most one hundredth more bytes than those of `ours`; the better one on validation images counts.
+  recipe, and what is pruned stays zero; when they have risen, so many more are pruned (one factor for all layers) that the file is no larger than that of `ours`. For the second half
+  what is left is quantized (p = 0), another cosine. Learning rate, batches, data as in the recipe.
+- uniform: one (p, b) for all layers, trained as the recipe trains in one round: rising rates, rate and distortion, held at the size of `ours` where the recipe
+  does. It begins with the mildest p, in steps of 0.0001, with which the layers take no more bytes than those of `ours`, for b = 2 and for b = 3; of the two files
+  the smaller one counts where one is larger than that of `ours` by more than a hundredth, else the better one on validation images.
 
-Both are packed by the product. Not covered: which units there are (`records`).
+Both are packed by the product, without what the recipe does behind its last round (levels). Not covered: which units there are (`records`).
 """
 
 from __future__ import annotations
@@ -36,27 +38,35 @@ from clipq_ray.quantizer import decide_share, quantize, thresholds
 from clipq_ray.rates import Ramp
 from clipq_ray.stages import schedule_of
 from clipq_ray.storage import Store
-from clipq_ray.training import TrainTask
+from clipq_ray.training import Size, TrainTask, plan_after
 from clipq_ray.work import CURVE, WEIGHTS, Source, layer_bytes, prepare_process, read_state, write_state
 
 BITS = (2, 3)
-SPARE = 1.01  # files grow by a hundredth or so while they are trained
+SPARE = 1.01  # a file so much larger than that of `ours` counts as of its size
 PRUNED_EVERY = 20  # steps
+SIZES = 7  # tried to find one
+
+
+def left(options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """What of a recipe's options goes beyond the training of one round is left out; how images are shown is the same for all."""
+    beyond = {*PAPER, "rung_epochs"} - {"cutout_pixels"}
+    return {**{name: value for name, value in options.items() if name not in beyond}, "epochs": epochs}
 
 
 def peer(
-    variant: str, options: Mapping[str, Any], ours: Mapping[str, Any], data: str, storage: Path, seed: int
+    variant: str,
+    options: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    storage: Path,
 ) -> tuple[dict[str, Any], bytes]:
-    """What is to be said of one variant, and its file."""
-    left_out = {*PAPER, "rung_epochs"} - {"cutout_pixels"}  # how images are shown is the same for all
-    kept = {name: value for name, value in options.items() if name not in left_out}
-    config = make(**{**kept, "data": data, "seed": seed, "engine": "local", "epochs": ours["epochs"]})
+    """What is to be said of one variant with `options` (`left` of the `recipe`), and its file."""
+    config = make(**options)
     given = _Given(config, ours, storage)
     started = time.time()
-    found = given.uniform(options) if variant == "uniform" else given.two_stage(options)
-    packed = found[1]
+    found, packed = given.uniform(recipe) if variant == "uniform" else given.two_stage(recipe)
     return {
-        **found[0], "ratio": given.inventory.bytes_before / len(packed.file), "dead_units": packed.dead_units, "epochs": config.epochs,
+        **found, "ratio": given.inventory.bytes_before / len(packed.file), "dead_units": packed.dead_units, "epochs": config.epochs,
         "validation_top1_percent": 100 * packed.validation.top1, "seconds": round(time.time() - started, 1), "config": {name: value for name, value in config.model_dump(mode="json").items() if name not in ("storage", "data", "weights")},
     }, packed.file  # fmt: skip
 
@@ -110,9 +120,16 @@ class _Given:
 
     def _initial(self, storage: Path) -> Store:
         """Where the weights lie: those that are given, or those that `ours` has trained first."""
-        if self.source.config.weights is None:
+        config = self.source.config
+        if config.weights is None:
             (key,) = (one["key"] for one in self.ours["stages"] if one["stage"] == "baseline")
-            return Store(storage / "_stages" / f"baseline-{key}")
+            store = Store(storage / "_stages" / f"baseline-{key}")
+            if not store.exists(CURVE):  # `ours` was made elsewhere
+                schedule = schedule_of(config, config.baseline_epochs, config.baseline_learning_rate)
+                checkpoints = self.work / "baseline-checkpoints"
+                task = TrainTask(self.source, "baseline", None, None, schedule, store.uri, str(checkpoints))
+                LocalEngine().train(task, each_epoch("baseline"))
+            return store
         origin = self.source.weights_origin()
         models.apply_weights(self.model, models.read_weights(origin, self.source.architecture()), origin)
         store = Store(self.work / "given")
@@ -136,7 +153,7 @@ class _Given:
     def uniform(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
         """One theta for all layers, by the product's own loop."""
         config = self.source.config
-        budget = SPARE * sum(one["bytes"] for one in self.ours["plan"])
+        budget = sum(one["bytes"] for one in self.ours["plan"])
         layers = {name: self.model.get_parameter(name).detach() for name in self.thetas}
         found = []
         for b in BITS:
@@ -147,20 +164,29 @@ class _Given:
             ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
             power = options.get("rate_distortion", 0.0)
             costs = Costs(power) if power else None
+            size = Size(self.ours["bytes"], self.inventory, None) if options.get("hold_size") else None
             folder = self.folder(
                 f"uniform-b{b}", schedule, plan=plan.to_json(), ramp=asdict(ramp) if ramp else None,
-                costs=asdict(costs) if costs else None,
+                costs=asdict(costs) if costs else None, bytes=size.bytes if size else None,
             )  # fmt: skip
             tuned = Store(self.work / folder)
             task = TrainTask(
                 self.source, "finetune", self.initial.uri, plan, schedule, tuned.uri,
-                Store(self.work / f"{folder}-checkpoints").uri, ramp=ramp, costs=costs,
+                Store(self.work / f"{folder}-checkpoints").uri, ramp=ramp, costs=costs, size=size,
             )  # fmt: skip
             if not tuned.exists(CURVE):
                 LocalEngine().train(task, each_epoch(f"uniform, {b} bits"))
-            found.append((theta, self.packed(tuned, plan)))
-        theta, best = max(found, key=lambda one: one[1].validation.top1)
-        return {"plan": [{"layer": name, "p": theta.p, "bits": theta.b} for name in self.thetas]}, best
+            held, _ = plan_after(tuned, plan)
+            found.append((held, self.packed(tuned, held)))
+        held, best = min(found, key=lambda one: self._worse(one[1]))
+        return {
+            "plan": [{"layer": one.layer, "p": one.theta.p, "bits": one.theta.b} for one in held.layers]
+        }, best
+
+    def _worse(self, packed: packing.PackedNetwork) -> tuple[float, float]:
+        """To order files by: first how far they are above the size, beyond what is of no account, then by validation images."""
+        above = len(packed.file) / self.ours["bytes"] - SPARE
+        return max(0.0, above), -packed.validation.top1
 
     def two_stage(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
         """Pruned, then quantized."""
@@ -188,12 +214,15 @@ class _Given:
             with trainer.operator.reading_full_precision() if trainer.operator else nullcontext():
                 left = {name: self.model.get_parameter(name).detach() != 0 for name in self.thetas}
             steps = max(1, len(self.data.train) // config.batch_size)
-            numbers, last = itertools.count(len(trainer.curve) * steps + 1), schedule.epochs * steps
+            numbers = itertools.count(len(trainer.curve) * steps + 1)
+            risen = max(1, round(share * schedule.epochs * steps))
 
             def behind_a_step(*_: Any) -> None:
                 number = next(numbers)
-                if plan is None and (number % PRUNED_EVERY == 0 or number == last):
-                    self._prune(left, 1 - max(0.0, 1 - number / last / share) ** 3 if share else 1.0)
+                if plan is None and (number % PRUNED_EVERY == 0 or number == risen):
+                    self._prune(left, 1 - max(0.0, 1 - number / risen) ** 3)
+                if plan is None and number == risen:
+                    self._fit_size(left)
                 keep_zeros(self.model, left)
 
             trainer.optimizer.register_step_post_hook(behind_a_step)
@@ -204,12 +233,45 @@ class _Given:
     def _prune(self, left: dict[str, torch.Tensor], risen: float) -> None:
         """Take from what is `left` what a part `risen` of the plan's rates clips."""
         for name, theta in self.thetas.items():
-            weight = self.model.get_parameter(name).detach()
-            alive = weight[left[name]]
-            share_left = (1 - risen * theta.p) * weight.numel() / max(alive.numel(), 1)
-            if share_left < 1:
-                negative, positive = thresholds(alive, 1 - share_left)
-                left[name] &= (weight > positive) | (weight < -negative)
+            weight, alive = self.model.get_parameter(name).detach(), int(left[name].sum())
+            left[name] &= largest(weight, left[name], (1 - risen * theta.p) * weight.numel() / max(alive, 1))
+
+    def _fit_size(self, left: dict[str, torch.Tensor]) -> None:
+        """Take from what is `left` as much more as the size of `ours` asks for, the same share of every layer."""
+        weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        if self._bytes(weights, left) <= self.ours["bytes"]:
+            return
+        low, high = 0.0, 1.0
+        for _ in range(SIZES):
+            share = (low + high) / 2
+            fits = self._bytes(weights, shared_out(weights, left, share)) <= self.ours["bytes"]
+            low, high = (share, high) if fits else (low, share)
+        for name, mask in shared_out(weights, left, low).items():
+            left[name] &= mask.to(left[name].device)
+
+    def _bytes(self, weights: Mapping[str, torch.Tensor], left: Mapping[str, torch.Tensor]) -> int:
+        """Of the file, were it quantized and packed now with what is `left`."""
+        trial, model = Store(self.work / "size"), self.source.network()
+        pruned = {**weights, **{name: weights[name] * mask.cpu() for name, mask in left.items()}}
+        write_state(trial, WEIGHTS, pruned)
+        model.load_state_dict(pruned)
+        plan = make_plan(model, {name: Theta(0.0, theta.b) for name, theta in self.thetas.items()})
+        return len(self.packed(trial, plan).file)
+
+
+def shared_out(
+    weights: Mapping[str, torch.Tensor], left: Mapping[str, torch.Tensor], share: float
+) -> dict[str, torch.Tensor]:
+    """Where the largest `share` of the weights that are `left` is, in every layer."""
+    return {name: largest(weights[name], mask.cpu(), share) for name, mask in left.items()}
+
+
+def largest(weight: torch.Tensor, left: torch.Tensor, share: float) -> torch.Tensor:
+    """Where the largest `share` of the weights that are `left` is, by magnitude on their side."""
+    if share >= 1:
+        return left
+    negative, positive = thresholds(weight[left], 1 - share)
+    return left & ((weight > positive) | (weight < -negative))
 
 
 @torch.no_grad()

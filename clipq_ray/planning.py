@@ -84,7 +84,7 @@ def _planned(source: Source) -> Plan:
     forward, step = _seconds(source, model, [layer.name for layer in found.layers])
     images, held = len(data.train), len(data.validation)
     groups = grouped(model, [layer.name for layer in found.layers], config.groups)
-    trainings = _trainings(source)
+    trainings = trainings(source)
     searches = 1 + config.search_again * sum(one.times for one in trainings if one.searched)
     evaluations = config.search_evaluations * len(groups) * searches
     search_seconds = evaluations * min(config.search_images, images) * forward / (config.search_parallel or 1)
@@ -117,7 +117,7 @@ def _planned(source: Source) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Trainings:
+class Trainings:
     """Trainings of one kind: how many, of how many epochs each, whether fewer may do, and whether a search may go before each."""
 
     name: str
@@ -127,7 +127,7 @@ class _Trainings:
     searched: bool = False
 
 
-def _trainings(source: Source) -> list[_Trainings]:
+def trainings(source: Source) -> list[Trainings]:
     """All trainings of a run, in their order."""
     config = source.config
     half = math.ceil(config.epochs / 2)
@@ -136,12 +136,12 @@ def _trainings(source: Source) -> list[_Trainings]:
     return [
         one
         for one in (
-            _Trainings("baseline", int(source.weights_origin() == "train"), config.baseline_epochs),
-            _Trainings("rungs", config.rungs - 1, config.rung_epochs or half, True, True),
-            _Trainings("fine-tuning", 1, config.epochs),
-            _Trainings("dense control", int(wants_control(source)), config.epochs),
-            _Trainings("more rounds", further, config.round_epochs or half, True, True),
-            _Trainings("levels", (1 + further) * prices, config.level_epochs, further > 0 or prices > 1),
+            Trainings("baseline", int(source.weights_origin() == "train"), config.baseline_epochs),
+            Trainings("rungs", config.rungs - 1, config.rung_epochs or half, True, True),
+            Trainings("fine-tuning", 1, config.epochs),
+            Trainings("dense control", int(wants_control(source)), config.epochs),
+            Trainings("more rounds", further, config.round_epochs or half, True, True),
+            Trainings("levels", (1 + further) * prices, config.level_epochs, further > 0 or prices > 1),
         )
         if one.times and one.epochs
     ]

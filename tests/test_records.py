@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from bench import records, records_peers
-from bench.records_peers import peer
 from clipq_ray import manifest
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
@@ -32,10 +31,10 @@ def test_every_target_has_a_recipe_of_its_size_and_a_published_twin(target: reco
     assert config.target_bytes is not None
     assert config.target_bytes <= target.most_bytes
     assert target.name.startswith(f"{config.model}-{config.data}-")
-    twin = make(**records.published(options))
+    twin = make(**records.published(options, 73))
     assert twin.paper
     assert twin.target_bytes == config.target_bytes
-    assert twin.epochs == config.epochs + config.level_epochs + (config.rungs - 1) * (config.rung_epochs or 0)
+    assert twin.epochs == 73
     assert all(getattr(twin, name) == value for name, value in PAPER.items())
 
 
@@ -54,7 +53,8 @@ def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(
     for seed, (size, error) in enumerate([(5900, 1.7), (5950, 1.5), (5800, 1.6)]):
         unit = records.Unit(target, "ours", seed)
         unit.stem.parent.mkdir(exist_ok=True)
-        result: dict[str, Any] = {"bytes": size, "test_error_percent": error, "seconds": 60.0}
+        settings = {**target.options(), "seed": seed}
+        result = {"bytes": size, "test_error_percent": error, "seconds": 60.0, "config": settings}
         unit.stem.with_suffix(".json").write_text(json.dumps(result))
         unit.stem.with_suffix(".clq").write_bytes(b"seed %d" % seed)
     size, error, _ = records.rows_of(target, "ours", range(100))
@@ -112,32 +112,47 @@ def test_a_job_that_failed_does_not_pass_for_the_run_before_it(
     assert records.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])[0]["kept"]
 
 
-@pytest.mark.parametrize("variant", ["two-stage", "uniform"])
-def test_what_ours_is_held_against_has_its_bits_and_about_its_size(tmp_path: Path, variant: str) -> None:
-    levers = {"ramp_share": 0.5, "rate_distortion": 0.5, "cutout_pixels": 4}
-    store = made(tmp_path, **levers)
-    ours = records.told(manifest.read_manifest(store), store, tmp_path)
-    theirs, file = peer(variant, {**QUICK, **levers}, {**ours, "target": "t"}, "digits", tmp_path, 0)
-    assert len(file) < 1.2 * len(store.read("model.clq"))
-    assert theirs["validation_top1_percent"] > 50
-    plan = {one["layer"]: (one["p"], one["bits"]) for one in theirs["plan"]}
-    own = {one["layer"]: (one["p"], one["bits"]) for one in ours["plan"]}
-    assert plan.keys() == own.keys()
-    assert len(set(plan.values())) == 1 if variant == "uniform" else plan == own
-    again, same = peer(variant, {**QUICK, **levers}, {**ours, "target": "t"}, "digits", tmp_path, 0)
-    assert same == file
-    assert again["plan"] == theirs["plan"]
+LEVERS: dict[str, Any] = {
+    **QUICK,
+    "ramp_share": 0.5,
+    "rate_distortion": 0.5,
+    "cutout_pixels": 4,
+    "hold_size": True,
+}
+
+
+def theirs(variant: str, ours: dict[str, Any], storage: Path, **more: Any) -> tuple[dict[str, Any], bytes]:
+    """A peer on digits."""
+    options = records_peers.left(LEVERS, ours["epochs"]) | {"data": "digits", "seed": 0, "engine": "local"}
+    return records_peers.peer(variant, {**options, **more}, LEVERS, {**ours, "target": "t"}, storage)
+
+
+def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> None:
+    store = made(tmp_path, **{**LEVERS, "epochs": 20})
+    ours, size = records.told(manifest.read_manifest(store), store, tmp_path), len(store.read("model.clq"))
+    ours["bytes"] = size
+    own = {one["layer"]: one["bits"] for one in ours["plan"]}
+    for variant in ("two-stage", "uniform"):
+        found, file = theirs(variant, ours, tmp_path)
+        assert 0.85 * size < len(file) < 1.08 * size, variant
+        assert found["validation_top1_percent"] > 50
+        bits = {one["layer"]: one["bits"] for one in found["plan"]}
+        assert bits.keys() == own.keys()
+        assert bits == own if variant == "two-stage" else len(set(bits.values())) == 1
+        again, same = theirs(variant, ours, tmp_path)
+        assert same == file
+        assert again["plan"] == found["plan"]
 
 
 def test_two_stages_that_were_cut_off_go_on_to_the_same_bytes_in_another_storage_from_given_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours_at = tmp_path / "ours"
-    trained = made(ours_at, ramp_share=0.5)
+    trained = made(ours_at, **LEVERS)
     (baseline,) = (ours_at / "_stages").glob("baseline-*/weights.safetensors")
-    ours = {**records.told(manifest.read_manifest(trained), trained, ours_at), "target": "t", "epochs": 4}
-    options = {**QUICK, "ramp_share": 0.5, "weights": str(baseline)}
-    whole = peer("two-stage", options, ours, "digits", tmp_path / "whole", 0)
+    ours = {**records.told(manifest.read_manifest(trained), trained, ours_at), "bytes": 20_000, "epochs": 4}
+    given = {"weights": str(baseline)}
+    whole = theirs("two-stage", ours, tmp_path / "whole", **given)
 
     said = records_peers.each_epoch
     with monkeypatch.context() as patch:
@@ -153,22 +168,36 @@ def test_two_stages_that_were_cut_off_go_on_to_the_same_bytes_in_another_storage
 
             patch.setattr(records_peers, "each_epoch", until)
             with pytest.raises(KeyboardInterrupt):
-                peer("two-stage", options, ours, "digits", tmp_path / "parts", 0)
+                theirs("two-stage", ours, tmp_path / "parts", **given)
     begun: list[str] = []
     monkeypatch.setattr(
         records_peers, "each_epoch", lambda name: lambda *done: begun.append(f"{name}: {done[-1]}")
     )
-    parts = peer("two-stage", options, ours, "digits", tmp_path / "parts", 0)
+    parts = theirs("two-stage", ours, tmp_path / "parts", **given)
     assert set(begun) == {"quantize: epoch 2 of 2"}
     assert parts[1] == whole[1]
 
 
-def test_a_unit_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_is_there_is_not_made_again_unless_its_settings_were_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "UNITS", tmp_path)
-    unit = records.Unit(records.TARGETS[0], "ours", 0)
-    unit.stem.with_suffix(".json").write_text("{}")
-    unit.make(tmp_path / "nothing here", tmp_path / "nothing here", [])
+    target = records.TARGETS[0]
+    for variant, epochs in (("ours", 25), ("paper", 60), ("two-stage", 60)):
+        unit = records.Unit(target, variant, 0)
+        stored = {"epochs": 60, "config": {**unit.options(), "data_root": "elsewhere"}}
+        assert stored["config"]["epochs"] == epochs
+        unit.stem.with_suffix(".json").write_text(json.dumps(stored))
+        assert unit.result == stored
+        unit.make(tmp_path / "nothing here", tmp_path / "nothing here", [])
     assert not (tmp_path / "nothing here").exists()
+    ours = records.Unit(target, "ours", 0).stem.with_suffix(".json")
+    ours.write_text(ours.read_text().replace('"epochs": 60', '"epochs": 70'))
+    assert records.Unit(target, "paper", 0).result is None  # as many epochs as `ours`
+    assert records.rows_of(target, "paper", range(9)) == []
+    ours.write_text(ours.read_text().replace('"target_bytes": 5000', '"target_bytes": 5001'))
+    with pytest.raises(SystemExit, match=r"paper-seed0: expected the unit 'ours' of this seed before it"):
+        records.Unit(target, "paper", 0).make(tmp_path, tmp_path, [])
 
 
 def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from bench.imagenet import BATCH, CUT, RECIPES, STEPS, planned, rows
+from bench.imagenet import BATCH, CUT, RECIPES, STEPS, epochs, planned, rows
 from bench.images import jpegs
 from bench.records_peers import bytes_of
 from clipq_ray.config import make
@@ -43,22 +43,30 @@ def test_every_network_has_one() -> None:
 def test_sizes_are_marked_as_those_of_random_weights() -> None:
     unit = {
         "recipe": "alexnet-imagenet-noloss", "batch": 32, "steps": 3, "epoch_seconds": 9.6, "peak_gib": 3.0, "gpu_gib": None, "bytes": 50, "bytes_before": 500, "p": 0.9,
-        "bits": 2, "epochs": 40,
+        "bits": 2,
     }  # fmt: skip
-    found = {row.name: row.value for row in rows(unit)}
+    found = {row.name: row.value for row in rows(unit, 40, 60)}
     assert all("random_weights" in name for name in found if "file" in name)
     assert found["imagenet/alexnet-imagenet-noloss/random_weights/file_over_all_tensors"] == 0.1
-    assert found["imagenet/alexnet-imagenet-noloss/training_here"] == pytest.approx(
-        0.1 * 1_276_167 * 40 / 3600
-    )
+    for name, count in (("training_here", 40), ("training_here_at_most", 60)):
+        hours = found[f"imagenet/alexnet-imagenet-noloss/{name}"]
+        assert hours == pytest.approx(0.1 * 1_276_167 * count / 3600)
+
+
+def test_predicted_hours_are_for_all_trainings_of_a_recipe_its_control_among_them(tmp_path: Path) -> None:
+    jpegs(str(tmp_path), BATCH * STEPS + 40, 4)
+    recipe = next(one for one in RECIPES if one.stem.startswith("resnet50"))
+    options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    least, most = epochs(recipe, str(tmp_path))
+    assert least >= 2 * options["epochs"]  # torchvision's weights have seen the images that are held out
+    assert most > least
 
 
 def test_a_unit_without_a_size_yet_has_no_row_of_it() -> None:
     unit = {
         "recipe": "alexnet-imagenet-noloss", "batch": 128, "steps": 8, "epoch_seconds": 1.0, "peak_gib": 3.0, "gpu_gib": 5.0, "bytes_before": 500,
-        "epochs": 40,
     }  # fmt: skip
-    found = {row.name: row.value for row in rows(unit)}
+    found = {row.name: row.value for row in rows(unit, 40, 60)}
     assert found["imagenet/alexnet-imagenet-noloss/gpu_memory"] == 5.0
     assert not any("random_weights" in name for name in found)
 
