@@ -193,7 +193,7 @@ class _Given:
         config, share = self.source.config, options.get("ramp_share", 0.0)
         planned = [{"layer": name, "p": theta.p, "bits": theta.b} for name, theta in self.thetas.items()]
         first = schedule_of(config, config.epochs // 2, config.learning_rate)
-        pruned = self.folder("prune", first, thetas=planned, share=share)
+        pruned = self.folder("prune", first, thetas=planned, share=share, bytes=self.ours["bytes"])
         self._train("prune", pruned, first, None, share)
         plan = make_plan(self.model, {name: Theta(0.0, theta.b) for name, theta in self.thetas.items()})
         second = schedule_of(config, config.epochs - first.epochs, config.learning_rate)
