@@ -39,7 +39,8 @@ class Config(BaseModel):
         default_factory=dict, description="keyword arguments of the network, as JSON"
     )
     keep: tuple[str, ...] = Field(
-        (), description="names or patterns of weights to store as they are, comma-separated"
+        (),
+        description="names or patterns of weights to store as they are (as float16 where that is within a thousandth), comma-separated",
     )
 
     # Data

@@ -39,6 +39,7 @@ from clipq_ray.sending import sent
 
 log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
+NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Trainer:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
         self.model = model.to(rank.device).to(memory_format=torch.channels_last)
         self.train_split, self.validation = train, validation
-        self.autocast, self.feed = autocast_dtype(precision, rank.device), feed
+        self.feed = feed
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
         self.checkpoints, self.deadline = checkpoints, deadline
         self.evaluation_batch_size = evaluation_batch_size
@@ -113,6 +114,7 @@ class Trainer:
         # what is clipped follows from the weights with which the training began
         fixed = Levels(model, plan, bit_price) if plan and bit_price is not None else None
         found = checkpoints.latest()
+        self.autocast = self._agreed_dtype(precision, found[1] if found else {})
         if found:
             self._load_model(found[0])
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
@@ -133,6 +135,14 @@ class Trainer:
             DistributedDataParallel(model, find_unused_parameters=unread) if rank.world > 1 else model
         )
         self.attempts.begin(rank.rank, self.micro_batch)
+
+    def _agreed_dtype(self, precision: str, state: dict[str, Any]) -> torch.dtype:
+        """What all ranks compute in to the end: as the training began, wherever it goes on, else as rank 0's device has it."""
+        begun = autocast_dtype(precision, self.rank.device) == torch.bfloat16
+        reduced = torch.tensor(int(state.get("bfloat16", begun)), device=self.rank.device)
+        if self.rank.world > 1:
+            dist.broadcast(reduced, src=0)
+        return torch.bfloat16 if reduced.item() else torch.float32
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
     def _load_model(self, tensors: dict[str, Tensor]) -> None:
@@ -157,6 +167,7 @@ class Trainer:
                 "epochs": self.epochs,
                 "progressed": self.progressed,
                 "scale": self.rates.scale if self.rates else 1.0,
+                "bfloat16": self.autocast == torch.bfloat16,
             }
             self.checkpoints.save(len(self.curve), tensors, state)
 
@@ -268,9 +279,12 @@ class Trainer:
         option = {"baseline": "--baseline-learning-rate", "levels": "--level-learning-rate"}.get(
             self.stage, "--learning-rate"
         )
+        rate = f"now {self.schedule.learning_rate:g}"
+        if self.stage == "finetune":
+            rate += " in this training; a further round has half"
+        warmup = " or raise --warmup-epochs" if self.schedule.warmup_epochs else ""
         return RunError(
-            f"{self.stage} diverged in epoch {epoch + 1} ({what}); lower {option} "
-            f"(now {self.schedule.learning_rate}) or raise --warmup-epochs"
+            f"{self.stage} diverged in epoch {epoch + 1} ({what}); lower {option} ({rate}){warmup}"
         )
 
     def _done(self, epoch: int, within: float) -> float:
@@ -360,9 +374,11 @@ class Trainer:
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         if self.rank.world > 1:
-            least = torch.tensor([micro, not unread], device=self.rank.device)
+            # a batch that is not shared out evenly is no lack of memory on the workers with an image more
+            limit = micro if micro < len(indices) else NO_LIMIT
+            least = torch.tensor([limit, not unread], device=self.rank.device)
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
-            micro, unread = int(least[0]), not least[1]
+            micro, unread = min(len(indices), int(least[0])), not least[1]
         if micro < len(indices):
             note = (
                 f"{self.stage}: {len(indices)} images per worker do not fit the device's memory; gradients are "

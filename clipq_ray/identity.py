@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from clipq_ray import manifest, models
 from clipq_ray.config import Config
 from clipq_ray.data import Data
 from clipq_ray.errors import StorageError
+from clipq_ray.precision import autocast_dtype
 from clipq_ray.storage import MANIFEST, Store, run_store
 from clipq_ray.work import Source
 
-STAGE_VERSIONS = {"baseline": 2, "search": 8, "finetune": 5, "levels": 2, "control": 2}
+STAGE_VERSIONS = {"baseline": 3, "search": 9, "finetune": 6, "levels": 3, "control": 3}
 """Raised when a change of the code changes what a stage makes of the same inputs; where a size is held, "finetune" depends on how a file is packed too."""
 
 _DECIDES_NOTHING = {
@@ -44,10 +45,27 @@ _VERSIONED = (
 )
 
 
+_COMPUTES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "numba",
+    "scikit-learn",
+    "constriction",
+    "bayesian-optimization",
+)
+"""What computes a stage's outputs."""
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what decides a result."""
+    return _installed(_VERSIONED)
+
+
+def _installed(names: Iterable[str]) -> dict[str, str]:
     found = {}
-    for name in _VERSIONED:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -93,7 +111,10 @@ def of_ensemble(intent: str, value: float, members: Mapping[str, Mapping[str, An
 
 def stage_key(stage: str, config: Config, inputs: Mapping[str, Any]) -> str:
     """16 hex digits for the outputs of `stage` on `inputs`."""
-    return _sha256({"stage": stage, "version": STAGE_VERSIONS[stage], **_platform(config), **inputs})[:16]
+    platform = _platform(config)
+    if stage == "search":  # a trial is one process, however many train
+        platform = {name: value for name, value in platform.items() if name not in ("workers", "min_workers")}
+    return _sha256({"stage": stage, "version": STAGE_VERSIONS[stage], **platform, **inputs})[:16]
 
 
 def run_id(
@@ -114,15 +135,18 @@ def run_id(
 
 
 def _platform(config: Config) -> dict[str, Any]:
-    """What besides inputs decides bytes: versions, threads, world size, and the fewest workers where that may change."""
+    """What besides inputs decides bytes: versions, threads, world size, the fewest workers where that may change, and what "auto" is on this machine; of a
+    cluster with machines of another type, that of the job's own."""
     elastic = config.fewest_workers < config.workers
     return {
         **({"min_workers": config.fewest_workers} if elastic else {}),
-        "torch": torch.__version__,
+        "libraries": _installed(_COMPUTES),
         "threads": config.threads_per_worker,
         "workers": config.workers,
         "device": config.device,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if config.device != "cpu" and torch.cuda.is_available() else None,
+        "autocast": str(autocast_dtype(config.precision, torch.device("cpu"))),
     }
 
 

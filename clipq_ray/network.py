@@ -61,7 +61,8 @@ class Inventory:
 
     `layers` are compressed; `kept` are stored at a stated precision, `integers` exactly; `counters` (of batch norm) are not stored and
     zero on loading; `ties` maps a further name of a tensor to its first; `dropped` is never read at inference and not stored. `notes`
-    has a line for everything special. `bytes_before` counts layers, kept and integers as float32; `parameters` no buffers.
+    has a line for everything special. `bytes_before` counts layers, kept and integers as float32; `parameters` no buffers. `named`: those of `kept` that
+    the user named, which are on no grid.
     """
 
     layers: tuple[Layer, ...]
@@ -73,6 +74,7 @@ class Inventory:
     notes: tuple[str, ...]
     bytes_before: int
     parameters: int
+    named: tuple[str, ...] = ()
 
 
 def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inventory:
@@ -367,6 +369,7 @@ class _Groups:
             notes=(*_special(dropped, ties, frozen), *self._kept_notes()),
             bytes_before=4 * sum(self.state[name].numel() for name in stored),
             parameters=self.parameters(),
+            named=tuple(name for name in self.kept if name in self.wanted),
         )
 
     def _kept_notes(self) -> list[str]:

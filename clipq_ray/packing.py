@@ -82,7 +82,7 @@ def pack(
 
 
 def best(made: Sequence[PackedNetwork], most_bytes: int | None, labels: npt.NDArray[np.int64]) -> int:
-    """Which one to take: one that is not larger than `most_bytes`, if there is one, and that validation images with these `labels` like best; of equals the first."""
+    """Which one to take: of those that are not larger than `most_bytes` the one that validation images with these `labels` like best, of equals the first; where there is none the smallest."""
     taken = 0
     for number in range(1, len(made)):
         if _is_better(made[number], made[taken], most_bytes, labels):
@@ -93,9 +93,10 @@ def best(made: Sequence[PackedNetwork], most_bytes: int | None, labels: npt.NDAr
 def _is_better(
     one: PackedNetwork, other: PackedNetwork, most_bytes: int | None, labels: npt.NDArray[np.int64]
 ) -> bool:
-    """By top-1, or by the loss where top-1 differs by less than one standard error: of a few thousand images a handful turn by chance."""
-    if keeps(one, most_bytes) != keeps(other, most_bytes):
-        return keeps(one, most_bytes)
+    """By top-1, or by the loss where top-1 differs by less than one standard error: of a few thousand images a handful turn by chance. A size that neither
+    keeps goes before both."""
+    if not (keeps(one, most_bytes) and keeps(other, most_bytes)):
+        return len(one.file) < len(other.file)
     drop = Drop.between(other.validation.predictions, one.validation.predictions, labels)
     if abs(drop.points) > drop.error:
         return drop.points < 0
@@ -215,7 +216,9 @@ def _on_grids(
     model: nn.Module, inventory: Inventory, packed: codec.Packed, precision: folding.Precision
 ) -> codec.Packed:
     """`packed` with folded batch norms and with vectors on grids."""
-    grids, norms = folding.on_grids(model, inventory.kept, precision, set(inventory.ties.values()))
+    grids, norms = folding.on_grids(
+        model, set(inventory.kept) - set(inventory.named), precision, set(inventory.ties.values())
+    )
     gone = {name for module in norms for name in codec.norm_names(module)}
     tensors = {name: value for name, value in packed.tensors.items() if name not in gone} | grids
     return replace(packed, tensors=tensors, norms=norms)

@@ -84,8 +84,8 @@ def _planned(source: Source) -> Plan:
     forward, step = _seconds(source, model, [layer.name for layer in found.layers])
     images, held = len(data.train), len(data.validation)
     groups = grouped(model, [layer.name for layer in found.layers], config.groups)
-    trainings = trainings(source)
-    searches = 1 + config.search_again * sum(one.times for one in trainings if one.searched)
+    its_trainings = trainings(source)
+    searches = 1 + config.search_again * sum(one.times for one in its_trainings if one.searched)
     evaluations = config.search_evaluations * len(groups) * searches
     search_seconds = evaluations * min(config.search_images, images) * forward / (config.search_parallel or 1)
     called = f"{config.name} ({config.model})" if config.name else config.model
@@ -96,7 +96,7 @@ def _planned(source: Source) -> Plan:
         f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: about {_clock(search_seconds)}",
     ]
     total = search_seconds
-    for one in trainings:
+    for one in its_trainings:
         epochs = one.times * one.epochs
         seconds = epochs * (images * step / config.workers + held * forward) + one.times * _RAY_SECONDS
         lines.append(
@@ -106,7 +106,7 @@ def _planned(source: Source) -> Plan:
     lines.append(
         f"time        about {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads"
     )
-    disk = found.bytes_before * (2 + 6 * sum(one.times for one in trainings))
+    disk = found.bytes_before * (2 + 6 * sum(one.times for one in its_trainings))
     lines.append(
         f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)"
     )

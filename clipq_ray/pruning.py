@@ -6,12 +6,14 @@ directories that jobs write is left over once nothing in it was written for `OLD
 stages of attempts that nobody continues, checkpoints, unfinished writes, parts of objects that were never completed.
 
 A job may begin while `remove` works. So that a stage never goes away under it, what says that a stage is finished is taken away first, and then
-claims are looked at once more: a job that has named the stage by then gets it back whole, a later one finds no finished stage and makes it again.
+claims are looked at once more: a job that has named the stage by then gets it back whole, a later one finds no finished stage and makes it again; what it
+writes meanwhile stays.
 Not covered: files that no job wrote.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from clipq_ray.manifest import read_manifest
 from clipq_ray.storage import MANIFEST, USES, WORK, Store
 
 OLDER_THAN_HOURS = 24.0
-FINISHED = ("curve.json", "done.json")
-"""The objects of a stage of which one says that it is finished."""
+FINISHED = ("curve.json", "done.json", "group-*.json")
+"""The objects of a stage that say that it, or a part of a search, is finished."""
 _UNFINISHED_SECONDS = 3600.0  # a write that is under way is never older
 _RUN = re.compile(r"(model=[^/]+/run=[^/]+)/(.+)")
 _STAGE = re.compile(r"(_stages/([^/]+))/(.+)")
@@ -131,23 +133,32 @@ def remove(
     """Remove what is still left over; bytes that were removed."""
     still = leftovers(storage, older_than_hours).old
     going = [one for one in found if one.place == "." or one in still]
+    before = storage.entries() if going else {}
     going = _without_their_ends(storage, going)
     freed = 0
     for one in found:
         if one not in going:
             say(f"kept: {one.place} is used by now")
             continue
+        # removing takes time: what somebody writes anew meanwhile stays
+        now = storage.child(*one.place.split("/")).entries() if one.place != "." else {}
         for name in one.names:
-            storage.remove(name)
+            entry = now.get(name.removeprefix(f"{one.place}/"))
+            if entry is None or entry == before.get(name):
+                storage.remove(name)
         for upload in one.uploads:
             storage.abandon(upload)
         freed += one.bytes
     return freed
 
 
+def _is_end(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) for pattern in FINISHED)
+
+
 def _without_their_ends(storage: Store, going: list[Leftover]) -> list[Leftover]:
     """Those of `going` that nobody needs after what says that they are finished was taken away; the others have it back."""
-    ends = [name for one in going for name in one.names if name.rpartition("/")[2] in FINISHED]
+    ends = [name for one in going for name in one.names if _is_end(name)]
     taken = {name: storage.read(name) for name in ends}
     unneeded: list[Leftover] = []
     try:

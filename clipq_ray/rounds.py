@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -172,8 +172,11 @@ class Making:
 
     def planned(self, requested: int | None) -> int | None:
         """The bytes to plan for a file of `requested` bytes."""
-        last = self.done[-1].outcome if self.done else None
-        return None if requested is None else before_training(requested, last)
+        if requested is None or not self.done:
+            return requested
+        last = self.done[-1]
+        # what the file holds besides layers is as it was found, not as it was predicted: only layers are learned from
+        return before_training(requested, replace(last.outcome, predicted=last.choice.bytes + self.other))
 
     def search_again(self, requested: int, time_share: float = 1.0) -> None:
         """Search anew for a file of `requested` bytes, from the weights of the last round."""
@@ -272,13 +275,19 @@ def _requests(intent: Intent, searched: Searched, other: int, config: Config) ->
     if intent.kind == "tradeoff":
         return (None,)
     if intent.kind == "bytes":
-        wanted, rungs, codes = math.floor(intent.value), config.rungs, _codes_follow(config)
+        rungs, codes = config.rungs, _codes_follow(config)
         return (
             (to_ask(intent, codes),)
             if rungs < 2
-            else rung_sizes(_mild(Intent("max_drop", 0.0), searched, other), wanted, rungs)
+            else _rungs(intent, codes, _mild(Intent("max_drop", 0.0), searched, other), rungs)
         )
     return (_mild(intent, searched, other),)
+
+
+def _rungs(intent: Intent, codes: bool, mild: int, rungs: int) -> tuple[int, ...]:
+    """Rounds that lead to a size from a `mild` one; where it is mild itself, the one round that there would be without them."""
+    sizes = rung_sizes(mild, math.floor(intent.value), rungs)
+    return sizes if len(sizes) > 1 else (to_ask(intent, codes),)
 
 
 def _mild(intent: Intent, searched: Searched, other: int) -> int:

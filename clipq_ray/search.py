@@ -314,7 +314,9 @@ def _at(
 ) -> tuple[float, float]:
     """Bytes, and the share of the energy that is lost, of layers of which (rows, the same rows as they are held, all elements) are given."""
     total, lost, energy = 0.0, 0.0, 1e-300
-    for rows, held, elements in parts:
+    for rows, planned, elements in parts:
+        # what a plan clips whole says nothing of what its weights are worth: they do
+        held = planned if planned.any() else rows
         share = decide_share(rows, theta)
         quantized = quantize(rows, theta, share)
         times = elements / rows.numel()

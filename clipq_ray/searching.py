@@ -89,7 +89,7 @@ def planned(
     )  # fmt: skip
     inputs = {
         "architecture": identity.of_network(run.source),
-        "weights": models.weights_sha256(read_state(weights)), "data": identity.of_data(run.data), "settings": asdict(settings),
+        "weights": models.weights_sha256(read_state(weights)), "data": [run.data.train.fingerprint, run.data.preprocessing.to_json()], "settings": asdict(settings),
         "groups": [asdict(group) for group in groups], "images": config.search_images, "bytes": inventory.bytes_before,
         "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,
         **({"plan": plan.to_json()} if plan else {}),

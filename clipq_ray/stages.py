@@ -217,7 +217,7 @@ def trained(
         "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
         **({"ramp": asdict(ramp)} if ramp else {}),
-        **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order, str(size.precision)]} if size else {}),
+        **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order, config.keep, str(size.precision)]} if size else {}),
         **({"costs": asdict(costs)} if costs else {}),
         **({"bit_price": bit_price} if bit_price is not None else {}),
         **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),

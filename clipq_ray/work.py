@@ -80,7 +80,7 @@ class Source:
     def network(self) -> nn.Module:
         """A new network with weights seeded by the run."""
         if self.module is not None:
-            return copy.deepcopy(self.module)
+            return copy.deepcopy(self.module).cpu()  # a caller may have trained it on a GPU
         torch.manual_seed(seeds.derive(self.config.seed, "initial weights"))
         architecture = self.architecture()
         assert architecture is not None
@@ -118,18 +118,20 @@ class Source:
 
     def check_fit(self) -> None:
         """One image through the network: it must take the data's size and have an output for every label."""
-        data = self.data()
+        data, network = self.data(), self.network()
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
         self._check_sides(min(images.shape[2:]))
         try:
             with torch.inference_mode():
-                outputs = logits(self.network().eval()(images)).shape[-1]
+                outputs = logits(network.eval()(images)).shape[-1]
         except ClipqError:
             raise
         except Exception as error:  # of anybody's code; torchvision's asserts
             reason = " ".join(str(error).split())[:300]
+            whole = all(one.dtype == torch.float32 for one in network.parameters() if one.is_floating_point())
+            advice = "check --model and --input-size" if whole else "call .float() on the network first"
             raise ConfigError(
-                f"expected a network that takes images of {tuple(images.shape[1:])}, got: {reason}; check --model and --input-size"
+                f"expected a network that takes images of {tuple(images.shape[1:])}, got: {reason}; {advice}"
             ) from error
         if outputs < data.classes:
             raise DataError(

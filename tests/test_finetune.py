@@ -323,6 +323,16 @@ def test_out_of_memory_splits_the_batch_without_changing_the_gradient_and_says_s
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_training_goes_on_in_the_precision_that_it_began_in_wherever_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        run(trainer(tmp_path, precision="bfloat16"), killed_after=1)
+    monkeypatch.setattr(finetune, "autocast_dtype", lambda *_: torch.float32)  # as on another machine
+    assert trainer(tmp_path, precision="auto").autocast == torch.bfloat16
+    assert trainer(tmp_path / "new", precision="auto").autocast == torch.float32
+
+
 def test_the_note_on_memory_stands_there_once_after_a_restart(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(trainer(tmp_path, network(Small, 7)), killed_after=1)
@@ -473,3 +483,19 @@ def test_recovery_of_a_killed_training_is_that_of_an_undisturbed_one(tmp_path: P
     run(again)
     assert again.recovery == whole.recovery
     assert set(whole.recovery) == set(PLAN)
+
+
+def one_of_two_unevenly(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    made = trainer(
+        Path(folder) / "c", schedule=schedule(batch_size=11), rank=Rank(rank, 2, torch.device("cpu"))
+    )
+    (Path(folder) / f"rank-{rank}").write_text(f"{made.micro_batch} {made.notes}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_not_shared_out_evenly_is_no_lack_of_memory(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two_unevenly, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["6 []", "5 []"]

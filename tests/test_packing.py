@@ -44,7 +44,7 @@ def packed(tmp_path: Path, model: nn.Module, data: Data = DIGITS, **options: Any
     store = Store(tmp_path / "tuned")
     write_state(store, WEIGHTS, model.state_dict())
     sample = data.train.batch(torch.arange(2), None)[0]
-    inventory = network.inventory(model, sample)
+    inventory = network.inventory(model, sample, source.config.keep)
     plan = make_plan(model, {layer.name: Theta(0.5, 3) for layer in inventory.layers})
     return packing.pack(source, store, plan, inventory, data, "0" * 64)
 
@@ -79,6 +79,15 @@ def test_exact_vectors_are_the_networks_own(tmp_path: Path, digits_weights: dict
     for name, value in digits_weights.items():
         if value.dim() == 1:
             np.testing.assert_array_equal(after[name], codec.stored(value.numpy()))
+
+
+def test_what_the_user_names_is_on_no_grid(tmp_path: Path, digits_weights: dict[str, torch.Tensor]) -> None:
+    names = [name for name, value in digits_weights.items() if value.dim() == 1]
+    made = packed(tmp_path, lenet(digits_weights), keep=names[:1], unit_order="given")
+    assert made.vectors in map(str, folding.LADDER)
+    after = codec.arrays(made.file)
+    same = [bool((after[name] == codec.stored(digits_weights[name].numpy())).all()) for name in names]
+    assert same == [True, *[False] * (len(names) - 1)]
 
 
 def test_levels_are_float16_and_the_layers_are_those_of_the_quantizer(

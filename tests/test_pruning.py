@@ -187,7 +187,45 @@ def test_a_job_that_begins_while_things_are_removed_finds_a_stage_whole_or_not_a
 def test_the_ends_of_stages_are_those_of_the_pipeline() -> None:
     from clipq_ray import pruning, searching, work
 
-    assert set(pruning.FINISHED) == {work.CURVE, searching.DONE}
+    assert all(
+        pruning._is_end(f"_stages/x/{name}") for name in (work.CURVE, searching.DONE, "group-0007.json")
+    )
+    assert not pruning._is_end(f"_stages/x/{work.WEIGHTS}")
+
+
+def test_what_a_later_job_writes_while_things_are_removed_stays(
+    storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks when the end is gone already, and makes the stage again before its other objects are removed."""
+    from clipq_ray import pruning
+
+    stage = stage_store(storage, "baseline", "dddd")
+    stage.write("weights.safetensors", b"old")
+    stage.write("curve.json", b"{}")
+    age(Path(storage.uri), 25)
+    found = [one for one in pruning.leftovers(storage).old if one.place.endswith("dddd")]
+    real, made = Store.remove, list[bool]()
+
+    def removing(store: Store, name: str) -> None:
+        if name.endswith("dddd/weights.safetensors"):
+            raise AssertionError("what a job has made anew")
+        real(store, name)
+
+    look = pruning._without_their_ends
+
+    def looked(*given: Any) -> Any:
+        result = look(*given)
+        made.append(stage.exists("curve.json"))
+        stage.write("weights.safetensors", b"new")
+        stage.write("curve.json", b"{}")
+        return result
+
+    monkeypatch.setattr(Store, "remove", removing)
+    monkeypatch.setattr(pruning, "_without_their_ends", looked)
+    pruning.remove(storage, found, lambda _: None)
+    assert made == [False]
+    assert stage.read("weights.safetensors") == b"new"
+    assert stage.exists("curve.json")
 
 
 def test_with_a_damaged_manifest_nothing_is_removed(

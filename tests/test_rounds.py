@@ -111,6 +111,28 @@ def test_each_round_is_held_at_what_it_is_asked_for() -> None:
     assert held(size, 1500, 0, hold_size=False) is None
 
 
+def test_what_a_file_holds_besides_layers_is_not_taken_for_their_growth() -> None:
+    """Layers of 30,000 bytes that ended at 32,400, and 4,000 for the rest that turned out as 3,000."""
+    making = rounds.Making.__new__(rounds.Making)
+    drop = Drop(0.0, 0.0, 0.0, 100)
+    outcome = Outcome(34_000, 34_000, 35_400, drop, 1)
+    making.done = [SimpleNamespace(outcome=outcome, choice=SimpleNamespace(bytes=30_000))]  # type: ignore[list-item]
+    making.other = 3_000
+    planned = making.planned(34_500)
+    assert planned is not None
+    assert planned - making.other < 30_000 * 34_500 / 35_400
+    assert making.planned(None) is None
+
+
+def test_a_size_that_is_mild_itself_is_asked_for_as_without_rungs(
+    promised: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "_mild", lambda *_: 1000)
+    for wanted, first in ((1500, (1477,)), (500, (1000, 707, 500))):
+        config = make(target_bytes=wanted, rungs=3)
+        assert rounds._requests(Intent("bytes", wanted), None, 0, config) == first  # type: ignore[arg-type]
+
+
 def test_the_same_plan_held_at_another_size_is_another_round() -> None:
     from test_choice import TRIALS
 
@@ -376,6 +398,6 @@ def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, 
     assert requested is not None
     assert (choice.bytes - tried.bytes) * further > 0
     # a size between a kept and a broken one is not stepped over
-    other = Outcome(700, 700, 700, Drop(-points, -points - 1, -points + 1, 500), 1)
+    other = Outcome(700, tried.bytes, tried.bytes, Drop(-points, -points - 1, -points + 1, 500), 1)
     again, _ = rounds._other_choice(Intent("max_drop", 0.5), making(outcome, other), tried.bytes)
     assert again == choose_for_bytes(TRIALS, tried.bytes)

@@ -323,6 +323,22 @@ def test_a_search_of_a_compressed_network_begins_where_that_is() -> None:
     assert all(one.saved >= trials[0].saved for one in trials[1:])
 
 
+def test_a_layer_that_the_plan_clips_whole_is_judged_by_its_full_precision_weights() -> None:
+    """What is held of it is zero, of which every point that clips all loses nothing, and every other one everything."""
+    model, measures = evaluator()
+    before = measures.known(alone("0.weight"))
+    plan = make_plan(model, {"0.weight": Theta(0.5, 2), "3.weight": Theta(0.5, 2)})
+    full = bake_keeping(model, plan)
+    with torch.no_grad():
+        model.get_parameter("0.weight").zero_()
+    again = LayerEvaluator(
+        model, images(), 4 * 84, batch_size=32, device=torch.device("cpu"), node="here",
+        full=full, rates={"0.weight": 0.999, "3.weight": 0.5},
+    ).known(alone("0.weight"))  # fmt: skip
+    assert again.thetas == before.thetas
+    np.testing.assert_allclose(again.distortion, before.distortion, rtol=1e-6)
+
+
 def test_a_network_that_is_to_be_hundreds_of_times_smaller_is_searched_at_larger_lambdas_too() -> None:
     assert ladder(5.0) == ladder(160.0) == LADDER
     assert ladder(161.0)[: len(LADDER)] == LADDER

@@ -158,6 +158,12 @@ def test_a_network_that_asserts_its_input_is_refused_in_one_line() -> None:
         Source(make(limit_images=20, engine="local"), Asserting()).check_fit()
 
 
+def test_a_network_in_half_precision_is_refused_with_what_to_do() -> None:
+    half = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).half()
+    with pytest.raises(ConfigError, match=r"got: .*; call \.float\(\) on the network first$"):
+        Source(make(limit_images=20, engine="local"), half).check_fit()
+
+
 def test_a_state_dict_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {"a": torch.randn(3, 4), "n": torch.tensor(5), "h": torch.randn(2).to(torch.bfloat16)}
     store = Store(tmp_path)
