@@ -7,7 +7,8 @@ says them; the test set decides nothing. The file of the median seed lies under 
 A unit that was made with other settings than the recipe's by now counts as not there.
 
 Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
-layers). All are for the size of `ours` of their seed, in as many epochs, so `ours` comes first; the last two take its plan or size.
+layers). All are for the size of `ours` of their seed, in as many epochs, so `ours` comes first; the last two take its plan or size. `without-LEVER`: the recipe
+with one option as --paper has it, in as many epochs.
 """
 
 from __future__ import annotations
@@ -39,6 +40,19 @@ UNITS, RECORDS = RESULTS / "records-units", ROOT / "bench" / "records"
 VARIANTS = ("ours", "paper", "two-stage", "uniform")
 PLACES = ("storage", "data", "data_root", "weights", "validation_data")
 OF_LADDERS = ("rung_epochs",)
+LEVERS = (
+    "rungs",
+    "search_again",
+    "ramp_share",
+    "hold_size",
+    "level_epochs",
+    "unit_order",
+    "dead_units",
+    "vectors",
+    "rate_distortion",
+    "cutout_pixels",
+)
+WITHOUT = tuple(f"without-{name.replace('_', '-')}" for name in LEVERS)
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,19 @@ def published(options: dict[str, Any], epochs: int) -> dict[str, Any]:
     return {**left, "paper": True, "epochs": epochs}
 
 
+def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
+    """A recipe's options without the lever that a variant names, in as many epochs."""
+    lever = variant.removeprefix("without-").replace("-", "_")
+    epochs = options["epochs"]
+    if lever == "level_epochs":
+        epochs += options.get(lever, 0)
+    found = {**options, lever: PAPER[lever]}
+    if lever == "rungs":  # what is searched anew is searched for a rung
+        epochs += (options.get("rungs", 1) - 1) * found.pop("rung_epochs", 0)
+        found["search_again"] = False
+    return {**found, "epochs": epochs}
+
+
 @dataclass(frozen=True)
 class Unit:
     """One target, variant and seed."""
@@ -107,6 +134,8 @@ class Unit:
         options = {**self.target.options(), "seed": self.seed}
         if self.variant == "ours":
             return options
+        if self.variant in WITHOUT:
+            return without(options, self.variant)
         ours = self.ours()
         if self.variant == "paper":
             return published(options, ours["epochs"])
@@ -126,7 +155,7 @@ class Unit:
         if self.result is not None:
             return
         print(f"{self.stem.name}", flush=True)
-        if self.variant in ("ours", "paper"):
+        if self.variant not in ("two-stage", "uniform"):
             found, file = self._job(shared, storage, extra)
         else:
             options = {**self.options(), "data": data_of(self.target, shared), "engine": "local"}
@@ -150,7 +179,7 @@ class Unit:
         """The ordinary job; what its manifest says, and its file."""
         name, options = self.stem.name, self.options()
         recipe = self.target.recipe
-        if self.variant == "paper":
+        if self.variant != "ours":
             storage.mkdir(parents=True, exist_ok=True)
             recipe = storage / f"{name}.yaml"
             recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
@@ -242,7 +271,7 @@ def rows_of(target: Target, variant: str, seeds: Iterable[int]) -> list[Row]:
 
 def there(target: Target, variant: str, seed: int) -> dict[str, Any] | None:
     """What was measured of a unit, where `ours` of its seed was too."""
-    if Unit(target, "ours", seed).result is None:
+    if variant != "ours" and Unit(target, "ours", seed).result is None:
         return None
     return Unit(target, variant, seed).result
 
@@ -308,7 +337,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and weights/")
     parser.add_argument("--only", nargs="+", default=[""], help="targets whose names begin so; default: all")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *WITHOUT), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--storage", type=Path, default=ROOT / "runs" / "records", help="of the jobs")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
@@ -337,7 +366,7 @@ def main() -> int:
     rows: list[Row] = []
     for target in TARGETS:
         keep_median(target, range(100))
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, *WITHOUT):
             rows += rows_of(target, variant, range(100))
     settings = {one.name: one.options() for one in TARGETS if one.recipe.exists()}
     print(f"stored in {write('records', rows, notes={'recipes': settings})}")

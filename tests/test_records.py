@@ -38,6 +38,23 @@ def test_every_target_has_a_recipe_of_its_size_and_a_published_twin(target: reco
     assert all(getattr(twin, name) == value for name, value in PAPER.items())
 
 
+@pytest.mark.parametrize("variant", records.WITHOUT)
+def test_a_lever_that_is_left_out_leaves_as_many_epochs(variant: str) -> None:
+    options = {
+        **records.TARGETS[0].options(), "unit_order": "sorted", "dead_units": "drop", "vectors": "auto", "rate_distortion": 0.5, "cutout_pixels": 4,
+    }  # fmt: skip
+    lever = variant.removeprefix("without-").replace("-", "_")
+    left = records.without(options, variant)
+    assert make(**left).model_dump()[lever] == PAPER[lever] != make(**options).model_dump()[lever]
+    total = [
+        one["epochs"] + one["level_epochs"] + (one["rungs"] - 1) * one.get("rung_epochs", 0)
+        for one in (options, left)
+    ]
+    assert total[0] == total[1]
+    others = {"epochs", "rung_epochs", "search_again" if lever == "rungs" else lever, lever}
+    assert {name for name in options if options[name] != left.get(name)} <= others
+
+
 def test_the_order_is_from_small_to_large_networks() -> None:
     assert [target.name.split("-")[0] for target in records.TARGETS] == [
         "lenet_300_100", "lenet5_caffe", "lenet5_caffe", "resnet20", "resnet20", "resnet56",
