@@ -74,7 +74,7 @@ bench-search: install
 	$(BIN)/python bench/search_engine.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 	$(BIN)/python bench/search_global.py --data $(CLIPQ_SHARED)/data/cifar10 --weights $(CLIPQ_SHARED)/weights/resnet20-cifar10.safetensors
 
-# Days on 2 cores for all of it; one (target, variant, seed) is one unit under two hours, and what is there is not made again. Parts: RECORDS="--only lenet5 --seeds 0".
+# Days on 2 cores for all of it: one (target, variant, seed) is one unit of minutes (LeNets) to four and more hours (ResNets there; minutes on a GPU), goes on where it was cut off, and what is there is not made again. Parts: RECORDS="--only lenet5 --seeds 0".
 bench-records: install
 	$(BIN)/python bench/records.py --shared $(CLIPQ_SHARED) $(RECORDS)
 
