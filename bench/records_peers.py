@@ -164,10 +164,11 @@ class _Given:
             ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
             power = options.get("rate_distortion", 0.0)
             costs = Costs(power) if power else None
-            size = Size(self.ours["bytes"], self.inventory, None) if options.get("hold_size") else None
+            usual = packing.usual(self.source)
+            size = Size(self.ours["bytes"], self.inventory, usual) if options.get("hold_size") else None
             folder = self.folder(
                 f"uniform-b{b}", schedule, plan=plan.to_json(), ramp=asdict(ramp) if ramp else None,
-                costs=asdict(costs) if costs else None, bytes=size.bytes if size else None,
+                costs=asdict(costs) if costs else None, held=[size.bytes, str(usual)] if size else None,
             )  # fmt: skip
             tuned = Store(self.work / folder)
             task = TrainTask(
@@ -199,7 +200,11 @@ class _Given:
         second = schedule_of(config, config.epochs - first.epochs, config.learning_rate)
         quantized = self.folder("quantize", second, pruned=pruned, plan=plan.to_json())
         self._train("quantize", quantized, second, plan, share)
-        return {"plan": planned}, self.packed(Store(self.work / quantized), plan)
+        tuned = Store(self.work / quantized)
+        zeros = {name: int((self.model.get_parameter(name) != 0).sum()) for name in self.thetas}
+        return {"plan": [{**one, "nonzeros": zeros[one["layer"]]} for one in planned]}, self.packed(
+            tuned, plan
+        )
 
     def _train(self, stage: str, folder: str, schedule: Schedule, plan: Plan | None, share: float) -> None:
         """The product's loop from and to the network's weights. What is zero stays zero; without a plan more becomes so, for a part `share` of the steps."""

@@ -195,7 +195,8 @@ def reestimate_batch_norm(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Running statistics of every batch norm anew, as a cumulative average over shuffled images augmented as in training.
+    """Running statistics of every batch norm anew, as a cumulative average over shuffled images augmented as in training, without masks
+    (`--cutout-pixels`), which no image has where the network is used.
 
     Only batch norms are in training mode; modes and momenta are restored. Batches are of nearly equal size, `batch_size` at most and
     2 at least (one image has no variance), since the average counts each alike. A batch norm that is never reached keeps its statistics,
