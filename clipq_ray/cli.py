@@ -90,7 +90,7 @@ def inspect_command(uri: str) -> int:
     """Print the tensors of a packed network with shape, coder, levels, non-zeros and bytes, and the totals; from the file alone."""
     data, origin = _packed(uri)
     for line in describe(data, origin):
-        print(line)
+        print(console.harmless(line))
     return 0
 
 
@@ -103,7 +103,7 @@ def verify_command(uri: str) -> int:
         several += "/fleet=" in name
         problems.extend(found)
         for line in found or [f"{name}: ok"]:
-            print(line)
+            print(console.harmless(line))
     if count > 1:
         what = f"{count - several} runs" + (f", {several} fleets" if several else "")
         print(f"{what}: {'all ok' if not problems else f'{len(problems)} problems'}")
@@ -193,8 +193,7 @@ def _headlines(metadata: dict[str, Any], origin: str) -> Iterator[str]:
     options = ", ".join(f"{key}={value}" for key, value in (architecture.get("kwargs") or {}).items())
     yield f"{origin}: {architecture.get('name', 'unnamed architecture')}({options})"
     if "input" in metadata:
-        sides = metadata["input"].get("shape")
-        shape = "x".join(map(str, sides)) if isinstance(sides, list) else "of unknown shape"
+        shape = "x".join(map(str, metadata["input"]["shape"]))
         yield f"input {shape}, {metadata.get('classes', '?')} classes, weights from {metadata.get('source', '?')}"
     for alias, name in (metadata.get("ties") or {}).items():
         yield f"tied: {alias} is {name}"

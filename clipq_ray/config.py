@@ -63,7 +63,7 @@ class Config(BaseModel):
         None,
         ge=8,
         le=8192,
-        description="shorter side before the centre crop [pixels]; default: 256/224 of the input, none where images have its size",
+        description="shorter side before the centre crop [pixels]; default: none where images have the input's size, else that of torchvision's weights or 256/224 of the input",
     )
     shift_pixels: int | None = Field(
         None,
@@ -72,10 +72,12 @@ class Config(BaseModel):
         description="largest random shift of training images that already have the input's size [pixels]; default: an eighth of the input",
     )
     mean: tuple[float, ...] | None = Field(
-        None, description="mean per channel, of values in 0..1; default: the data's usual"
+        None,
+        description="mean per channel, of values in 0..1; default: that of torchvision's weights, else the data's usual",
     )
     std: tuple[float, ...] | None = Field(
-        None, description="standard deviation per channel; default: the data's usual"
+        None,
+        description="standard deviation per channel; default: that of torchvision's weights, else the data's usual",
     )
     memory_limit_gib: float = Field(
         4.0, gt=0, description="decoded images are held in memory up to this size [GiB]"

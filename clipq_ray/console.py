@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,14 @@ from typing import Any, NoReturn
 
 from clipq_ray.errors import ClipqError, ConfigError
 from clipq_ray.redaction import redacted
+
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move a terminal's cursor, start its commands, turn the direction of text or cannot be written at all."""
+
+
+def harmless(line: str) -> str:
+    """`line` for a terminal: what would steer it is spelt out, since files and manifests come from anywhere."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -88,7 +97,7 @@ def _code(program: str, main: Callable[[list[str]], int | None], arguments: list
         code = main(sys.argv[1:] if arguments is None else arguments) or 0
         sys.stdout.flush()
     except ClipqError as error:
-        print(redacted(f"{program}: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
+        print(harmless(redacted(f"{program}: {' '.join(str(error).split())}")), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         word, code = ("stopped", signal.SIGTERM) if _TERMINATED.is_set() else ("interrupted", signal.SIGINT)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
     from clipq_ray import models
 
+_TENSORS_FREE, _ELEMENTS_FREE = 1000, 1 << 24
+"""A network has at most twice the tensors and elements of its file, and so many more: counters are not in it, and nor are the heads of training, which
+are as large as the rest of GoogLeNet."""
+
 
 def _located(uri: str | os.PathLike[str]) -> tuple[Store, str, dict[str, Any] | None]:
     """The store and the name of a .clq file, given by itself or by its run directory; then what the manifest states of it."""
@@ -66,8 +70,9 @@ def load(
     """The compressed network in eval mode.
 
     `uri` is a .clq file or a run directory, local or any fsspec URI. `factory` builds the network where the file names no registered
-    architecture. Parameters that inference never reads (auxiliary heads) are not in the file: they are NaN, so use would be loud. Batch norm
-    may be folded: its running mean is 0 and its variance 1, right for inference and no start for training.
+    architecture; a registered one that is much larger than what the file holds for it is refused before it takes memory. Parameters that
+    inference never reads (auxiliary heads) are not in the file: they are NaN, so use would be loud. Batch norm may be folded: its running
+    mean is 0 and its variance 1, right for inference and no start for training.
     """
     return from_bytes(read_file(uri), factory).to(device)
 
@@ -84,7 +89,7 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
     """The network of a file's bytes, in eval mode; `ModelError` where network and file do not fit."""
     metadata = codec.metadata(data)
     state: dict[str, Any] = state_dict(data)
-    model = factory() if factory is not None else _registered(metadata)
+    model = factory() if factory is not None else _registered(metadata, state)
     wanted = model.state_dict()
     dropped = set(metadata.get("dropped", []))
     for name, value in wanted.items():
@@ -129,30 +134,42 @@ def _parameters(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _registered(metadata: dict[str, Any]) -> nn.Module:
+def _registered(metadata: dict[str, Any], state: dict[str, Any]) -> nn.Module:
+    """The network that the file names, which may not be much larger than what the file holds for it."""
     from clipq_ray import models  # torchvision is needed only here
+
+    names = len(state) + len(metadata.get("dropped", []))
+    elements = sum(value.numel() for value in state.values())
+
+    def limit() -> models.Limit:
+        return models.Limit(_TENSORS_FREE + 2 * names, _ELEMENTS_FREE + 2 * elements)
 
     named = metadata.get("architecture")
     if not named:
         raise ModelError("the file names no registered network; pass factory= that builds it")
     try:
         architecture = models.Architecture.from_json(named)
-        return _without_memory(architecture) or models.build(architecture)
+        if model := _without_memory(architecture, limit()):
+            return model
+        with limit():
+            return models.build(architecture)
     except ModelError as error:
         raise ModelError(f"{error}; or pass factory= that builds it") from error
 
 
-def _without_memory(architecture: models.Architecture) -> nn.Module | None:
-    """The network without memory behind its tensors, where all of them come from the file and it can be built so.
+def _without_memory(architecture: models.Architecture, limit: models.Limit) -> nn.Module | None:
+    """The network without memory behind its tensors, where all of them come from the file and it can be built so; `ModelError` beyond the limit.
 
     Otherwise it would be held twice, and drawing the weights that are replaced takes longer than decoding.
     """
     from clipq_ray import models
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), limit:
             model = models.build(architecture)
     except ModelError:  # some compute with their first weights
+        if limit.exceeded:
+            raise
         return None
     stored = set(model.state_dict())
     return model if all(name in stored for name, _ in model.named_buffers()) else None

@@ -28,6 +28,7 @@ _RUN = re.compile(rf"model=([^/]+)/run=([^/]+)/{re.escape(MANIFEST)}")
 _FLEET = re.compile(rf"fleet=([^/]+)/{re.escape(MANIFEST)}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SELF = "manifest_sha256"
+_DEPTH = 64  # as the header of a .clq file; those that are written have fewer than ten levels
 _RESTORE = "restore it, or make a new run with --force"
 _log = logs.logger(__name__)
 
@@ -86,7 +87,7 @@ def read_manifest(run: Store) -> dict[str, Any]:
         )
     at = f"{run.uri}/{MANIFEST}"
     try:
-        manifest = json.loads(run.read(MANIFEST))
+        manifest = _parsed(run.read(MANIFEST))
     except ValueError as error:
         raise FormatError(f"expected JSON in {at}, got {' '.join(str(error).split())}; {_RESTORE}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -105,11 +106,30 @@ def read_manifest(run: Store) -> dict[str, Any]:
 def refuse_newer(directory: Store) -> None:
     """`FormatError` where what lies there was written by a newer version, which this one must not replace."""
     try:
-        content = json.loads(directory.read(MANIFEST)) if directory.exists(MANIFEST) else {}
+        content = _parsed(directory.read(MANIFEST)) if directory.exists(MANIFEST) else {}
     except ValueError:
         return
     if isinstance(content, dict) and _newer(content):
         raise FormatError(_other_format(content, f"{directory.uri}/{MANIFEST}"))
+
+
+def _parsed(data: bytes) -> Any:
+    """What a manifest says; `ValueError` where it is no JSON: NaN, half of a surrogate pair, more than `_DEPTH` levels."""
+    try:
+        content = json.loads(data)
+        # neither could be hashed or printed
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError(f"more than {_DEPTH} levels") from None
+    level = [content]
+    for _ in range(_DEPTH):
+        inside = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        ]
+        level = [child for values in inside for child in values]
+    if level:
+        raise ValueError(f"more than {_DEPTH} levels")
+    return content
 
 
 def _newer(manifest: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
-from clipq_ray.data import Data, Split, open_data
+from clipq_ray.data import Data, Preprocessing, Split, open_data
 from clipq_ray.data.resident import placed
 from clipq_ray.errors import ClipqError, ConfigError, DataError, FormatError
 from clipq_ray.evaluate import logits
@@ -92,6 +92,18 @@ class Source:
         size = self.config.input_size
         return (channels, size, size) if size else (channels, height, width)
 
+    def usual(self) -> Preprocessing | None:
+        """How images are prepared unless the user says otherwise: for torchvision's published weights as these want it, in proportion where the input has
+        another size; None: as is usual for images of so many channels."""
+        wanted = None
+        if self.module is None and self.weights_origin() == "torchvision":
+            wanted = models.published_input(self.config.model)
+        if wanted is None:
+            return None
+        shape = self.input_shape()
+        resize = round(shape[1] * wanted.resize / wanted.size)
+        return Preprocessing(shape, resize, wanted.mean, wanted.std, wanted.interpolation)
+
     @property
     def name(self) -> str:
         """The name of the result in the storage."""
@@ -103,7 +115,8 @@ class Source:
         if self.own_data is not None:
             return "own"
         options = {name: getattr(self.config, name) for name in _DATA_OPTIONS}
-        return json.dumps([options, self.input_shape()], sort_keys=True)
+        usual = self.usual()
+        return json.dumps([options, self.input_shape(), usual and usual.to_json()], sort_keys=True)
 
     def data(self) -> Data:
         """The data, opened once per process."""
@@ -175,7 +188,7 @@ def _opened_once(data_options: str) -> Data:
 
 
 def _opened(data_options: str) -> Data:
-    given, input_shape = json.loads(data_options)
+    given, input_shape, usual = json.loads(data_options)
     config = make(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
     return open_data(
         config.data,
@@ -184,6 +197,7 @@ def _opened(data_options: str) -> Data:
         mean=config.mean,
         std=config.std,
         resize="auto" if config.resize is None else config.resize,
+        usual=Preprocessing.from_json(usual) if usual else None,
         validation_images=config.validation_images,
         validation_uri=config.validation_data,
         seed=config.seed,

@@ -63,7 +63,8 @@ def main(arguments: list[str]) -> int:
         print(ensemble_line(ensemble))
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
-            print(redacted(f"compress: {source.name}: {' '.join(str(one).split())}"), file=sys.stderr)
+            line = redacted(f"compress: {source.name}: {' '.join(str(one).split())}")
+            print(console.harmless(line), file=sys.stderr)
     broken = [
         source.name
         for source, one in zip(sources, found, strict=True)

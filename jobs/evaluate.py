@@ -12,11 +12,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import nn
 
 from clipq_ray import codec, console
-from clipq_ray.data import Preprocessing, open_test
-from clipq_ray.errors import ConfigError, FormatError, ModelError
-from clipq_ray.evaluate import evaluate
+from clipq_ray.data import Preprocessing, Split, open_test
+from clipq_ray.errors import ClipqError, ConfigError, FormatError, ModelError
+from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.loading import from_bytes, read_file
 from clipq_ray.precision import exact_float32
 from clipq_ray.summary import bytes_before
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
         "--data",
         required=True,
         metavar="URI",
-        help="data as for compress.py; its test set is used, or all of it where there are no training images",
+        help="data as for compress.py; its test set is used, or all of it where there are no training images; training images alone are refused",
     )
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the files of a torchvision set")
     parser.add_argument(
@@ -46,11 +47,7 @@ def main(arguments: list[str]) -> int:
             "expected a file with a registered network, got one of the user's own; use clipq_ray.load(uri, factory)"
         )
     stated = content.get("input")
-    if (
-        not isinstance(stated, dict)
-        or {"shape", "mean", "std", "resize"} - stated.keys()
-        or not isinstance(content.get("classes"), int)
-    ):
+    if stated is None or "classes" not in content:
         raise FormatError(
             f"expected a file that states its input, got none in {given.file}; make it by jobs/compress.py"
         )
@@ -60,7 +57,9 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     exact_float32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = evaluate(from_bytes(data).to(device), split, batch_size=given.batch_size, device=device)
+    network = from_bytes(data).to(device)
+    check_fit(network, split, device)
+    result = evaluate(network, split, batch_size=given.batch_size, device=device)
     low, high = result.interval()
     before = bytes_before(data)
     print(f"network     {content['architecture']['name']}")
@@ -71,6 +70,21 @@ def main(arguments: list[str]) -> int:
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
     )
     return 0
+
+
+@torch.inference_mode()
+def check_fit(network: nn.Module, split: Split, device: str) -> None:
+    """One image through the network, which takes images of the size that the file states, or it is a `ModelError`."""
+    images = split.batch(torch.arange(min(1, len(split))), None)[0].to(device)
+    try:
+        logits(network(images))
+    except ClipqError:
+        raise
+    except Exception as error:  # a network that gets images it was not made for raises whatever it likes
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"expected a network that takes images of {tuple(images.shape[1:])}, as the file states, got: {reason}; fetch the file again or make it anew"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a checkout runs without being installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import pyarrow as pa
 
 from clipq_ray import console, tables

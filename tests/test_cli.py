@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from clipq_ray.deep_compression import network_bytes
 from clipq_ray.errors import ArtifactError
 from clipq_ray.loading import load_state_dict
 from clipq_ray.storage import MANIFEST, MODEL, REPORT, Store, run_store
+
+sys.path.insert(0, str(Path(__file__).parent / "codec"))
+from crafted import crafted
 
 pytest_plugins = ["s3_server"]
 
@@ -252,7 +256,6 @@ def test_what_a_hostile_file_says_of_itself_does_not_steer_the_terminal(
 ) -> None:
     metadata = {
         "architecture": {"name": "\x1b[2Jlenet", "kwargs": {}},
-        "input": {"shape": 5},
         "dropped": ["\x1b]0;x\x07"],
     }
     path = tmp_path / "hostile.clq"
@@ -261,6 +264,47 @@ def test_what_a_hostile_file_says_of_itself_does_not_steer_the_terminal(
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert "lenet" in text
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"n": ["w"], "s": [[1]], "c": [HOSTILE], "m": {}},
+        {"v": [["w", [1]]], "k": HOSTILE, "m": {}},
+        {"n": [], "needs": [HOSTILE], "m": {}},
+        {"n": HOSTILE, "m": {}},
+        {"m": {"input": HOSTILE}},
+    ],
+)
+def test_what_is_wrong_with_a_hostile_file_does_not_steer_the_terminal(
+    content: dict[str, Any], command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "hostile.clq"
+    path.write_bytes(crafted(content, *([bytes(4)] if "c" in content or "k" in content else [])))
+    assert main([command, str(path)]) == 2
+    shown = capsys.readouterr()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown.out + shown.err)
+    assert (shown.out + shown.err).count("\n") == 1
+    assert "x1b]0;owned" in shown.out + shown.err
+
+
+def test_what_a_hostile_manifest_says_does_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = Store(tmp_path).child("fleet=all")
+    manifests.replace(fleet, {}, {"format": 1, "fleet": "all", "runs": {f"m{HOSTILE}": f"r\u202e{HOSTILE}"}})
+    newer = run_store(Store(tmp_path), "lenet", "r-1")
+    newer.write(MANIFEST, json.dumps({"format": 2, "versions": {"clipq_ray": HOSTILE}}).encode())
+    assert main(["verify", str(tmp_path)]) == 2
+    assert main(["inspect", newer.uri]) == 2
+    shown = capsys.readouterr()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.out + shown.err)
+    assert "\\x1b]0;owned\\x07\\x1b[2J" in shown.out
+    assert "by clipq_ray \\x1b]0;owned" in shown.err
 
 
 @pytest.mark.parametrize(

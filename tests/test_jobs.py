@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,3 +298,58 @@ def test_a_damaged_file_is_one_line_in_a_process_too(made: tuple[Path, str], tmp
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1
     assert ended.stderr.startswith("evaluate: ")
+
+
+def stated(path: Path, images: dict[str, Any]) -> str:
+    """A file of a LeNet-5 that says that it takes such images."""
+    torch.manual_seed(0)
+    architecture = models.architecture("lenet5", 10, {})
+    tensors: dict[str, Any] = {
+        key: value.numpy() for key, value in models.build(architecture).state_dict().items()
+    }
+    metadata = {"architecture": architecture.to_json(), "classes": 10, "input": images}
+    path.write_bytes(codec.encode(codec.Packed(metadata, tensors)))
+    return str(path)
+
+
+@pytest.mark.parametrize("shape", [[1, 20, 20], [3, 28, 28]])
+def test_a_network_that_cannot_take_the_images_that_its_file_states_is_one_line(
+    shape: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = {"shape": shape, "resize": 40, "mean": [0.5] * shape[0], "std": [0.5] * shape[0]}
+    path = stated(tmp_path / "network.clq", images)
+    code, lines = called("evaluate", [path, "--data", "digits"], monkeypatch, capfd)
+    assert code == 2
+    assert len(lines) == 1, lines
+    words = f"evaluate: expected a network that takes images of {tuple(shape)}, as the file states, got: "
+    assert lines[0].startswith(words)
+
+
+def test_an_input_that_its_network_takes_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = stated(
+        tmp_path / "network.clq", {"shape": [1, 28, 28], "resize": None, "mean": [0.5], "std": [0.5]}
+    )
+    assert called("evaluate", [path, "--data", "digits"], monkeypatch, capfd)[0] == 0
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))
+def test_a_job_runs_from_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
+    # what is installed as a link to this checkout is not there for the job
+    code = f"""
+import runpy, sys
+sys.path[:] = [one for one in sys.path if one not in ({str(ROOT)!r}, "")]
+sys.meta_path[:] = [one for one in sys.meta_path if "editable" not in getattr(one, "__module__", type(one).__module__)]
+sys.argv = [{name!r}, "--help"]
+try:
+    import clipq_ray
+except ModuleNotFoundError:
+    runpy.run_path({str(ROOT / "jobs" / name)!r}, run_name="__main__")
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")

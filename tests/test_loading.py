@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 import clipq_ray
@@ -89,6 +93,88 @@ def test_one_name_is_taken_as_one_name(tmp_path: Path) -> None:
 def test_a_file_cannot_make_the_loader_import_code(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="factory"):
         clipq_ray.load(written(tmp_path, packed(nn.Linear(3, 2), "os:getcwd")))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("mobilenet_v2", {"inverted_residual_setting": [[1, 16, 3_000_000, 1]]}),
+        ("mobilenet_v2", {"inverted_residual_setting": [[1e9, 16, 1, 1]]}),
+        ("mobilenet_v2", {"width_mult": 1e9}),
+        ("resnet18", {"num_classes": 10**12}),
+        ("resnet20", {"num_classes": 10**25}),
+        ("lenet5", {"num_classes": 10**12}),
+        ("vit_b_16", {"image_size": 10**6}),
+        ("vit_b_16", {"image_size": 10**9}),
+        ("regnet_x_400mf", {"stem_width": 10**7}),  # cannot be built without memory
+        ("regnet_x_400mf", {"num_classes": 10**12}),
+    ],
+)
+def test_a_small_file_cannot_make_the_loader_build_a_large_network(
+    name: str, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    content = codec.Packed({"architecture": {"name": name, "kwargs": kwargs}}, {})
+    path = written(tmp_path, content)
+    assert path.stat().st_size < 100
+    limit, before = 4 << 30, resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + limit, before[1]))
+    began = time.process_time()
+    try:
+        with refused(ModelError, match="factory"):
+            clipq_ray.load(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.process_time() - began < 30
+
+
+def test_a_buffer_that_the_file_lacks_does_not_lift_the_limit(tmp_path: Path) -> None:
+    named = {"name": "mobilenet_v2", "kwargs": {"num_classes": 10, "width_mult": 40.0}}
+    with refused(ModelError, match=r"at most 1,002 tensors and 16,777,232 elements"):
+        clipq_ray.load(
+            written(tmp_path, codec.Packed({"architecture": named}, {"x": np.ones(8, np.float32)}))
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("mobilenet_v2", {"inverted_residual_setting": [[1, 16, 1, 1], [6, 24, 2, 2]], "width_mult": 0.5}),
+        ("resnet18", {"replace_stride_with_dilation": [False, False, False], "zero_init_residual": True}),
+        ("regnet_x_400mf", {"stem_width": 16}),
+    ],
+)
+def test_arguments_of_every_kind_that_a_network_was_made_with_load(
+    name: str, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    architecture = models.architecture(name, 10, kwargs)
+    model = models.build(architecture)
+    tensors: dict[str, Any] = {key: value.numpy() for key, value in model.state_dict().items()}
+    loaded = clipq_ray.load(
+        written(tmp_path, codec.Packed({"architecture": architecture.to_json()}, tensors))
+    )
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_heads_that_the_file_does_not_hold_are_within_the_limit(tmp_path: Path) -> None:
+    architecture = models.architecture("googlenet", 1000, {"aux_logits": True})
+    model = models.build(architecture)
+    state = model.state_dict()
+    dropped = [name for name in state if name.startswith("aux")]
+    tensors: dict[str, Any] = {name: value.numpy() for name, value in state.items() if name not in dropped}
+    loaded = clipq_ray.load(
+        written(tmp_path, codec.Packed({"architecture": architecture.to_json(), "dropped": dropped}, tensors))
+    )
+    assert loaded.state_dict()["aux1.fc2.weight"].isnan().all()
+
+
+def test_a_long_name_of_a_network_is_refused_at_once(tmp_path: Path) -> None:
+    began = time.process_time()
+    named = {"name": "resnet" * 2_000_000, "kwargs": {}}
+    with refused(ModelError, match="expected a known network") as caught:
+        clipq_ray.load(written(tmp_path, codec.Packed({"architecture": named}, {})))
+    assert len(str(caught.value)) < 1000
+    assert time.process_time() - began < 5
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

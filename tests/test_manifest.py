@@ -14,9 +14,11 @@ import duckdb
 import fsspec
 import pyarrow as pa
 import pytest
+from refusals import refused
 
 from clipq_ray import manifest as manifests
 from clipq_ray import tables
+from clipq_ray.cli import main
 from clipq_ray.errors import FormatError, StorageError
 from clipq_ray.storage import LAYERS, MANIFEST, PREDICTIONS, REPORT, TRIALS, Store, run_store, stage_store
 
@@ -338,6 +340,40 @@ def test_a_run_without_its_own_hash_is_read_but_not_called_sound(run: Store) -> 
     run.write(MANIFEST, json.dumps(manifest).encode())
     assert manifests.read_manifest(run)["model"] == "lenet5"
     assert manifests.verify(run) == [f"{run.uri}/{MANIFEST}: expected a manifest_sha256, got none"]
+
+
+DAMAGED = {
+    "not a number": b'{"format": 1, "manifest_sha256": "", "x": NaN}',
+    "infinite": b'{"format": 1, "manifest_sha256": "", "x": 1e999}',
+    "half of a surrogate pair": b'{"format": 1, "manifest_sha256": "", "x": "\\ud800"}',
+    "other text": b'{"format": 1, "x": "\xed\xa0\x80"}',
+    "nested beyond Python": b'{"format": 1, "manifest_sha256": "", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "nested": b'{"format": 1, "manifest_sha256": "", "x": ' + b"[" * 64 + b"]" * 64 + b"}",
+    "opened only": b"[" * 100_000,
+    "long number": b'{"format": ' + b"9" * 5000 + b"}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_manifest_that_json_allows_but_nobody_can_use_is_damaged(
+    damage: str, run: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.write(MANIFEST, DAMAGED[damage])
+    at = f"{run.uri}/{MANIFEST}"
+    with refused(FormatError, match=f"expected JSON in {re.escape(at)}, got .*; restore it"):
+        manifests.read_manifest(run)
+    assert main(["verify", run.uri]) == main(["inspect", run.uri]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"expected JSON in {at}, got ")
+    assert shown.err.startswith(f"clipq: expected JSON in {at}, got ")
+    assert shown.out.count("\n") == shown.err.count("\n") == 1
+    manifests.refuse_newer(run)  # a damaged one is no newer one
+
+
+def test_a_manifest_may_be_nested(tmp_path: Path) -> None:
+    run = run_store(Store(tmp_path), "lenet5", "r-1")
+    manifests.commit(run, {}, content("lenet5", "r-1", deep=json.loads("[" * 60 + "]" * 60)))
+    assert manifests.verify(run) == []
 
 
 def test_the_names_of_a_run_are_those_of_the_design() -> None:

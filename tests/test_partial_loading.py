@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -112,3 +114,35 @@ def test_a_file_that_lost_its_end_is_refused_before_anything_else_is_read(tmp_pa
         load_state_dict(path, ["small.weight"])
     with pytest.raises(StorageError):
         load_state_dict(tmp_path / "other.clq", ["small.weight"])
+
+
+@contextlib.contextmanager
+def plain_server(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Python's own server of files, which knows no ranges: its address, and the ranges that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Range", ""))
+            super().do_GET()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_server_that_knows_no_ranges_sends_too_much_and_that_is_no_damage(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec reads http:// with it")
+    path = tmp_path / "model.clq"
+    path.write_bytes(codec.encode(packed()))
+    names = ["small.weight", "bn.bias", "large.weight"]
+    expected = load_state_dict(path, names)
+    with plain_server(tmp_path) as (address, asked):
+        found = load_state_dict(f"{address}/model.clq", names)
+        assert Store(address).read_range("model.clq", 5, 25) == path.read_bytes()[5:25]
+    assert any(asked), "no range was asked for"
+    assert all(torch.equal(found[name], expected[name]) for name in names)

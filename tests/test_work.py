@@ -75,6 +75,29 @@ def test_what_may_leave_nothing_of_an_image_is_refused(option: str) -> None:
         source(28).check_fit()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (480, 0.5, 0.5, "bicubic")),
+        ({"weights": "torchvision"}, (480, 0.5, 0.5, "bicubic")),
+        ({"weights": "random"}, (549, 0.485, 0.229, "bilinear")),
+        ({"weights": "train"}, (549, 0.485, 0.229, "bilinear")),
+        ({"weights": "own.safetensors"}, (549, 0.485, 0.229, "bilinear")),
+        ({"mean": (0.1,) * 3, "std": (0.2,) * 3}, (480, 0.1, 0.2, "bicubic")),
+        ({"resize": 500}, (500, 0.5, 0.5, "bicubic")),
+        ({"input_size": 96}, (96, 0.5, 0.5, "bicubic")),
+        ({"model": "resnet50"}, (232, 0.485, 0.229, "bilinear")),
+        ({"model": "resnet50", "input_size": 448}, (464, 0.485, 0.229, "bilinear")),
+        ({"model": "resnet20", "weights": "train"}, (37, 0.485, 0.229, "bilinear")),
+    ],
+)
+def test_images_are_prepared_as_torchvisions_weights_want_unless_the_user_says_otherwise(
+    given: dict[str, Any], expected: tuple[int, float, float, str]
+) -> None:
+    found = Source(make(**{"model": "efficientnet_v2_l", "engine": "local", **given})).data().preprocessing
+    assert (found.resize, found.mean[0], found.std[0], found.interpolation) == expected
+
+
 def test_a_search_without_a_deadline_makes_all_its_evaluations(tmp_path: Path) -> None:
     task = search_task(tmp_path, None)
     searched(task)

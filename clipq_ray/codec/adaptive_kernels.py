@@ -15,6 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from clipq_ray.compiled import cached
+
 # Where counters begin: zero? by bucket; positive? by three signs; above 1, 3, 7 ...? by step and bucket; the bits below by place.
 ZERO, SIGN, ABOVE, REST, COUNTERS = 0, 32, 64, 320, 1344
 SURE, NEVER = 65520 << 8, 16 << 8  # the ends of a counter's probability in 2^-24
@@ -203,7 +205,7 @@ def _read_row(line, data, sides, weight, near, base, mean, sizes, signs, back, c
     return mean, (span, ahead, done)
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def read(codes, data, shape, density, typical):
     """The mirror of `write`: fills `codes`; gives the words read, those behind the end among them, or `DAMAGED`.
 
@@ -342,7 +344,7 @@ def _ended(words, low, done):
     return data[: done + (1 if last & 0xFFFF else 0)]
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def survey(codes):
     """The least and the greatest code, how many are not zero, the sum of magnitudes."""
     least, greatest, used, total = np.int16(0), np.int16(0), np.int64(0), np.int64(0)
@@ -354,7 +356,7 @@ def survey(codes):
     return least, greatest, used, total
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def write(codes, shape, density, typical):
     """The words of `codes`, uint16.
 

@@ -50,5 +50,5 @@ def decode(
 
 def _module(letter: str) -> Any:
     if letter not in _HOMES:
-        raise ArtifactError(f"this file needs coder {letter}; use a newer clipq_ray")
+        raise ArtifactError(f"this file needs coder {letter!r:.40}; use a newer clipq_ray")
     return importlib.import_module(f"clipq_ray.codec.{_HOMES[letter]}")

@@ -203,7 +203,7 @@ def _refuse_depth(content: Any) -> None:
 def _lists(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
-    raise ArtifactError(f"the header of the .clq file holds {str(value)[:100]} where a list belongs")
+    raise ArtifactError(f"the header of the .clq file holds {value!r:.100} where a list belongs")
 
 
 def _version_1(content: dict[str, Any]) -> tuple[Table, list[int]]:
@@ -215,8 +215,9 @@ def _since_2(content: dict[str, Any], tail: bytes) -> tuple[Table, list[int]]:
     needs = _lists(
         content.get("needs", [])
     )  # first: what else stands there may follow rules that are not known here
-    if lacking := [str(name) for name in needs if name not in FEATURES]:
-        raise ArtifactError(f"this file needs {', '.join(lacking)}; use a newer clipq_ray")
+    if lacking := [name for name in needs if name not in FEATURES]:
+        some = ", ".join(f"{name!r:.40}" for name in lacking[:5])
+        raise ArtifactError(f"this file needs {some}; use a newer clipq_ray")
     n, s, c, b, v = (_lists(content.get(key, [])) for key in "nscbv")
     tensors = [(name, _shape(shape), coder) for name, shape, coder in zip(n, s, c, strict=True)]
     norms = [(module, channels) for module, channels in map(_lists, b)]
@@ -231,11 +232,11 @@ def _since_2(content: dict[str, Any], tail: bytes) -> tuple[Table, list[int]]:
         content["m"]["source"] = rest.hex()
     letter = content.get("k", "")
     if not isinstance(letter, str):
-        raise ArtifactError(f"the coder of the vectors is {letter!r}, which is no letter")
+        raise ArtifactError(f"the coder of the vectors is {letter!r:.100}, which is no letter")
     for module, channels in norms:
         _shape([channels])
         if not isinstance(module, str):
-            raise ArtifactError(f"the entry of batch norm {module!r} is not valid")
+            raise ArtifactError(f"the entry of batch norm {module!r:.100} is not valid")
     return Table(tensors, norms, vectors, letter), sizes
 
 
@@ -254,11 +255,11 @@ def _entries(table: Table, sizes: Sequence[Any], offset: int, file_bytes: int) -
         if (
             type(size) is not int or not 0 <= size < 1 << _SIZE_BITS or not isinstance(coder, str)
         ):  # true is an int
-            raise ArtifactError(f"the entry of tensor {name!r} is not valid")
+            raise ArtifactError(f"the entry of tensor {name!r:.100} is not valid")
         entry = Entry(name, shape, coder, offset, size + CHECKSUM, inside)
         for one in entry.tensors:
             if not isinstance(one, str) or one in names or _CONTROL.search(one):
-                raise ArtifactError(f"the entry of tensor {one!r} is not valid")
+                raise ArtifactError(f"the entry of tensor {one!r:.100} is not valid")
             names.add(one)
         elements += entry.elements
         result.append(entry)
@@ -281,4 +282,4 @@ def _shape(shape: Any) -> tuple[int, ...]:
         and math.prod(max(side, 1) for side in shape) < 1 << _SIZE_BITS
     ):
         return tuple(shape)
-    raise ArtifactError(f"expected a shape of at most {SIDES_LIMIT} whole numbers, got {str(shape)[:100]}")
+    raise ArtifactError(f"expected a shape of at most {SIDES_LIMIT} whole numbers, got {shape!r:.100}")

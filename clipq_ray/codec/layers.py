@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,10 @@ import numpy.typing as npt
 from clipq_ray.codec import coders, plain, varint
 from clipq_ray.codec.coders import Profile
 from clipq_ray.errors import ArtifactError
-from clipq_ray.plan import Share
-from clipq_ray.quantizer import Quantized
+
+if TYPE_CHECKING:
+    from clipq_ray.plan import Share
+    from clipq_ray.quantizer import Quantized
 
 CODERS = tuple(
     letter + view + trim + half

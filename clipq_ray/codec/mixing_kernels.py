@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from clipq_ray.compiled import cached
+
 NODES = 10  # decisions: 0 zero? 1 positive? 2 above 1? 3 above 3? 4 is it 3? (not 2), 5 to 9 above 7, 15, 31, 63, 127?
 KINDS = 6  # decisions that have a mixer and a final map of their own; 5 to 9 share one
 INPUTS = 8
@@ -299,7 +301,7 @@ def _choose(typical, k, column, work, tables):
     work[FLIPS + 14] = work[FLIPS + 15] = 1 if work[SUMS] >= 0 else -1
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def layer(codes, data, decoding, shape, work, counters, tree, learned, back, lines, running, tables):
     """Writes `codes` into `data` or the reverse; gives the bytes used, or `FULL` or `DAMAGED`.
 

@@ -49,7 +49,7 @@ def halved(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float16] | None:
 def read(kind: str, blob: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
     """The mirror of `write`; float16 comes back as float32."""
     if kind not in _TYPES:
-        raise ArtifactError(f"this file needs coder {kind}; use a newer clipq_ray")
+        raise ArtifactError(f"this file needs coder {kind!r:.40}; use a newer clipq_ray")
     dtype = np.dtype(_TYPES[kind])
     if len(blob) != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         raise ArtifactError("a tensor's bytes do not fit its shape")

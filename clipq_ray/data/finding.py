@@ -19,7 +19,7 @@ from clipq_ray.data import builtin, idx
 from clipq_ray.data.builtin import Images
 from clipq_ray.data.folders import ENDINGS, ImageFiles, class_of
 from clipq_ray.data.listing import Listing, few
-from clipq_ray.data.parquet import ParquetRows
+from clipq_ray.data.parquet import ParquetRows, class_names
 from clipq_ray.errors import DataError
 
 Source = Images | ParquetRows | ImageFiles
@@ -43,17 +43,25 @@ class Found:
     description: str
     notes: tuple[str, ...] = ()
 
-    @property
-    def numbered(self) -> bool:
-        """Whether classes are called by numbers."""
-        return bool(self.class_names) and all(name.isdecimal() for name in self.class_names)
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of the classes beforehand. `names`: those that folders of images must have, in their order; empty: sorted names decide. `count`: of a
+    network's classes without names, which folders that are called by numbers may lack some of; None: not known."""
+
+    names: tuple[str, ...] = ()
+    count: int | None = None
+
+    def known(self, folders: Sequence[str]) -> list[str]:
+        """The classes in their order, where `folders`, sorted, are there."""
+        # above ten, the order of sorted names is not that of the numbers
+        if not self.names and len(folders) < (self.count or 0) <= 10 and all(map(str.isdecimal, folders)):
+            return [str(number) for number in range(self.count or 0)]
+        return list(self.names or folders)
 
 
-def find(uri: str, data_root: str, cache_bytes: int, classes: Sequence[str] | None = None) -> Found:
-    """What lies at `uri`; files of no split count as "any".
-
-    `classes`: the names that folders of images must have (validation data), else sorted names decide. `cache_bytes`: for row groups.
-    """
+def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None = None) -> Found:
+    """What lies at `uri`; files of no split count as "any". `cache_bytes`: for row groups."""
     name, _, folder = uri.partition(":")
     if name in builtin.NAMES and not folder.startswith("//"):
         return _named(name, folder or data_root)
@@ -64,7 +72,7 @@ def find(uri: str, data_root: str, cache_bytes: int, classes: Sequence[str] | No
         )
     listing = Listing.of(uri)
     for kind in (_parquet, _idx, _folders):
-        if found := kind(listing, cache_bytes, classes):
+        if found := kind(listing, cache_bytes, expected or Expected()):
             return found
     raise DataError(
         f"expected Parquet files (train*.parquet), idx files or images (train/<class>/*.jpg) in {listing.store.uri}, "
@@ -76,10 +84,14 @@ def _named(name: str, root: str) -> Found:
     if name == "digits":
         names = tuple(str(digit) for digit in range(10))
         return Found({**builtin.digits()}, names, "digits (scikit-learn, 1,797 images enlarged to 28x28)")
-    if name in ("mnist", "fashion_mnist") and Path(root).is_dir():
-        found = _idx(Listing.of(root), 0, None)  # a folder with the idx files themselves
-        if found and {"train", "test"} <= set(found.sources):
-            return Found(found.sources, found.class_names, name)
+    if name in ("mnist", "fashion_mnist"):
+        # Both sets' files are called alike: the folder that torchvision calls by the name, then one with the idx files themselves.
+        for folder in (f"{root}/{builtin.TORCHVISION[name]}/raw", root):
+            if not any(Path(folder).glob("*-ubyte*")):
+                continue
+            found = _idx(Listing.of(folder, below=False), 0, Expected())
+            if found and {"train", "test"} <= set(found.sources):
+                return Found(found.sources, found.class_names, name)
     images, classes = builtin.torchvision_set(name, root)
     return Found({**images}, classes, name)
 
@@ -92,7 +104,7 @@ def _split_of(name: str) -> str:
     return "any"
 
 
-def _parquet(listing: Listing, cache_bytes: int, _: Sequence[str] | None) -> Found | None:
+def _parquet(listing: Listing, cache_bytes: int, _: Expected) -> Found | None:
     groups: dict[str, list[str]] = {}
     for name in listing.sizes:
         if name.endswith(".parquet"):
@@ -102,39 +114,44 @@ def _parquet(listing: Listing, cache_bytes: int, _: Sequence[str] | None) -> Fou
     notes: list[str] = []
     # Training reads in shuffled windows and has most to gain from the cache; the others are read in order.
     shares = {"train": 2, "any": 2}
-    sources: dict[str, Source] = {}
-    names: tuple[str, ...] = ()
-    for split, files in sorted(groups.items()):
+    sources: dict[str, ParquetRows] = {}
+    # what is trained on names the classes, where it does
+    for split, files in sorted(groups.items(), key=lambda group: (group[0] != "train", group[0])):
         rows = ParquetRows(listing, files, cache_bytes * shares.get(split, 1) // 4)
         if split != "train" and (rows.labels == -1).all():
             notes.append(f"the {split} files have no labels (all -1) and are not used")
             continue
         sources[split] = rows
-        names = names or rows.class_names
-    return Found(sources, names, f"Parquet at {listing.store.uri}", tuple(notes))
+    names = class_names([file for rows in sources.values() for file in rows.files], listing)
+    return Found({**sources}, names, f"Parquet at {listing.store.uri}", tuple(notes))
 
 
-def _idx(listing: Listing, _: int, __: Sequence[str] | None) -> Found | None:
+def _idx(listing: Listing, _: int, __: Expected) -> Found | None:
     sources: dict[str, Source] = {}
-    by_base = {name.rpartition("/")[2].removesuffix(".gz"): name for name in listing.sizes}
     for split, (images, labels) in idx.NAMES.items():
-        if images not in by_base:
+        places = {base: idx.places(base, listing.sizes) for base in (images, labels)}
+        if not places[images]:
             continue
-        if labels not in by_base:
-            raise DataError(
-                f"expected {labels} beside {listing.at(by_base[images])}, found none; fetch it too"
-            )
-        pixels = idx.parse(listing.read(by_base[images]), 3, listing.at(by_base[images]))
-        numbers = idx.parse(listing.read(by_base[labels]), 1, listing.at(by_base[labels])).astype(np.int64)
+        for base, there in places.items():
+            if len(there) > 1:
+                raise DataError(
+                    f"expected {base} in one folder, got {few(list(there.values()))} in {listing.store.uri}; give the folder of one data set"
+                )
+        ((folder, name),) = places[images].items()
+        beside = places[labels].get(folder)
+        if beside is None:
+            raise DataError(f"expected {labels} beside {listing.at(name)}, found none; fetch it too")
+        pixels = idx.parse(listing.read(name), 3, listing.at(name))
+        numbers = idx.parse(listing.read(beside), 1, listing.at(beside)).astype(np.int64)
         if len(pixels) != len(numbers):
             raise DataError(
-                f"expected a label for each of {len(pixels)} images, got {len(numbers)} in {listing.at(by_base[labels])}"
+                f"expected a label for each of {len(pixels)} images, got {len(numbers)} in {listing.at(beside)}"
             )
         sources[split] = Images(pixels[:, None], numbers)
     return Found(sources, (), f"idx files at {listing.store.uri}") if sources else None
 
 
-def _folders(listing: Listing, _: int, classes: Sequence[str] | None) -> Found | None:
+def _folders(listing: Listing, _: int, expected: Expected) -> Found | None:
     groups: dict[tuple[str, str], list[str]] = {}
     images = [name for name in listing.sizes if name.lower().endswith(ENDINGS)]
     for name in images:
@@ -152,7 +169,7 @@ def _folders(listing: Listing, _: int, classes: Sequence[str] | None) -> Found |
             )
     sources: dict[str, Source] = {}
     first = next((key for key in groups if key[0] in ("train", "any")), next(iter(groups)))
-    known = list(classes or sorted({class_of(name, first[1]) for name in groups[first]} - {""}))
+    known = expected.known(sorted({class_of(name, first[1]) for name in groups[first]} - {""}))
     for (split, folder), names in groups.items():
         loose = [name for name in names if not class_of(name, folder)]
         if loose:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,16 @@ NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+
+
+def places(base: str, names: Iterable[str]) -> dict[str, str]:
+    """By folder, "" for none, which of `names` is the idx file `base`; the plain one where it lies packed beside it, as torchvision leaves both."""
+    found: dict[str, str] = {}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if last == base or last == f"{base}.gz":
+            found[folder] = min(name, found.get(folder, name), key=len)
+    return found
 
 
 def parse(data: bytes, dimensions: int, origin: str) -> NDArray[np.uint8]:

@@ -26,8 +26,8 @@ class Listing:
     sizes: dict[str, int]
 
     @classmethod
-    def of(cls, uri: str) -> Listing:
-        """The directory at `uri`, or one file with the directory it lies in; `DataError` if nothing is there."""
+    def of(cls, uri: str, *, below: bool = True) -> Listing:
+        """The directory at `uri`, with all folders `below` it or without, or one file with the directory it lies in; `DataError` if nothing is there."""
         if uri.rstrip("/").endswith(".parquet"):
             store, name = Store.of_file(uri)
             if store.exists(name):
@@ -35,7 +35,7 @@ class Listing:
         store = Store(uri)
         with reading(store.uri):
             system, base = store.arrow()
-            found = system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+            found = system.get_file_info(fs.FileSelector(base, recursive=below, allow_not_found=True))
         root = base.rstrip("/") + "/"
         sizes = {info.path.removeprefix(root): info.size for info in found if info.type == fs.FileType.File}
         visible = {name: sizes[name] for name in sorted(sizes) if not f"/{name}".count("/.")}

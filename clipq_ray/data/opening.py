@@ -7,7 +7,9 @@ is a note. Not covered: augmentation beyond the usual crop and flip; more than o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -17,10 +19,10 @@ from numpy.typing import NDArray
 from clipq_ray.data.builtin import Images
 from clipq_ray.data.decoding import BadImages, image_size
 from clipq_ray.data.encoded import EncodedSplit, decoded
-from clipq_ray.data.finding import Found, Source, find
+from clipq_ray.data.finding import Expected, Found, Source, find
 from clipq_ray.data.folders import ImageFiles
 from clipq_ray.data.listing import few
-from clipq_ray.data.preprocessing import Preprocessing, default_normalisation
+from clipq_ray.data.preprocessing import Preprocessing, usual_for
 from clipq_ray.data.sampling import hold_out, stratified
 from clipq_ray.data.split import Data, Split
 from clipq_ray.data.tensors import TensorSplit
@@ -40,6 +42,7 @@ def open_data(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     resize: Resize = "auto",
+    usual: Preprocessing | None = None,
     validation_images: int | None = None,
     validation_uri: str | None = None,
     seed: int = 0,
@@ -52,18 +55,18 @@ def open_data(
 ) -> Data:
     """Open a data set for a network of `input_shape` (channels, height, width).
 
-    `uri`: "digits"; "mnist", "fashion_mnist", "cifar10", "cifar100" with files under `data_root`, or NAME:FOLDER; or the URI of a
-    directory of Parquet files, idx files or image folders. `resize`: pixels of the shorter side before the centre crop; None: images
-    have the input's size; "auto": None if the first training image has it, else height x 256 / 224. `validation_images`: how many to
-    hold out, by default 10 % of the training images and at most 5,000; not with `validation_uri`. `memory_limit_bytes`: encoded images
-    of the input's size are decoded into memory if they fit, else half of it caches row groups. `bad_image_limit`: how many unreadable
-    images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all, the same for
-    every seed; row groups are then taken as few as possible. `shift_pixels`: the largest random shift of training images that have the
-    input's size, by default an eighth of its height. `class_names`: those that folders of images must have, in their order; sorted ones decide where it is empty.
+    `uri`: "digits"; "mnist", "fashion_mnist", "cifar10", "cifar100" with files under `data_root`, or NAME:FOLDER; or the URI of a directory of Parquet files,
+    idx files or image folders. `resize`: pixels of the shorter side before the centre crop; None: images have the input's size; "auto": None if the first
+    training image has it, else that of `usual`. `usual`: what `mean`, `std` and `resize` are where they are not given, and how images are interpolated; None:
+    that of `preprocessing.usual_for`. `validation_images`: how many to hold out, by default 10 % of the training images and at most 5,000; not with
+    `validation_uri`. `memory_limit_bytes`: encoded images of the input's size are decoded into memory if they fit, else half of it caches row groups.
+    `bad_image_limit`: how many unreadable images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all,
+    the same for every seed; row groups are then taken as few as possible. `shift_pixels`: the largest random shift of training images that have the input's
+    size, by default an eighth of its height. `class_names`: those that folders of images must have, in their order; sorted ones decide where it is empty.
     Raises `DataError` and `ConfigError`.
     """
     _check_options(memory_limit_bytes, bad_image_limit, validation_uri, validation_images)
-    found = find(uri, data_root, memory_limit_bytes // 2, class_names or None)
+    found = find(uri, data_root, memory_limit_bytes // 2, Expected(tuple(class_names)))
     train, validation, test, notes = _assigned(found, uri, validation_uri is not None)
     if validation_uri is not None:
         validation, more = _validation(
@@ -73,7 +76,7 @@ def open_data(
     sources = {"train": train, "validation": validation, "test": test}
     present = {split: source for split, source in sources.items() if source is not None}
     names = _class_names(found.class_names, present)
-    preprocessing = _preprocessing(train, input_shape, mean, std, resize)
+    preprocessing = _preprocessing(train, usual or usual_for(input_shape), mean, std, resize)
     if shift_pixels is not None and preprocessing.resize is not None:
         raise ConfigError(
             f"expected images of {input_shape[1]} x {input_shape[2]} pixels with --shift-pixels, since others are cropped at random; leave it out"
@@ -107,26 +110,26 @@ def open_test(
     memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
     data_root: str = "data",
 ) -> tuple[Split, str]:
-    """The images that judge a finished network of so many `classes`, and whether they are "test" or "validation" images: those of `open_data`, or where no
-    training images lie beside them, all that there are. `class_names`: the network's, in its order; empty where they are not known. `DataError` for
-    images whose classes are numbered otherwise."""
-    found = find(uri, data_root, memory_limit_bytes // 2, class_names or None)
-    if not class_names and found.numbered and len(found.class_names) < classes <= 10:
-        found = find(uri, data_root, memory_limit_bytes // 2, [str(number) for number in range(classes)])
+    """The images that judge a finished network of so many `classes`, and whether they are "test" or "validation" images: the test set of `open_data`, or
+    where no training images lie beside them, all that there are. `class_names`: the network's, in its order; empty where they are not known. `DataError`
+    for images whose classes are numbered otherwise, and for training images alone: which of them the network has not seen, its file does not say."""
+    expected = Expected(tuple(class_names), classes)
+    found = find(uri, data_root, memory_limit_bytes // 2, expected)
     _check_order(found, uri, classes, class_names)
-    if "train" in found.sources:
-        opened = open_data(
-            uri, input_shape=preprocessing.input_shape, mean=preprocessing.mean, std=preprocessing.std, resize=preprocessing.resize,
-            memory_limit_bytes=memory_limit_bytes, data_root=data_root, class_names=class_names,
-        )  # fmt: skip
-        return (opened.validation, "validation") if opened.test is None else (opened.test, "test")
-    split = next((one for one in ("test", "any", "validation") if one in found.sources), None)
+    trained = "train" in found.sources
+    kinds = ("test", "validation") if trained else ("test", "any", "validation")
+    split = next((one for one in kinds if one in found.sources), None)
     if split is None:
-        raise DataError(f"expected labelled test images at {uri}, found none; check the URI")
+        got = "training images only, which the network may have seen" if trained else "none"
+        raise DataError(
+            f"expected labelled test images at {uri}, got {got}; give the URI of images that it has not been trained on"
+        )
     source = found.sources[split]
     _class_names(found.class_names, {"test": source})
     chosen: Chosen = {"test": (source, np.arange(len(source.labels)))}
-    return _splits(chosen, preprocessing, memory_limit_bytes, BadImages(0), None)["test"], "test"
+    opened = _splits(chosen, preprocessing, memory_limit_bytes, BadImages(0), None)["test"]
+    # beside training images alone they are the test set of a job too; without any, they may be what decided
+    return opened, "validation" if split == "validation" and not trained else "test"
 
 
 def _check_order(found: Found, uri: str, classes: int, class_names: Sequence[str]) -> None:
@@ -182,7 +185,7 @@ def _validation(
     uri: str, data_root: str, cache_bytes: int, found: Found, replaces: bool
 ) -> tuple[Source, list[str]]:
     """The user's own validation images: of the splits at `uri` the first of validation, test, train, any."""
-    other = find(uri, data_root, cache_bytes, found.class_names or None)
+    other = find(uri, data_root, cache_bytes, Expected(found.class_names))
     if other.class_names and found.class_names and other.class_names != found.class_names:
         raise DataError(
             f"expected validation data with the classes of the training data, got other names or another order at {uri}; give matching data"
@@ -213,21 +216,18 @@ def _class_names(names: tuple[str, ...], sources: dict[str, Source]) -> tuple[st
 
 def _preprocessing(
     train: Source,
-    shape: tuple[int, int, int],
+    usual: Preprocessing,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     resize: Resize,
 ) -> Preprocessing:
     if (mean is None) != (std is None):
         raise ConfigError("expected mean and std together, got one of them; give both or none")
-    usual = default_normalisation(shape[0])
-    pixels = resize if resize != "auto" else _automatic(train, shape)
-    return Preprocessing(shape, pixels, usual[0] if mean is None else mean, usual[1] if std is None else std)
-
-
-def _automatic(train: Source, shape: tuple[int, int, int]) -> int | None:
-    """None if images have the input's size, else the usual proportion of resize to crop."""
-    return None if _first_size(train) == shape[1:] else round(max(shape[1:]) * 256 / 224)
+    if resize == "auto":
+        resize = None if _first_size(train) == usual.input_shape[1:] else usual.resize
+    if mean is not None and std is not None:
+        usual = replace(usual, mean=mean, std=std)
+    return replace(usual, resize=resize)
 
 
 def _first_size(source: Source) -> tuple[int, ...] | None:
@@ -271,7 +271,7 @@ def _chosen(
 def _splits(
     chosen: Chosen, preprocessing: Preprocessing, memory_limit_bytes: int, bad: BadImages, shift: int | None
 ) -> dict[str, Split]:
-    needed = sum(len(rows) for _, rows in chosen.values()) * int(np.prod(preprocessing.input_shape))
+    needed = sum(len(rows) for _, rows in chosen.values()) * math.prod(preprocessing.input_shape)
     in_memory = preprocessing.resize is None and needed <= memory_limit_bytes
     splits: dict[str, Split] = {}
     for split, (source, rows) in chosen.items():

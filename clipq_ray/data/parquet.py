@@ -87,11 +87,6 @@ class ParquetRows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """From the first file's Hugging Face metadata; empty if there are none."""
-        return self.files[0].names
-
     def name(self, row: int) -> str:
         """FILE:ROW, the row counted from 0 in its file."""
         group = int(self._group[row])
@@ -164,6 +159,25 @@ class ParquetRows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+
+def class_names(files: Sequence[File], listing: Listing) -> tuple[str, ...]:
+    """The names that `files` state for their label numbers, empty if none does; `DataError` where two state different ones."""
+    stated = [file for file in files if file.names]
+    for other in stated[1:]:
+        one, two = stated[0].names, other.names
+        if one != two:
+            number = next((n for n, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), -1)
+            # where one has all names of the other and more
+            got = [
+                f"class {number} is {name[number]}" if number >= 0 else f"{len(name)} classes"
+                for name in (one, two)
+            ]
+            raise DataError(
+                f"expected the same class names in all Parquet files, got: {got[0]} in {listing.at(stated[0].name)}, "
+                f"{got[1]} in {listing.at(other.name)}; give files of one data set"
+            )
+    return stated[0].names if stated else ()
 
 
 def _open(listing: Listing, name: str) -> File:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ RGB_MEAN, RGB_STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
 )  # ImageNet's, as torchvision's weights use them
+Interpolation = Literal["bilinear", "bicubic"]
 WRONG_SIZE = (
     "give images of that size, or to jobs/compress.py --resize PIXELS, to which shorter sides are scaled"
 )
@@ -37,13 +38,14 @@ class Preprocessing:
     """Input size and normalisation of a network.
 
     `input_shape`: (channels, height, width) in pixels. `resize`: the shorter side in pixels before the centre crop to height x width;
-    None: images already have that size. `mean`, `std`: one number per channel, for pixel values in 0..1.
+    None: images already have that size. `mean`, `std`: one number per channel, for pixel values in 0..1. `interpolation`: of what is resized.
     """
 
     input_shape: tuple[int, int, int]
     resize: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         shape = self.input_shape
@@ -61,14 +63,19 @@ class Preprocessing:
             raise ConfigError(
                 f"expected resize of at least the input size {max(shape[1:])}, got {self.resize}; images are cropped after it"
             )
+        if self.interpolation not in get_args(Interpolation):
+            raise ConfigError(
+                f"expected interpolation {' or '.join(get_args(Interpolation))}, got {self.interpolation!r}"
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object, as it stands under "input" in a `.clq` file."""
+        """A JSON object, as it stands under "input" in a `.clq` file; bilinear interpolation is not said."""
         return {
             "shape": list(self.input_shape),
             "resize": self.resize,
             "mean": list(self.mean),
             "std": list(self.std),
+            **({"interpolation": self.interpolation} if self.interpolation != "bilinear" else {}),
         }
 
     @classmethod
@@ -79,7 +86,7 @@ class Preprocessing:
             resize = None if value["resize"] is None else int(value["resize"])
             mean = tuple(float(number) for number in value["mean"])
             std = tuple(float(number) for number in value["std"])
-            return cls((channels, height, width), resize, mean, std)
+            return cls((channels, height, width), resize, mean, std, value.get("interpolation", "bilinear"))
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise FormatError(f"expected shape, resize, mean and std of the input, got {error!r}") from error
 
@@ -104,6 +111,7 @@ def tables(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float3
     return values.sub(torch.tensor(mean)[:, None]).div_(torch.tensor(std)[:, None]).numpy()
 
 
-def default_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std for 1 (MNIST) or 3 channels (ImageNet)."""
-    return (GRAY_MEAN, GRAY_STD) if channels == 1 else (RGB_MEAN, RGB_STD)
+def usual_for(input_shape: tuple[int, int, int]) -> Preprocessing:
+    """Mean and std of MNIST for 1 channel or of ImageNet for 3; larger images are resized to 256/224 of the input."""
+    mean, std = (GRAY_MEAN, GRAY_STD) if input_shape[0] == 1 else (RGB_MEAN, RGB_STD)
+    return Preprocessing(input_shape, round(max(input_shape[1:]) * 256 / 224), mean, std)

@@ -71,19 +71,20 @@ class TensorSplit(Split):
     def _resized(self, images: Images, resize: int, augment: torch.Generator | None) -> Tensor:
         """uint8 (B, c, any, any) -> uint8 (B, c, h, w)."""
         # two seconds of every worker's start
-        from torchvision.transforms import functional
+        from torchvision.transforms import InterpolationMode, functional
 
         _, height, width = self.preprocessing.input_shape
+        mode = InterpolationMode(self.preprocessing.interpolation)
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         if augment is None:
-            shorter = functional.resize(tensor, [resize], antialias=True)
+            shorter = functional.resize(tensor, [resize], mode, antialias=True)
             centre: Tensor = functional.center_crop(shorter, [height, width])
             return centre
         crops = []
         for image, numbers in zip(tensor, draws(len(tensor), augment), strict=True):
             (left, top, right, bottom), mirrored = crop_box(numbers, image.shape[1], image.shape[2])
             part = image[:, top:bottom, left:right]
-            crop = functional.resize(part, [height, width], antialias=True)
+            crop = functional.resize(part, [height, width], mode, antialias=True)
             crops.append(crop.flip(-1) if mirrored and len(crop) == 3 else crop)
         return torch.stack(crops) if crops else tensor.new_empty((0, *self.preprocessing.input_shape))
 

@@ -175,7 +175,9 @@ def _images(metadata: Mapping[str, Any]) -> Iterator[str]:
         return
     channels, height, width = images["shape"]
     resize = (
-        f", shorter side resized to {images['resize']}, cropped in the middle" if images.get("resize") else ""
+        f", shorter side resized to {images['resize']} ({images.get('interpolation', 'bilinear')}), cropped in the middle"
+        if images.get("resize")
+        else ""
     )
     yield (
         f"Images: {channels} x {height} x {width}{resize}; pixel values in 0..1, minus {images['mean']}, divided by {images['std']} per channel. "

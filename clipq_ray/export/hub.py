@@ -42,6 +42,7 @@ def config(source: Source) -> dict[str, Any]:
         "class_names": metadata.get("class_names", []),
         "input_size": images.get("shape"),
         "resize": images.get("resize"),
+        "interpolation": images.get("interpolation", "bilinear"),
         "mean": images.get("mean"),
         "std": images.get("std"),
         "source_sha256": metadata.get("source"),

@@ -6,8 +6,10 @@ network. torchvision is imported only where one of its networks is asked for. No
 """
 
 from clipq_ray.models.definition import definition_sha256
+from clipq_ray.models.limits import Limit
 from clipq_ray.models.registry import (
     Architecture,
+    PublishedInput,
     architecture,
     build,
     default_input,
@@ -15,11 +17,14 @@ from clipq_ray.models.registry import (
     default_weights,
     imported,
     names,
+    published_input,
 )
 from clipq_ray.models.weights import apply_weights, read_weights, weights_sha256
 
 __all__ = [
     "Architecture",
+    "Limit",
+    "PublishedInput",
     "apply_weights",
     "architecture",
     "build",
@@ -29,6 +34,7 @@ __all__ = [
     "definition_sha256",
     "imported",
     "names",
+    "published_input",
     "read_weights",
     "weights_sha256",
 ]

@@ -12,7 +12,7 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -41,6 +41,18 @@ class Architecture:
         if not isinstance(name, str) or not isinstance(kwargs, Mapping):
             raise ModelError(f"expected an architecture with name and kwargs, got {value!r:.80}")
         return cls(name, dict(kwargs))
+
+
+@dataclass(frozen=True)
+class PublishedInput:
+    """How torchvision prepares images for its published weights of a network: the shorter side is scaled to `resize` [pixels] by `interpolation`, the
+    middle is cut out to `size` x `size` [pixels]; `mean`, `std`: one number per channel, for pixel values in 0..1."""
+
+    size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["bilinear", "bicubic"]
 
 
 _BUILT_IN: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, int, int]]] = {
@@ -83,9 +95,9 @@ def names() -> list[str]:
 def _refuse_unknown(name: str) -> None:
     if name in _BUILT_IN or name in zoo_names():
         return
-    near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower()[:100], names(), n=3, cutoff=0.4)
     hint = f"nearest names: {', '.join(near)}" if near else f"e.g. {', '.join(names()[:6])}"
-    raise ModelError(f"expected a known network or package.module:function, got {name!r}; {hint}")
+    raise ModelError(f"expected a known network or package.module:function, got {name!r:.100}; {hint}")
 
 
 def default_input(name: str) -> tuple[int, int, int]:
@@ -94,10 +106,23 @@ def default_input(name: str) -> tuple[int, int, int]:
         return _BUILT_IN[name][2]
     if ":" in name:
         return (3, 224, 224)
+    published = published_input(name)
+    return (3, published.size, published.size) if published else (3, 224, 224)
+
+
+@functools.cache
+def published_input(name: str) -> PublishedInput | None:
+    """What the published weights of a network want, those that `read_weights` takes; None where torchvision has none. Nothing is downloaded."""
+    if name in _BUILT_IN or ":" in name:
+        return None
     _refuse_unknown(name)
     weights = zoo().get_model_weights(name)
-    size = weights.DEFAULT.transforms().crop_size[0] if len(weights) else 224
-    return (3, size, size)
+    if not len(weights):
+        return None
+    way = weights.DEFAULT.transforms()
+    return PublishedInput(
+        way.crop_size[0], way.resize_size[0], tuple(way.mean), tuple(way.std), way.interpolation.value
+    )
 
 
 def default_weights(name: str) -> str:
@@ -137,7 +162,9 @@ def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Modul
     """
     name, kwargs = architecture.name, architecture.kwargs
     if ":" in name and not allow_import:
-        raise ModelError(f"expected a registered network, got {name!r}; pass factory= to build it yourself")
+        raise ModelError(
+            f"expected a registered network, got {name!r:.100}; pass factory= to build it yourself"
+        )
     if ":" not in name:
         _refuse_unknown(name)
     try:
@@ -146,7 +173,7 @@ def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Modul
         raise
     except Exception as error:  # constructors raise whatever they like
         raise ModelError(
-            f"{name} cannot be built with {kwargs}: {_line(error)}; check --model-args"
+            f"{name} cannot be built with {kwargs!r:.500}: {_line(error)}; check --model-args"
         ) from error
     if not isinstance(made, nn.Module):
         raise ModelError(

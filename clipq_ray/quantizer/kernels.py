@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float64, int32, int64, njit, uint8, uint32
+from numba import float64, int32, int64, uint8, uint32
 
+from clipq_ray.compiled import cached
 from clipq_ray.quantizer.selection import CHUNK, SURVEY, guess, rank_of, select, settle, survey, track
 
 _CELLS = 4096
@@ -24,7 +25,7 @@ _COMPARED = 31
 _STEPS = 4
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def prepare(clips, largest, share, n, edges, walls, numbers):
     """Edges and walls of a layer of n elements; fills numbers float32 (2,) with the clips, gives 2^t."""
     most = largest.view(np.float32)
@@ -37,7 +38,7 @@ def prepare(clips, largest, share, n, edges, walls, numbers):
     return scale_of(n, max(most[0], most[1]))
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def boundaries(clips, largest, share, edges, walls):
     """Step 3: fills edges float32 (2, 257) in magnitudes and walls float32 (K,), the boundaries on the signed axis; gives K.
 
@@ -62,7 +63,7 @@ def boundaries(clips, largest, share, edges, walls):
     return negative + positive
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def scale_of(n, largest):
     """2^t of step 4 for n elements with the largest magnitude `largest`."""
     bits = 0
@@ -71,7 +72,7 @@ def scale_of(n, largest):
     return math.ldexp(1.0, 62 - bits - math.frexp(float64(largest))[1])
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _compare(part, a, b, c, d, index):
     """Adds to index uint8 (m,) how many of four walls part float32 (m,) is above; vectorised."""
     for i in range(part.shape[0]):
@@ -80,13 +81,13 @@ def _compare(part, a, b, c, d, index):
         index[i] = uint8(index[i] + uint8(first + second))
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _cell(x, first, per_cell):
     """The cell of x, float32: monotone in x, as difference, product and truncation are; so only walls in the same cell need comparing."""
     return uint32(min(max((x - first) * per_cell, _FIRST), _LAST))
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _cells(walls, k, first, per_cell, table):
     """Fills table uint32 (_CELLS,): how many of k walls lie in earlier cells; gives the most walls in one cell."""
     most, j = 0, 0
@@ -100,7 +101,7 @@ def _cells(walls, k, first, per_cell, table):
     return most
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _look_for(part, walls, first, per_cell, table, steps, index):
     """As `_compare` over all walls, which infinite ones follow, by cell."""
     if steps == 1:
@@ -115,7 +116,7 @@ def _look_for(part, walls, first, per_cell, table, steps, index):
         index[i] = uint8(at)
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _bisect(part, walls, k, index):
     """As `_compare` over all k walls, where they are too close together for cells."""
     for i in range(part.shape[0]):
@@ -129,14 +130,14 @@ def _bisect(part, walls, k, index):
         index[i] = at
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _integers(part, scale, whole):
     """Fills whole int64 (m,) with round(w scale), ties to even; vectorised."""
     for i in range(part.shape[0]):
         whole[i] = int64(np.rint(float64(part[i]) * scale))
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _scatter(whole, index, sums):
     """Adds whole and 1 by index, to columns 2 index and 2 index + 1; four rows of sums int64 (4, 512), since one row would wait for
     its own last store, and pairs, since the count then costs next to nothing (both measured)."""
@@ -152,7 +153,7 @@ def _scatter(whole, index, sums):
         sums[0, at + 1] += 1
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _changed(before, now, zero):
     """How many went between code 0 and another; vectorised."""
     changes = int32(0)
@@ -161,7 +162,7 @@ def _changed(before, now, zero):
     return changes
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def assign(weights, walls, zero, scale, index, sums, counts):
     """Steps 3 and 4 on a range: index, and the integer sum and the count per index; gives how many weights changed their state.
 
@@ -206,7 +207,7 @@ def assign(weights, walls, zero, scale, index, sums, counts):
     return changes
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def levels(sums, counts, scale, edges, share, result):
     """Step 4: fills result float32 (K + 1,): means, moved into their intervals; nan where an interval is empty."""
     negative, positive = share[0], share[1]
@@ -224,14 +225,14 @@ def levels(sums, counts, scale, edges, share, result):
         result[at] = np.float32(sign) * min(max(mean, wall[0]), edges[side, j])
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def look_up(index, table, values):
     """values[i] = table[index[i]]; float32."""
     for i in range(index.shape[0]):
         values[i] = table[index[i]]
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def whole_layer(
     weights, values, index, fresh, p, share, lo, hi, halves, inside, walls, edges, numbers, table, counts
 ):

@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import int32, int64, njit
+from numba import int32, int64
+
+from clipq_ray.compiled import cached
 
 CHUNK = 1024
 _BLOCK = 32
@@ -29,7 +31,7 @@ SIZE, LARGEST, BELOW, INSIDE = 0, 2, 4, 6
 SURVEY = 8
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _count(bits, lo, hi, found):
     """Fills found int32 (8,): sizes, at most lo and at most hi (zeros counted along), largest magnitude; vectorised."""
     below = above = low_n = low_p = high_n = high_p = int32(0)
@@ -47,7 +49,7 @@ def _count(bits, lo, hi, found):
     found[4], found[5], found[6], found[7] = low_n, low_p, high_n, high_p
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _collect(bits, lo, hi, inside, kept):
     """Appends the magnitudes in (lo, hi] of each side to inside int32 (2, capacity); kept int64 (2,) counts them all."""
     lo_n, lo_p, hi_n, hi_p = lo[0], lo[1], hi[0], hi[1]
@@ -70,7 +72,7 @@ def _collect(bits, lo, hi, inside, kept):
                 kept[side] += 1
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def survey(bits, lo, hi, result, inside):
     """One pass over a range: what both sides hold, and the candidates in the bracket (lo, hi].
 
@@ -96,7 +98,7 @@ def survey(bits, lo, hi, result, inside):
     result[INSIDE], result[INSIDE + 1] = kept[0], kept[1]
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def select(bits, side, rank):
     """The magnitude bits at `rank` (from 0) among a side's ascending magnitudes, whatever they are: two passes of histograms."""
     upper = np.zeros(1 << 16, np.int64)
@@ -120,7 +122,7 @@ def select(bits, side, rank):
     return int32(at << 15 | low)
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _smallest(values, rank):
     """The value at `rank` (from 0) of the ascending order; values, int32 (n,), are reordered.
 
@@ -149,7 +151,7 @@ def _smallest(values, rank):
     return values[rank]
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def guess(bits, p, lo, hi):
     """A bracket around both thresholds from a regular sample of int32 (n,); fills lo, hi. A bad guess only costs time."""
     step = max(bits.shape[0] // _SAMPLE, 1)
@@ -169,7 +171,7 @@ def guess(bits, p, lo, hi):
         hi[side] = _smallest(sample[side, :n], last) if last < n else _MAGNITUDE
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def settle(results, inside, p, clips, largest):
     """Step 1 from the surveys of a layer's ranges: fills clips and largest, magnitude bits int32 (2,).
 
@@ -203,7 +205,7 @@ def settle(results, inside, p, clips, largest):
     return missing
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def rank_of(results, side, p):
     """The rank (from 0) of a side's threshold among its magnitudes; -1 if nothing is clipped."""
     n = 0
@@ -212,7 +214,7 @@ def rank_of(results, side, p):
     return int64(math.floor(p * n + 0.5)) - 1
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def track(clips, halves, missing, n, results, lo, hi):
     """The bracket of the next pass, around the thresholds: twice as wide as they moved, and wide enough for some candidates.
 

@@ -168,13 +168,32 @@ def _check_metadata(about: dict[str, Any], names: set[str]) -> None:
     for key in ("class_names", "dropped"):
         texts = about.get(key, [])
         demand(isinstance(texts, list) and all(isinstance(text, str) for text in texts), key)
-    demand(
-        isinstance(about.get("input", {}), dict) and isinstance(about.get("source", ""), str),
-        "input or source",
-    )
+    demand(isinstance(about.get("source", ""), str), "source")
+    if "input" in about:
+        _check_input(about["input"])
     ties = about.get("ties", {})
     demand(isinstance(ties, dict), "ties")
     demand(all(isinstance(name, str) and name in names for name in ties.values()), "a tie to nothing")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value <= 8192
+
+
+def _check_input(images: Any) -> None:
+    """Shape, resize, mean and std of `input` are as the prose says."""
+    demand(isinstance(images, dict), "input")
+    demand(all(key in images for key in ("shape", "resize", "mean", "std")), "what input lacks")
+    shape = images["shape"]
+    demand(isinstance(shape, list) and len(shape) == 3, "the input's shape")
+    demand(all(_whole(side, 1) for side in shape) and math.prod(shape) <= 2**28, "the input's sides")
+    demand(images["resize"] is None or _whole(images["resize"], max(shape[1], shape[2])), "resize")
+    for key in ("mean", "std"):
+        numbers = images[key]
+        demand(isinstance(numbers, list) and len(numbers) == shape[0], key)
+        demand(all(type(number) in (int, float) for number in numbers), key)
+    demand(all(number > 0 for number in images["std"]), "std")
+    demand(isinstance(images.get("interpolation", ""), str), "interpolation")
 
 
 def _tensor(blob: bytes, shape: tuple[int, ...], coder: str) -> Tensor:

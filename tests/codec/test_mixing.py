@@ -176,7 +176,7 @@ def test_an_unknown_coder_is_named() -> None:
     data = codec.encode(codec.Packed({}, {"w": layer}))
     assert codec.decode(data).tensors["w"].codes.tolist() == [[1, 1], [1, 1]]  # type: ignore[union-attr]
     for version in (1, 2, 3):
-        with pytest.raises(ArtifactError, match="this file needs coder zz; use a newer clipq_ray"):
+        with pytest.raises(ArtifactError, match="this file needs coder 'zz'; use a newer clipq_ray"):
             codec.decode(one_tensor([0], "zz", b"", version))
 
 

@@ -140,13 +140,13 @@ def test_json_that_is_none_is_refused_by_name(content: str | bytes, message: str
 
 
 def test_what_a_file_needs_and_this_version_lacks_is_named() -> None:
-    with pytest.raises(ArtifactError, match="this file needs colours, sound; use a newer clipq_ray"):
+    with pytest.raises(ArtifactError, match="this file needs 'colours', 'sound'; use a newer clipq_ray"):
         codec.metadata(
             crafted({"needs": ["colours", "sound"], "n": ["w"], "s": [[1]], "c": ["new"], "m": {}})
         )
-    with pytest.raises(ArtifactError, match="tensor w: this file needs coder zz; use a newer clipq_ray"):
+    with pytest.raises(ArtifactError, match="tensor w: this file needs coder 'zz'; use a newer clipq_ray"):
         codec.decode(one_tensor([1], "zz", b"\0\0"))
-    with pytest.raises(ArtifactError, match="this file needs coder zz; use a newer clipq_ray"):
+    with pytest.raises(ArtifactError, match="this file needs coder 'zz'; use a newer clipq_ray"):
         codec.decode(crafted({"v": [["w", [1]]], "k": "zz", "m": {}}, bytes(4)))
     assert codec.metadata(crafted({"needs": [], "later": 5, "m": {"a": 1}})) == {"a": 1}
 

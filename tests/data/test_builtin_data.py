@@ -23,9 +23,9 @@ def idx(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def write_mnist(folder: Path, packed: bool = False, size: int = 28) -> None:
-    folder.mkdir(parents=True)
-    draw = np.random.default_rng(0)
+def write_mnist(folder: Path, packed: bool = False, size: int = 28, seed: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
     for split, count in (("train", 40), ("t10k", 20)):
         pixels = draw.integers(0, 256, (count, size, size), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
@@ -71,6 +71,55 @@ def test_torchvisions_own_mnist_folder_opens_by_name(tmp_path: Path) -> None:
     data = open_data("mnist", input_shape=(1, 28, 28), data_root=str(tmp_path / "MNIST" / ".."))
     again = open_data(str(tmp_path / "MNIST" / "raw"), input_shape=(1, 28, 28))
     assert data.train.fingerprint == again.train.fingerprint
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sets_whose_files_are_called_alike_are_told_apart_by_their_folders(
+    tmp_path: Path, packed: bool
+) -> None:
+    folders = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "other": "KMNIST/raw"}
+    for seed, folder in enumerate(folders.values()):
+        write_mnist(tmp_path / folder, packed, seed=seed)
+    for name in ("mnist", "fashion_mnist"):
+        wanted = open_data(str(tmp_path / folders[name]), input_shape=(1, 28, 28)).train.fingerprint
+        assert open_data(f"{name}:{tmp_path}", input_shape=(1, 28, 28)).train.fingerprint == wanted
+        # files that lie about in the root are of one set only, of which no one knows
+        write_mnist(tmp_path / "loose" / folders[name], packed, seed=list(folders).index(name))
+        write_mnist(tmp_path / "loose", packed, seed=9)
+        named = open_data(name, input_shape=(1, 28, 28), data_root=str(tmp_path / "loose"))
+        assert named.train.fingerprint == wanted
+    with refused(
+        DataError,
+        match=r"train-images-idx3-ubyte in one folder, got FashionMNIST/raw/train.*KMNIST/raw/.*MNIST/raw/",
+    ):
+        open_data(str(tmp_path), input_shape=(1, 28, 28))
+
+
+@pytest.mark.parametrize(("name", "other"), [("mnist", "FashionMNIST"), ("fashion_mnist", "MNIST")])
+def test_a_name_never_gives_the_other_set(tmp_path: Path, name: str, other: str) -> None:
+    write_mnist(tmp_path / other / "raw")
+    with refused(DataError, match=f"expected the files of {name}"):
+        open_data(name, input_shape=(1, 28, 28), data_root=str(tmp_path))
+
+
+def test_labels_are_those_beside_their_images(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    labels = tmp_path / "a" / "train-labels-idx1-ubyte"
+    moved = labels.rename(tmp_path / "b" / labels.name)
+    with refused(DataError, match=r"train-labels-idx1-ubyte beside .*/a/train-images-idx3-ubyte"):
+        open_data(str(tmp_path), input_shape=(1, 28, 28))
+    labels.write_bytes(moved.read_bytes())
+    with refused(DataError, match="train-labels-idx1-ubyte in one folder, got a/train.*b/train"):
+        open_data(str(tmp_path), input_shape=(1, 28, 28))
+
+
+def test_packed_files_may_lie_beside_the_plain_ones(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "MNIST" / "raw")
+    plain = open_data(str(tmp_path), input_shape=(1, 28, 28)).train.fingerprint
+    write_mnist(tmp_path / "MNIST" / "raw", packed=True)
+    for uri in (str(tmp_path), f"mnist:{tmp_path}", f"mnist:{tmp_path}/MNIST/raw"):
+        assert open_data(uri, input_shape=(1, 28, 28)).train.fingerprint == plain
 
 
 def test_torchvisions_cifar10_opens_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,8 +233,9 @@ def test_a_shift_of_images_that_are_cropped_at_random_is_refused() -> None:
         open_data("digits", input_shape=(1, 28, 28), shift_pixels=2, resize=32)
 
 
-def test_the_given_mnist_opens(shared: Path) -> None:
-    data = open_data(str(shared / "data" / "mnist"), input_shape=(1, 28, 28))
+@pytest.mark.parametrize("name", ["", "mnist:"])
+def test_the_given_mnist_opens(shared: Path, name: str) -> None:
+    data = open_data(f"{name}{shared / 'data' / 'mnist'}", input_shape=(1, 28, 28))
     assert (len(data.train), len(data.validation), len(data.test or []), data.classes) == (
         55_000,
         5_000,

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from data_files import CLASSES, folder, number_of, png, write
+from refusals import refused
 
 from clipq_ray.data import Data, Preprocessing, open_data, open_test
 from clipq_ray.data.encoded import EncodedSplit
+from clipq_ray.data.listing import Listing
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import DataError
 from clipq_ray.storage import Store
@@ -110,6 +112,39 @@ def test_beside_training_images_the_networks_order_of_classes_decides_too(tmp_pa
     preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
     split, kind = open_test(str(tmp_path), preprocessing, 2, ("bee", "ant"))
     assert (kind, split.labels.tolist()) == ("test", [1] * 10 + [0] * 10)
+
+
+def test_training_images_alone_judge_nothing_and_validation_images_do(tmp_path: Path) -> None:
+    preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
+    folder(tmp_path / "a", "train", 30)
+    with refused(DataError, match=r"expected labelled test images at .*, got training images only.*; give"):
+        open_test(str(tmp_path / "a"), preprocessing, 3, CLASSES)
+    folder(tmp_path / "own", "validation", 6, first=100)
+    split, kind = open_test(str(tmp_path / "own"), preprocessing, 3, CLASSES)
+    assert (len(split), kind) == (6, "validation")
+    split, kind = open_test(str(tmp_path / "own" / "validation"), preprocessing, 3, CLASSES)
+    assert (len(split), kind) == (6, "test")
+    folder(tmp_path / "a", "val", 6, first=100)
+    split, kind = open_test(str(tmp_path / "a"), preprocessing, 3, CLASSES)
+    assert (len(split), kind) == (6, "test")  # as in the report of a job on them
+
+
+@pytest.mark.parametrize(("names", "classes", "labels"), [(CLASSES, 3, [0, 1, 2]), ((3, 7), 10, [3, 7])])
+def test_a_folder_is_listed_once(
+    tmp_path: Path,
+    names: tuple[object, ...],
+    classes: int,
+    labels: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, {f"{split}/{name}/1.png": png(1) for name in names})
+    listed: list[str] = []
+    whole = Listing.of
+    monkeypatch.setattr(Listing, "of", lambda uri, **more: listed.append(uri) or whole(uri, **more))
+    split, _ = open_test(str(tmp_path), Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3), classes)
+    assert listed == [str(tmp_path)]
+    assert split.labels.tolist() == labels
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:

@@ -245,6 +245,39 @@ def test_a_column_of_bytes_serves_as_well(tmp_path: Path) -> None:
     assert (len(data.train), data.classes, data.class_names[8]) == (6, 9, "8")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("train-0", "train-1"), ("train", "test"), ("train", "validation"), ("val", "test")]
+)
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("ant", "cat", "bee"), ("class 1 is bee in", "class 1 is cat in")),
+        ((*CLASSES, "dog"), ("3 classes in", "4 classes in")),
+    ],
+)
+def test_files_that_call_their_classes_differently_are_refused(
+    tmp_path: Path, first: str, second: str, names: tuple[str, ...], words: tuple[str, str]
+) -> None:
+    images, labels = [png(number) for number in range(30)], [number % 3 for number in range(30)]
+    files = {"train": numbered(0, 30), "test-0": parquet(images, labels, ())}
+    files |= {first: parquet(images, labels, CLASSES), second: parquet(images, labels, names)}
+    uri = write(tmp_path, {f"{name}.parquet": data for name, data in files.items()})
+    with refused(DataError, match="expected the same class names") as caught:
+        opened(uri)
+    assert all(word in str(caught.value) for word in (*words, f"{second}.parquet"))
+
+
+def test_classes_are_called_as_any_of_the_files_says(tmp_path: Path) -> None:
+    images, labels = [png(number) for number in range(30)], [number % 3 for number in range(30)]
+    silent, named = parquet(images, labels, ()), parquet(images, labels, CLASSES)
+    for number, (train, test) in enumerate(((silent, named), (named, silent))):
+        uri = write(
+            tmp_path / str(number),
+            {"train-0.parquet": silent, "train-1.parquet": train, "test.parquet": test},
+        )
+        assert opened(uri).class_names == CLASSES
+
+
 def test_which_files_are_the_test_set(tmp_path: Path) -> None:
     files = {"train.parquet": numbered(0, 60)}
     alone = opened(write(tmp_path / "a", files))

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from data_files import write
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
 
-from clipq_ray.data import Preprocessing
+from clipq_ray.data import Preprocessing, open_data
+from clipq_ray.data.preprocessing import Interpolation
+from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, FormatError
 
 RGB = Preprocessing((3, 4, 5), None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -21,13 +32,21 @@ def test_apply_gives_the_bits_of_the_formula_for_every_pixel_value() -> None:
 
 
 def test_a_preprocessing_survives_json() -> None:
-    for one in (RGB, Preprocessing((1, 28, 28), 32, (0.5,), (1.0,))):
+    bicubic = replace(RGB, interpolation="bicubic")
+    for one in (RGB, Preprocessing((1, 28, 28), 32, (0.5,), (1.0,)), bicubic):
         assert Preprocessing.from_json(one.to_json()) == one
+    assert "interpolation" not in RGB.to_json()  # older files do not say it
 
 
 def test_json_that_is_no_preprocessing_is_a_format_error() -> None:
     good = RGB.to_json()
-    for bad in ({}, {**good, "shape": [3, 4]}, {**good, "std": [0, 1, 1]}, {**good, "mean": None}):
+    for bad in (
+        {},
+        {**good, "shape": [3, 4]},
+        {**good, "std": [0, 1, 1]},
+        {**good, "mean": None},
+        {**good, "interpolation": "cubic"},
+    ):
         with pytest.raises(FormatError):
             Preprocessing.from_json(bad)
 
@@ -45,3 +64,48 @@ def test_json_that_is_no_preprocessing_is_a_format_error() -> None:
 def test_what_makes_no_sense_is_refused(arguments: tuple) -> None:
     with pytest.raises(ConfigError):
         Preprocessing(*arguments)
+
+
+# As torchvision prepares images
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(50, 41), (20, 26)])
+def test_images_are_resized_cropped_and_normalised_as_torchvisions_weights_want_them(
+    tmp_path: Path, interpolation: Interpolation, size: tuple[int, int]
+) -> None:
+    usual = Preprocessing((3, 24, 24), 28, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), interpolation)
+    wanted = ImageClassification(
+        crop_size=24, resize_size=28, mean=usual.mean, std=usual.std, interpolation=InterpolationMode(interpolation)
+    )  # fmt: skip
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    uri = write(
+        tmp_path, {f"{split}/a/{n}.png": out.getvalue() for split in ("train", "test") for n in range(3)}
+    )
+    data = open_data(uri, input_shape=(3, 24, 24), usual=usual)
+    assert data.preprocessing == usual
+    assert data.test is not None
+    torch.testing.assert_close(
+        data.test.batch(torch.tensor([0]), None)[0][0], wanted(Image.fromarray(pixels))
+    )
+    # images in memory
+    decoded = np.ascontiguousarray(pixels.transpose(2, 0, 1))[None]
+    split = TensorSplit(decoded, np.zeros(1, dtype=np.int64), usual)
+    torch.testing.assert_close(
+        split.batch(torch.tensor([0]), None)[0][0], wanted(torch.from_numpy(decoded[0]))
+    )
+
+
+def test_what_is_given_comes_over_what_is_usual() -> None:
+    usual = Preprocessing((3, 32, 32), 36, (0.5,) * 3, (0.5,) * 3, "bicubic")
+    given = open_data(
+        "digits", input_shape=(3, 32, 32), usual=usual, mean=(0.1,) * 3, std=(0.2,) * 3, resize=40
+    )
+    assert given.preprocessing == Preprocessing((3, 32, 32), 40, (0.1,) * 3, (0.2,) * 3, "bicubic")
+    same_size = replace(usual, input_shape=(3, 28, 28))
+    assert open_data("digits", input_shape=(3, 28, 28), usual=same_size).preprocessing.resize is None
+    for half in ({"mean": (0.1,) * 3}, {"std": (0.1,) * 3}):
+        with pytest.raises(ConfigError, match="mean and std together"):
+            open_data("digits", input_shape=(3, 32, 32), usual=usual, **half)

@@ -65,6 +65,39 @@ def test_the_default_input_is_what_the_published_weights_were_made_for(
     assert models.default_input(name) == shape
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", (224, 256, "bilinear")),
+        ("resnet50", (224, 232, "bilinear")),
+        ("inception_v3", (299, 342, "bilinear")),
+        ("efficientnet_b5", (456, 456, "bicubic")),
+        ("efficientnet_b7", (600, 600, "bicubic")),
+        ("maxvit_t", (224, 224, "bicubic")),
+        ("vit_h_14", (518, 518, "bicubic")),
+    ],
+)
+def test_images_are_prepared_as_the_published_weights_want_them(
+    name: str, expected: tuple[int, int, str]
+) -> None:
+    found = models.published_input(name)
+    assert found is not None
+    assert (found.size, found.resize, found.interpolation) == expected
+    # GoogLeNet and Inception convert from ImageNet's themselves
+    assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_one_network_was_trained_on_other_values() -> None:
+    found = models.published_input("efficientnet_v2_l")
+    assert found is not None
+    assert (found.mean, found.std, found.resize) == ((0.5,) * 3, (0.5,) * 3, 480)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20", "some.package:function"])
+def test_networks_without_published_weights_state_no_input(name: str) -> None:
+    assert models.published_input(name) is None
+
+
 def test_every_registered_network_has_defaults_and_comes_back_from_json() -> None:
     for name in models.names():
         arch = architecture(name, 7, {})
