@@ -145,7 +145,7 @@ def theirs(variant: str, ours: dict[str, Any], storage: Path, **more: Any) -> tu
 
 
 def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> None:
-    store = made(tmp_path, **{**LEVERS, "epochs": 20})
+    store = made(tmp_path, **{**LEVERS, "epochs": 8})
     ours, size = records.told(manifest.read_manifest(store), store, tmp_path), len(store.read("model.clq"))
     ours["bytes"] = size
     own = {one["layer"]: one["bits"] for one in ours["plan"]}
