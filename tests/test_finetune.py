@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -395,10 +396,24 @@ def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
 
 
-def one_of_two(rank: int, folder: str, differing: bool) -> None:
-    """A process of two gloo ranks; with `differing`, rank 1 begins with other weights in the last layer."""
+def as_rank(rank: int, folder: str, work: Callable[..., None], given: tuple[object, ...]) -> None:
+    """`work(rank, folder, *given)` as one of two gloo ranks, which ends without Python's own end.
+
+    A thread of gloo's may still let go of the last collective's tensors then, which needs the interpreter: where it comes too late, the process is aborted.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    work(rank, folder, *given)
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def on_two_ranks(folder: Path, work: Callable[..., None], *given: object) -> None:
+    torch.multiprocessing.spawn(as_rank, (str(folder), work, given), nprocs=2)
+
+
+def one_of_two(rank: int, folder: str, differing: bool) -> None:
+    """With `differing`, rank 1 begins with other weights in the last layer."""
     model = network()
     plan = make_plan(model, PLAN)
     held = Held(180, kept)
@@ -413,33 +428,29 @@ def one_of_two(rank: int, folder: str, differing: bool) -> None:
         result.write_text("ended")
     except RunError as error:
         result.write_text(str(error))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("differing", [False, True], ids=["equal", "differing"])
 def test_ranks_with_other_codes_are_found_after_one_epoch(differing: bool, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), differing), nprocs=2)
+    on_two_ranks(tmp_path, one_of_two, differing)
     for rank in range(2):
         said = (tmp_path / f"rank-{rank}").read_text()
         assert ("layer head.weight after epoch 1" in said) if differing else (said == "ended")
 
 
 def one_of_two_with_two_heads(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = network(TwoHeads)
     rows = run(
         trainer(Path(folder) / "c", model, make_plan(model, PLAN), rank=Rank(rank, 2, torch.device("cpu")))
     )
     parameters = {name: one.detach() for name, one in model.named_parameters()}
     torch.save((len(rows), parameters), Path(folder) / f"rank-{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_a_head_without_a_gradient_holds_up_no_worker(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two_with_two_heads, (str(tmp_path),), nprocs=2)
+    on_two_ranks(tmp_path, one_of_two_with_two_heads)
     first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in range(2))
     assert first[0] == second[0] == 4
     assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
@@ -486,16 +497,13 @@ def test_recovery_of_a_killed_training_is_that_of_an_undisturbed_one(tmp_path: P
 
 
 def one_of_two_unevenly(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     made = trainer(
         Path(folder) / "c", schedule=schedule(batch_size=11), rank=Rank(rank, 2, torch.device("cpu"))
     )
     (Path(folder) / f"rank-{rank}").write_text(f"{made.micro_batch} {made.notes}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_a_batch_that_is_not_shared_out_evenly_is_no_lack_of_memory(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two_unevenly, (str(tmp_path),), nprocs=2)
+    on_two_ranks(tmp_path, one_of_two_unevenly)
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["6 []", "5 []"]
