@@ -9,6 +9,8 @@ A unit that was made with other settings than the recipe's by now counts as not 
 Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
 layers). All are for the size of `ours` of their seed, in as many epochs, so `ours` comes first; the last two take its plan or size. `without-LEVER`: the recipe
 with one option as --paper has it, in as many epochs.
+
+`--epochs N` gives all variants, `ours` too, a last round of N epochs: what takes a GPU in full is so compared on a CPU. Such units stand beside the row, and in no record.
 """
 
 from __future__ import annotations
@@ -108,17 +110,17 @@ def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Unit:
-    """One target, variant and seed."""
+    """One target, variant and seed; `epochs` of the last round instead of the recipe's."""
 
     target: Target
     variant: str
     seed: int
+    epochs: int | None = None
 
     @property
     def stem(self) -> Path:
         """Where its JSON and file lie, without suffix."""
-        name = self.target.name + ("" if self.variant == "ours" else f"-{self.variant}")
-        return UNITS / f"{name}-seed{self.seed}"
+        return UNITS / f"{named(self.target, self.variant, self.epochs, '-')}-seed{self.seed}"
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -131,7 +133,7 @@ class Unit:
 
     def options(self) -> dict[str, Any]:
         """Its settings by now; `SystemExit` where they follow from what `ours` was made in, and it was not."""
-        options = {**self.target.options(), "seed": self.seed}
+        options = {**self.recipe(), "seed": self.seed}
         if self.variant == "ours":
             return options
         if self.variant in WITHOUT:
@@ -141,9 +143,13 @@ class Unit:
             return published(options, ours["epochs"])
         return records_peers.left(options, ours["epochs"])
 
+    def recipe(self) -> dict[str, Any]:
+        """The target's options, with the epochs that are asked for."""
+        return self.target.options() | ({"epochs": self.epochs} if self.epochs else {})
+
     def ours(self) -> dict[str, Any]:
         """The unit `ours` of this seed."""
-        found = Unit(self.target, "ours", self.seed).result
+        found = Unit(self.target, "ours", self.seed, self.epochs).result
         if found is None:
             raise SystemExit(
                 f"{self.stem.name}: expected the unit 'ours' of this seed before it, got none; make it first (--variants ours)"
@@ -161,9 +167,7 @@ class Unit:
             options = {**self.options(), "data": data_of(self.target, shared), "engine": "local"}
             if self.target.weights is not None:
                 options["weights"] = str(shared / "weights" / self.target.weights)
-            found, file = records_peers.peer(
-                self.variant, options, self.target.options(), self.ours(), storage
-            )
+            found, file = records_peers.peer(self.variant, options, self.recipe(), self.ours(), storage)
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         self.stem.with_suffix(".clq").write_bytes(file)
         top1, images = verified(self.stem.with_suffix(".clq"), data_of(self.target, shared))
@@ -179,7 +183,7 @@ class Unit:
         """The ordinary job; what its manifest says, and its file."""
         name, options = self.stem.name, self.options()
         recipe = self.target.recipe
-        if self.variant != "ours":
+        if self.variant != "ours" or self.epochs:
             storage.mkdir(parents=True, exist_ok=True)
             recipe = storage / f"{name}.yaml"
             recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
@@ -196,6 +200,12 @@ class Unit:
         if store is None or document is None or code != int(not document["promise"]["kept"]):
             raise SystemExit(f"{name}: the job ended with {code}; run again to continue")
         return told(document, store, storage), store.read("model.clq")
+
+
+def named(target: Target, variant: str, epochs: int | None, between: str) -> str:
+    """What a variant is called, in files and in the table."""
+    beside = [f"{epochs}-epochs"] if epochs else []
+    return between.join([target.name, *beside, *([variant] if variant != "ours" else [])])
 
 
 def newest(folder: Path, asked: dict[str, Any]) -> Store | None:
@@ -255,13 +265,13 @@ def seconds_of(storage: Path, stage: dict[str, Any]) -> float:
     return float(sum(one["seconds"] for group in trials for one in group))
 
 
-def rows_of(target: Target, variant: str, seeds: Iterable[int]) -> list[Row]:
-    """Bytes and errors of the seeds that are there; goals for `ours`."""
-    found = [result for seed in seeds if (result := there(target, variant, seed)) is not None]
+def rows_of(target: Target, variant: str, seeds: Iterable[int], epochs: int | None = None) -> list[Row]:
+    """Bytes and errors of the seeds that are there; goals for the recipe's own `ours`."""
+    found = [result for seed in seeds if (result := there(target, variant, seed, epochs)) is not None]
     if not found:
         return []
-    place = f"records/{target.name}" + ("" if variant == "ours" else f"/{variant}")
-    goals = (target.most_bytes, target.most_error) if variant == "ours" else (None, None)
+    place = f"records/{named(target, variant, epochs, '/')}"
+    goals = (target.most_bytes, target.most_error) if variant == "ours" and not epochs else (None, None)
     return [
         row(f"{place}/bytes", [float(one["bytes"]) for one in found], "bytes", goal=goals[0]),
         row(f"{place}/test_error", [one["test_error_percent"] for one in found], "%", goal=goals[1]),
@@ -269,11 +279,17 @@ def rows_of(target: Target, variant: str, seeds: Iterable[int]) -> list[Row]:
     ]
 
 
-def there(target: Target, variant: str, seed: int) -> dict[str, Any] | None:
+def there(target: Target, variant: str, seed: int, epochs: int | None = None) -> dict[str, Any] | None:
     """What was measured of a unit, where `ours` of its seed was too."""
-    if variant != "ours" and Unit(target, "ours", seed).result is None:
+    if variant != "ours" and Unit(target, "ours", seed, epochs).result is None:
         return None
-    return Unit(target, variant, seed).result
+    return Unit(target, variant, seed, epochs).result
+
+
+def epochs_beside(target: Target) -> list[int]:
+    """Numbers of epochs that units of `target` were made in beside the recipe's own."""
+    found = (re.match(rf"{target.name}-(\d+)-epochs-", path.name) for path in UNITS.glob("*.json"))
+    return sorted({int(one[1]) for one in found if one})
 
 
 def keep_median(target: Target, seeds: Iterable[int]) -> None:
@@ -316,6 +332,7 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
         [
             sys.executable, str(Path(__file__).resolve()), "--only", target.name, "--seeds", str(seed), "--variants", *given.variants,
             "--shared", str(given.shared), "--storage", str(given.storage), "--engine", given.engine, "--no-table",
+            *(["--epochs", str(given.epochs)] if given.epochs else []),
         ]
         for target, seed in series
     ]  # fmt: skip
@@ -339,6 +356,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="targets whose names begin so; default: all")
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *WITHOUT), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="of the last round of all variants; default: the recipe's")
     parser.add_argument("--storage", type=Path, default=ROOT / "runs" / "records", help="of the jobs")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
@@ -358,7 +376,7 @@ def main() -> int:
     else:
         for target, seed in series:
             for variant in given.variants:
-                Unit(target, variant, seed).make(
+                Unit(target, variant, seed, given.epochs).make(
                     given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine]
                 )
     if given.no_table:
@@ -366,8 +384,9 @@ def main() -> int:
     rows: list[Row] = []
     for target in TARGETS:
         keep_median(target, range(100))
-        for variant in (*VARIANTS, *WITHOUT):
-            rows += rows_of(target, variant, range(100))
+        for epochs in (None, *epochs_beside(target)):
+            for variant in (*VARIANTS, *WITHOUT):
+                rows += rows_of(target, variant, range(100), epochs)
     settings = {one.name: one.options() for one in TARGETS if one.recipe.exists()}
     print(f"stored in {write('records', rows, notes={'recipes': settings})}")
     return 0

@@ -82,6 +82,34 @@ def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(
     assert (tmp_path / "records" / f"{target.name}.clq").read_bytes() == b"seed 2"
 
 
+def test_units_of_other_epochs_stand_beside_the_recipes_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "UNITS", tmp_path)
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
+    target = records.TARGETS[3]
+    for variant in ("ours", "uniform", "without-ramp-share"):
+        unit = records.Unit(target, variant, 0, 12)
+        settings = unit.options()
+        assert settings["epochs"] == 12
+        result = {
+            "bytes": 39_000,
+            "test_error_percent": 9.0,
+            "seconds": 60.0,
+            "epochs": 12,
+            "config": settings,
+        }
+        unit.stem.with_suffix(".json").write_text(json.dumps(result))
+    assert records.epochs_beside(target) == [12]
+    assert records.epochs_beside(records.TARGETS[4]) == []
+    bytes_of, *_ = records.rows_of(target, "uniform", range(9), 12)
+    assert (bytes_of.name, bytes_of.goal) == (f"records/{target.name}/12-epochs/uniform/bytes", None)
+    assert records.rows_of(target, "ours", range(9), 12)[0].goal is None
+    assert records.rows_of(target, "ours", range(9)) == records.rows_of(target, "ours", range(9), 13) == []
+    records.keep_median(target, range(9))
+    assert not (tmp_path / "records").exists()
+
+
 QUICK: dict[str, Any] = {
     "epochs": 2, "baseline_epochs": 2, "search_evaluations": 4, "search_images": 50, "batch_size": 32, "rounds": 1, "target_bytes": 20_000,
 }  # fmt: skip
