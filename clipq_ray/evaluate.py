@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipq_ray import logs, seeds
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.errors import DataError, ModelError, RunError
+from clipq_ray.errors import ClipqError, DataError, ModelError, RunError
 from clipq_ray.memory import ran_out
 
 log = logs.logger(__name__)
@@ -61,6 +61,19 @@ def logits(output: Any) -> Tensor:
             f"expected class scores (n, classes) from the network, got {got}; use a classification network"
         )
     return output
+
+
+def scores(network: nn.Module, images: Tensor, advice: str) -> Tensor:
+    """`logits` of a network that may be anybody's, so that whatever it raises is a `ModelError` in one line, which ends with `advice`."""
+    try:
+        return logits(network(images))
+    except ClipqError:
+        raise
+    except Exception as error:  # torchvision's assert
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"expected a network that takes images of {tuple(images.shape[1:])}, got: {reason}; {advice}"
+        ) from error
 
 
 @contextmanager

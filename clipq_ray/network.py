@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from clipq_ray.errors import ClipqError, ConfigError, ModelError
-from clipq_ray.evaluate import evaluating, logits
+from clipq_ray.errors import ConfigError, ModelError
+from clipq_ray.evaluate import evaluating, scores
 
 _PRODUCTS = {
     F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -38,6 +38,7 @@ _PRODUCTS = {
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _LARGE = 0.01  # part of all parameters from which on an unknown use is refused
 _CLOSE = 1e-3  # of the largest output: two evaluations agree that differ by the order of additions on a GPU
+_UNFIT = "check --input-size and --model"
 _COUNTER = "num_batches_tracked"
 _NOTHING = (
     "expected a network with convolutions or linear layers that inference reads, got none to compress; "
@@ -218,7 +219,7 @@ def _differentiable(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 def _trace(model: nn.Module, parameters: Mapping[str, Tensor], sample: Tensor) -> _Trace:
     with torch.enable_grad(), _Products() as products:
-        output = _scores(model, sample)
+        output = scores(model, sample, _UNFIT)
         if not output.requires_grad:
             raise ModelError(f"{_NOTHING}, and that the forward pass is not under no_grad")
         score = output.float().square().sum()
@@ -228,18 +229,6 @@ def _trace(model: nn.Module, parameters: Mapping[str, Tensor], sample: Tensor) -
         n for n, p in parameters.items() if p.numel() and p.untyped_storage().data_ptr() in products.storages
     }
     return _Trace(unreached, used)
-
-
-def _scores(model: nn.Module, sample: Tensor) -> Tensor:
-    try:
-        return logits(model(sample))
-    except ClipqError:
-        raise
-    except Exception as error:  # a network that gets images it was not made for raises whatever it likes
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(
-            f"the network cannot evaluate images of shape {tuple(sample.shape[1:])}: {reason}; check --input-size and --model"
-        ) from error
 
 
 def _unread(
@@ -256,7 +245,7 @@ def _unread(
     if not suspects:
         return set()
     with torch.no_grad():
-        reference = _scores(model, sample)
+        reference = scores(model, sample, _UNFIT)
 
         def revealed(names: list[str]) -> list[str]:
             """Those of `names` that the output depends on, found by halving."""
@@ -274,8 +263,8 @@ def _changes(model: nn.Module, tensors: Sequence[Tensor], sample: Tensor, refere
     try:
         for tensor in tensors:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-        output = logits(model(sample))
-    except Exception:  # a network may check its values
+        output = scores(model, sample, _UNFIT)
+    except ModelError:  # a network may check its values
         return True
     finally:
         for tensor, value in zip(tensors, before, strict=True):

@@ -25,8 +25,8 @@ from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Preprocessing, Split, open_data
 from clipq_ray.data.resident import placed
-from clipq_ray.errors import ClipqError, ConfigError, DataError, FormatError
-from clipq_ray.evaluate import logits
+from clipq_ray.errors import ConfigError, DataError, FormatError
+from clipq_ray.evaluate import scores
 from clipq_ray.groups import Group
 from clipq_ray.operator import bake_keeping
 from clipq_ray.plan import Plan
@@ -134,18 +134,10 @@ class Source:
         data, network = self.data(), self.network()
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
         self._check_sides(min(images.shape[2:]))
-        try:
-            with torch.inference_mode():
-                outputs = logits(network.eval()(images)).shape[-1]
-        except ClipqError:
-            raise
-        except Exception as error:  # of anybody's code; torchvision's asserts
-            reason = " ".join(str(error).split())[:300]
-            whole = all(one.dtype == torch.float32 for one in network.parameters() if one.is_floating_point())
-            advice = "check --model and --input-size" if whole else "call .float() on the network first"
-            raise ConfigError(
-                f"expected a network that takes images of {tuple(images.shape[1:])}, got: {reason}; {advice}"
-            ) from error
+        whole = all(one.dtype == torch.float32 for one in network.parameters() if one.is_floating_point())
+        advice = "check --model and --input-size" if whole else "call .float() on the network first"
+        with torch.inference_mode():
+            outputs = scores(network.eval(), images, advice).shape[-1]
         if outputs < data.classes:
             raise DataError(
                 f"expected labels below the network's {outputs} outputs, got {data.classes} classes; check --model-args and --data"

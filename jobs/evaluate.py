@@ -12,15 +12,16 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
 
 from clipq_ray import codec, console
-from clipq_ray.data import Preprocessing, Split, open_test
-from clipq_ray.errors import ClipqError, ConfigError, FormatError, ModelError
-from clipq_ray.evaluate import evaluate, logits
+from clipq_ray.data import Preprocessing, open_test
+from clipq_ray.errors import ConfigError, FormatError, ModelError
+from clipq_ray.evaluate import evaluate, scores
 from clipq_ray.loading import from_bytes, read_file
 from clipq_ray.precision import exact_float32
 from clipq_ray.summary import bytes_before
+
+UNFIT = "the file states that size; fetch it again or make it anew"
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +59,8 @@ def main(arguments: list[str]) -> int:
     exact_float32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = from_bytes(data).to(device)
-    check_fit(network, split, device)
+    with torch.inference_mode():
+        scores(network, split.batch(torch.arange(1), None)[0].to(device), UNFIT)
     result = evaluate(network, split, batch_size=given.batch_size, device=device)
     low, high = result.interval()
     before = bytes_before(data)
@@ -70,21 +72,6 @@ def main(arguments: list[str]) -> int:
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
     )
     return 0
-
-
-@torch.inference_mode()
-def check_fit(network: nn.Module, split: Split, device: str) -> None:
-    """One image through the network, which takes images of the size that the file states, or it is a `ModelError`."""
-    images = split.batch(torch.arange(min(1, len(split))), None)[0].to(device)
-    try:
-        logits(network(images))
-    except ClipqError:
-        raise
-    except Exception as error:  # a network that gets images it was not made for raises whatever it likes
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(
-            f"expected a network that takes images of {tuple(images.shape[1:])}, as the file states, got: {reason}; fetch the file again or make it anew"
-        ) from error
 
 
 if __name__ == "__main__":

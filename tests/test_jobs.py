@@ -321,7 +321,7 @@ def test_a_network_that_cannot_take_the_images_that_its_file_states_is_one_line(
     code, lines = called("evaluate", [path, "--data", "digits"], monkeypatch, capfd)
     assert code == 2
     assert len(lines) == 1, lines
-    words = f"evaluate: expected a network that takes images of {tuple(shape)}, as the file states, got: "
+    words = f"evaluate: expected a network that takes images of {tuple(shape)}, got: "
     assert lines[0].startswith(words)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
-from clipq_ray.errors import ConfigError, FormatError
+from clipq_ray.errors import ConfigError, FormatError, ModelError
 from clipq_ray.finetune import Rank
 from clipq_ray.groups import grouped
 from clipq_ray.optimizers import Schedule
@@ -176,14 +176,14 @@ class Asserting(nn.Module):
 
 def test_a_network_that_asserts_its_input_is_refused_in_one_line() -> None:
     with refused(
-        ConfigError, match=r"takes images of \(1, 28, 28\), got: Wrong image height! Expected 32; check"
+        ModelError, match=r"takes images of \(1, 28, 28\), got: Wrong image height! Expected 32; check"
     ):
         Source(make(limit_images=20, engine="local"), Asserting()).check_fit()
 
 
 def test_a_network_in_half_precision_is_refused_with_what_to_do() -> None:
     half = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).half()
-    with pytest.raises(ConfigError, match=r"got: .*; call \.float\(\) on the network first$"):
+    with pytest.raises(ModelError, match=r"got: .*; call \.float\(\) on the network first$"):
         Source(make(limit_images=20, engine="local"), half).check_fit()
 
 
