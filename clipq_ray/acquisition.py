@@ -111,7 +111,8 @@ def predicted_error(
     values = _stretch(np.array([point.error for point in points]))
     if loss_share:
         # 1 - exp(-loss) lies in [0, 1] like an error, but never stands still
-        pilot = _stretch(1.0 - np.exp(-np.array([point.loss for point in points])))
+        losses = np.nan_to_num([point.loss for point in points], nan=np.inf, posinf=np.inf)
+        pilot = _stretch(1.0 - np.exp(-losses))
         intercept, slope = _line(pilot, values, noise)
         values = (1.0 - loss_share) * values + loss_share * (intercept + slope * pilot)
     far, wanted = (np.sqrt(given) for given in ([point.distortion for point in points], free.distortion))

@@ -249,7 +249,7 @@ class Config(BaseModel):
     )
     control: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="dense control: same schedule without the operator; auto: where the network has seen the validation images",
+        description="dense control: schedule of the first round and of those on the way to it, without the operator; auto: where the network has seen the validation images",
     )
 
     # Guards

@@ -24,6 +24,7 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
+_OF_THE_FIRST_TRAINING = ("baseline_epochs", "baseline_learning_rate")
 _NEEDS = {
     "rung_epochs": ("rungs", 1),
     "round_epochs": ("rounds", 1),
@@ -34,9 +35,20 @@ _NEEDS = {
 
 def idle(config: Config) -> Iterator[str]:
     """What was said and has nothing to do, a sentence each: no mistake, since a recipe's part may be switched off by one option."""
+
+    def said(name: str) -> bool:
+        return bool(getattr(config, name) != type(config).model_fields[name].default)
+
     for name, (other, off) in _NEEDS.items():
-        if getattr(config, name) != type(config).model_fields[name].default and getattr(config, other) == off:
+        if said(name) and getattr(config, other) == off:
             yield f"--{name.replace('_', '-')} has nothing to do with --{other.replace('_', '-')} {off}"
+    if config.tradeoff is not None and config.rounds > 1 and said("round_epochs"):
+        yield "--round-epochs has nothing to do with --tradeoff, which makes one round"
+    for name in _OF_THE_FIRST_TRAINING if config.weights not in (None, "train") else ():
+        if said(name):
+            yield f"--{name.replace('_', '-')} has nothing to do with --weights, which are not trained first"
+    if config.search_start > config.search_evaluations:
+        yield f"--search-start has nothing to do beyond --search-evaluations {config.search_evaluations}, which all lie where it says: nothing is proposed"
 
 
 def problem(config: Config) -> str | None:

@@ -30,13 +30,15 @@ _Z95 = 1.959963984540054  # the normal's 97.5 % point
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network scored on `n` images; fractions in 0..1; `predictions`: int64 (n,)."""
+    """What a network scored on `n` images; fractions in 0..1; `predictions` and the `labels` that they were held against: int64 (n,). An image that cannot be
+    read has its next one's label, which stands for it. Scores that are not numbers are wrong, whatever the label."""
 
     n: int
     top1: float
     top5: float
     loss: float
     predictions: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
 
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of top-1, as fractions (Wilson 1927, without continuity correction)."""
@@ -121,23 +123,24 @@ class Tally:
             raise DataError("expected at least one image to evaluate on, got none; check --data")
         self.n, self.done = n, 0
         self.top1, self.top5, self.loss = 0, 0, 0.0
-        self._predictions = torch.empty(n, dtype=torch.int64)
+        self._predictions, self._labels = torch.empty((2, n), dtype=torch.int64)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """`scores`: float32 (images, classes) on the CPU; `labels`: int64 (images,)."""
         _refuse_labels(labels, scores.shape[1])
         best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-        hits = best == labels[:, None]
+        hits = (best == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)
         self.top1, self.top5 = self.top1 + int(hits[:, 0].sum()), self.top5 + int(hits.any(dim=1).sum())
         self.loss += float(nn.functional.cross_entropy(scores.double(), labels, reduction="sum"))
-        self._predictions[self.done : self.done + len(labels)] = best[:, 0]
+        these = slice(self.done, self.done + len(labels))
+        self._predictions[these], self._labels[these] = best[:, 0], labels
         self.done += len(labels)
 
     def result(self) -> Evaluation:
         """The evaluation of the images that came in."""
         n = self.done
-        predictions = self._predictions[:n].numpy()
-        return Evaluation(n, self.top1 / n, self.top5 / n, self.loss / n, predictions)
+        predictions, labels = self._predictions[:n].numpy(), self._labels[:n].numpy()
+        return Evaluation(n, self.top1 / n, self.top5 / n, self.loss / n, predictions, labels)
 
 
 class Forward:

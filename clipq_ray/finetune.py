@@ -2,7 +2,7 @@
 
 The same function trains a network first (no plan, random start), fine-tunes it with CLIP-Q (a plan) and makes the dense control (no
 plan, the given weights). It knows rank and world size through `torch.distributed`, not who started it. Every random choice is a
-function of (seed, stage, epoch, step, rank), and a checkpoint after every epoch holds all else, so a run that was killed goes on as if
+function of (seed, stage and its number, epoch, step, rank), and a checkpoint after every epoch holds all else, so a run that was killed goes on as if
 it had not been. Not covered: other optimizers (`optimizers`), and float16 with loss scaling.
 """
 
@@ -75,7 +75,7 @@ class Trainer:
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
     should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `held`: with a plan, the size that pruning rates
-    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `bit_price`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained, a bit of a code at this price. `feed` makes the batches.
+    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `number`: which training of its kind it is in the run. `bit_price`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained, a bit of a code at this price. `feed` makes the batches.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Trainer:
         held: Held | None = None,
         costs: Costs | None = None,
         bit_price: float | None = None,
+        number: int = 1,
         feed: Feed = batches,
     ) -> None:
         # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
@@ -104,6 +105,7 @@ class Trainer:
         self.train_split, self.validation = train, validation
         self.feed = feed
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
+        self.drawn = stage if number == 1 else f"{stage}-{number}"  # names this training's random numbers
         self.checkpoints, self.deadline = checkpoints, deadline
         self.evaluation_batch_size = evaluation_batch_size
         self.epochs = schedule.epochs
@@ -224,13 +226,13 @@ class Trainer:
 
     def _index_batches(self, epoch: int) -> list[Tensor]:
         """This rank's rows of every global batch; the last, smaller one is left out unless it is the only one."""
-        generator = seeds.generator(self.seed, self.stage, "order", epoch)
+        generator = seeds.generator(self.seed, self.drawn, "order", epoch)
         return self.train_split.index_batches(
             generator, self.schedule.batch_size, self.rank.rank, self.rank.world
         )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        place = (self.stage, "augment", epoch)
+        place = (self.drawn, "augment", epoch)
         return self.feed(
             self.train_split,
             self._index_batches(epoch),
@@ -249,8 +251,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.rate(self._done(epoch, step / steps), epoch + step / steps)
             self._move_rates(self._done(epoch, (step + 1) / steps))
-            torch.manual_seed(seeds.derive(self.seed, self.stage, "step", epoch, step, self.rank.rank))
-            masks = seeds.generator(self.seed, self.stage, "cutout", epoch, step, self.rank.rank)
+            torch.manual_seed(seeds.derive(self.seed, self.drawn, "step", epoch, step, self.rank.rank))
+            masks = seeds.generator(self.seed, self.drawn, "cutout", epoch, step, self.rank.rank)
             try:
                 images = cut_out(sent(images, self.rank.device), self.schedule.cutout_pixels, masks)
                 total += self._step(images, sent(labels, self.rank.device))
@@ -327,13 +329,13 @@ class Trainer:
 
     def _backward(self, images: Tensor, labels: Tensor, micro: int) -> Tensor:
         total, n = torch.zeros((), dtype=torch.float64, device=self.rank.device), len(images)
-        for start in range(0, n, micro):
-            part = slice(start, start + micro)
-            last = start + micro >= n
-            silent = self.rank.world > 1 and not last
+        parts = -(-n // micro)  # as even as can be: batch norm wants no part of one image
+        for number, part in enumerate(
+            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1
+        ):
+            silent = self.rank.world > 1 and number < parts
             with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[operator]
-                share = len(labels[part]) / n
-                loss = self._loss(self.wrapped, images[part], labels[part]) * share
+                loss = self._loss(self.wrapped, *part) * (len(part[1]) / n)
                 loss.backward()
             total += loss.detach()
         return total

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from clipq_ray import levels, packing, stages
 from clipq_ray.network import Inventory
 from clipq_ray.plan import Plan
@@ -31,12 +29,11 @@ def packed(
         with run.reporter.stage(f"pack round {number}"):
             return packing.pack(run.source, tuned, plan, inventory, run.data, source_sha256, fitted)
 
-    labels = np.asarray(run.data.validation.labels)
     made, trained, taken = [pack(None)], list[Store](), 0
     for fitted in _tries(run, tuned, plan, work, number, held) if further else ():
         trained.append(fitted)
         made.append(pack(fitted))
-        taken = packing.best(made, most_bytes, labels)
+        taken = packing.best(made, most_bytes)
         words = "taken" if taken == len(made) - 1 else "not taken, another file is better"
         run.reporter.say(f"levels and codes that were trained: {len(made[-1].file):,} bytes, {words}")
         if taken and packing.keeps(made[taken], most_bytes):

@@ -89,18 +89,26 @@ def of_network(source: Source) -> dict[str, Any]:
     return {**named, "definition": source.definition} if source.definition else named
 
 
+def of_start(source: Source) -> str | None:
+    """What decides where a network that is trained first begins: the seed alone where this package makes it, else the values that it came with."""
+    return models.weights_sha256(source.network().state_dict()) if source.definition else None
+
+
 def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """What decides a run: weights (`state`; None: trained first), data, configuration without where and how fast."""
     options = source.config.model_dump(mode="json")
     return {
         "architecture": of_network(source),
-        "weights": models.weights_sha256(state) if state is not None else "trained",
+        "weights": models.weights_sha256(state) if state is not None else ["trained", of_start(source)],
+        "control": source.wants_control(),
         "data": of_data(data),
+        "class_names": list(data.class_names),
         "test": data.test.fingerprint if data.test else None,
         "config": {name: value for name, value in options.items() if name not in _DECIDES_NOTHING},
         **_platform(source.config),
         "versions": STAGE_VERSIONS,
         **({"ensemble": source.ensemble} if source.ensemble else {}),
+        **({"frozen": source.frozen} if source.frozen else {}),
     }
 
 

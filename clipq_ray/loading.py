@@ -139,7 +139,8 @@ def _registered(metadata: dict[str, Any], state: dict[str, Any]) -> nn.Module:
     from clipq_ray import models  # torchvision is needed only here
 
     names = len(state) + len(metadata.get("dropped", []))
-    elements = sum(value.numel() for value in state.values())
+    ties = metadata.get("ties", {})  # a tensor counts once, whatever it is called besides
+    elements = sum(value.numel() for name, value in state.items() if name not in ties)
 
     def limit() -> models.Limit:
         return models.Limit(_TENSORS_FREE + 2 * names, _ELEMENTS_FREE + 2 * elements)

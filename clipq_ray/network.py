@@ -36,6 +36,9 @@ _PRODUCTS = {
     Tensor.addmm, Tensor.addbmm, Tensor.addmv, Tensor.baddbmm,
 }  # fmt: skip
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+_STORED = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
+)  # fmt: skip
 _LARGE = 0.01  # part of all parameters from which on an unknown use is refused
 _CLOSE = 1e-3  # of the largest output: two evaluations agree that differ by the order of additions on a GPU
 _UNFIT = "check --input-size and --model"
@@ -99,7 +102,8 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
     if not groups.layers:
         raise ModelError(_NOTHING)
     groups.refuse_large()
-    return groups.result(ties, [name for name in trace.unreached if name not in dropped])
+    frozen = [name for name, one in parameters.items() if name in trace.unreached or not one.requires_grad]
+    return groups.result(ties, [name for name in frozen if name not in dropped])
 
 
 def _refuse_unstorable(state: Mapping[str, Any]) -> None:
@@ -108,10 +112,11 @@ def _refuse_unstorable(state: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"expected weights, got {name} without a shape (lazy); run the network once before"
             )
-        if not isinstance(value, Tensor) or value.is_complex() or value.is_quantized:
+        if not isinstance(value, Tensor) or value.is_quantized or value.dtype not in _STORED:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            known = ", ".join(str(one).removeprefix("torch.") for one in _STORED)
             raise ModelError(
-                f"expected floating point or integer tensors, got {name} of {got}; use another network"
+                f"expected tensors of {known}, got {name} of {got}; convert it, or use another network"
             )
 
 
@@ -342,7 +347,7 @@ class _Groups:
                 )
 
     def result(self, ties: Mapping[str, str], frozen: Sequence[str]) -> Inventory:
-        """The inventory; `frozen`: parameters that are read without a gradient."""
+        """The inventory; `frozen`: parameters that are read without a gradient, or are to have none."""
         gone = set(self.dropped)
         aliases = [alias for alias, name in ties.items() if name in gone]
         dropped = tuple(name for name in self.state if name in gone or name in aliases)

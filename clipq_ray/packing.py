@@ -81,23 +81,21 @@ def pack(
     return _made(source, model, full, plan, quantized, inventory, data, source_sha256, words)
 
 
-def best(made: Sequence[PackedNetwork], most_bytes: int | None, labels: npt.NDArray[np.int64]) -> int:
-    """Which one to take: of those that are not larger than `most_bytes` the one that validation images with these `labels` like best, of equals the first; where there is none the smallest."""
+def best(made: Sequence[PackedNetwork], most_bytes: int | None) -> int:
+    """Which one to take: of those that are not larger than `most_bytes` the one that validation images like best, of equals the first; where there is none the smallest."""
     taken = 0
     for number in range(1, len(made)):
-        if _is_better(made[number], made[taken], most_bytes, labels):
+        if _is_better(made[number], made[taken], most_bytes):
             taken = number
     return taken
 
 
-def _is_better(
-    one: PackedNetwork, other: PackedNetwork, most_bytes: int | None, labels: npt.NDArray[np.int64]
-) -> bool:
+def _is_better(one: PackedNetwork, other: PackedNetwork, most_bytes: int | None) -> bool:
     """By top-1, or by the loss where top-1 differs by less than one standard error: of a few thousand images a handful turn by chance. A size that neither
     keeps goes before both."""
     if not (keeps(one, most_bytes) and keeps(other, most_bytes)):
         return len(one.file) < len(other.file)
-    drop = Drop.between(other.validation.predictions, one.validation.predictions, labels)
+    drop = Drop.between(other.validation.predictions, one.validation.predictions, one.validation.labels)
     if abs(drop.points) > drop.error:
         return drop.points < 0
     return one.validation.loss < other.validation.loss
@@ -201,7 +199,7 @@ def _smallest(
     for precision in folding.LADDER if source.config.vectors == "auto" else ():
         file = codec.encode(_on_grids(model, inventory, packed, precision), profile, blobs)
         found = _decoded(source, file, data)
-        drop = Drop.between(exact.predictions, found.predictions, np.asarray(data.validation.labels))
+        drop = Drop.between(exact.predictions, found.predictions, found.labels)
         if drop.points <= _DROP_POINTS + drop.error and found.loss <= exact.loss + _LOSS_NATS:
             return file, precision, found
     file = codec.encode(packed, profile, blobs)
@@ -255,10 +253,18 @@ def _tensors(
     """All stored tensors in the order of the state dict, those beside the layers as they are."""
     wanted = {layer.name for layer in inventory.layers} | set(inventory.kept) | set(inventory.integers)
     return {
-        name: layers[name] if name in layers else value.detach().cpu().numpy()
+        name: layers[name] if name in layers else _array(value)
         for name, value in model.state_dict().items()
         if name in wanted
     }
+
+
+def _array(value: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A tensor for the file, which has no bfloat16: as float32, which is exact, and which a reader makes the network's type again."""
+    array: npt.NDArray[np.generic] = (
+        (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    )
+    return array
 
 
 def _metadata(source: Source, inventory: Inventory, data: Data, source_sha256: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from clipq_ray import identity, network
+from clipq_ray import identity, network, stages
 from clipq_ray.consistency import idle
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
@@ -23,7 +23,6 @@ from clipq_ray.operator import Operator, make_plan
 from clipq_ray.pipeline import inputs_of
 from clipq_ray.plan import Theta
 from clipq_ray.precision import autocast_dtype
-from clipq_ray.stages import wants_control
 from clipq_ray.storage import Store
 from clipq_ray.work import Source, prepare_process
 
@@ -137,9 +136,9 @@ def trainings(source: Source) -> list[Trainings]:
         one
         for one in (
             Trainings("baseline", int(source.weights_origin() == "train"), config.baseline_epochs),
-            Trainings("rungs", config.rungs - 1, config.rung_epochs or half, True, True),
+            Trainings("rungs", config.rungs - 1, stages.rung_epochs(config), True, True),
             Trainings("fine-tuning", 1, config.epochs),
-            Trainings("dense control", int(wants_control(source)), config.epochs),
+            Trainings("dense control", int(source.wants_control()), stages.control_epochs(config)),
             Trainings("more rounds", further, config.round_epochs or half, True, True),
             Trainings("levels", (1 + further) * prices, config.level_epochs, further > 0 or prices > 1),
         )

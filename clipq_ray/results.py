@@ -30,7 +30,6 @@ class Scores:
     original: dict[str, Evaluation | None]
     control: dict[str, Evaluation | None]
     compressed: dict[str, Evaluation | None]
-    labels: dict[str, npt.NDArray[np.int64]]
 
 
 def _score(found: Evaluation | None) -> dict[str, float] | None:
@@ -227,5 +226,5 @@ def _prediction_rows(scores: Scores) -> list[dict[str, Any]]:
             "control": int(control.predictions[index]) if control else None,
             "compressed": int(compressed.predictions[index]),
         }
-        for index, label in enumerate(scores.labels["test"])
+        for index, label in enumerate(compressed.labels)
     ]

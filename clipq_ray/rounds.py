@@ -57,7 +57,7 @@ but 0.3 points; more by five times what may be lost. A start only: the rounds de
 class Round:
     """One round: the search that it is from, the plan and what became of it; `held`: the bytes that it was held at, if it was; `on_the_way`: whether more were
     to follow it on the way to a size; `fitted`: the levels and codes trained behind it that the file has, if it has them; `divided`: whether its weights were divided by what their
-    places cost."""
+    places cost; `planned`: the bytes that its plan was to take before training, where a size was asked for."""
 
     searched: Searched
     choice: Choice
@@ -69,6 +69,7 @@ class Round:
     packed: packing.PackedNetwork
     outcome: Outcome
     divided: bool = False
+    planned: int | None = None
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,8 @@ def run_rounds(run: Run, given: Given) -> Rounds:
 
 def _say_smallest(run: Run, made: Rounds) -> None:
     """A note where the search had nothing as small as what was asked for, or for a rung nothing as near."""
-    number, outcome = made.all.index(made.best), made.best.outcome
-    before = made.all[number - 1].outcome if number else None
-    if outcome.requested is not None and outcome.predicted > before_training(outcome.requested, before):
+    planned, outcome = made.best.planned, made.best.outcome
+    if planned is not None and outcome.requested is not None and outcome.predicted > planned:
         asked = math.floor(made.intent.value) if made.intent.kind == "bytes" else outcome.requested
         run.notes.append(
             f"asked for {asked:,} bytes; the nearest that the search measured were taken, {outcome.predicted:,} bytes before training"
@@ -329,7 +329,7 @@ def _other_choice(
 
 def _round(making: Making, choice: Choice, requested: int | None, rungs_left: int) -> Round:
     run, given, before = making.run, making.given, making.done
-    number, predicted = len(before) + 1, choice.bytes + making.other
+    number, predicted, planned = len(before) + 1, choice.bytes + making.other, making.planned(requested)
     run.reporter.say(
         f"round {number}: lambda {choice.tradeoff:.4g}, predicted {predicted:,} bytes "
         f"({given.inventory.bytes_before / predicted:.1f}x)"
@@ -355,14 +355,15 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     )  # fmt: skip
     trained = [one.tuned for one in before] + [tuned, *further_trained]
     epochs = sum(epochs_in(store) for store in trained)
-    drop = Drop.between(
-        given.reference.predictions, packed.validation.predictions, np.asarray(run.data.validation.labels)
-    )
+    judged = packed.validation
+    drop = Drop.between(given.reference.predictions, judged.predictions, judged.labels)
     outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
     held = size.bytes if size else None
     # between the first two epochs, which a deadline shortens only behind that
     divided = costs is not None and schedule.epochs > 1
-    return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome, divided)
+    return Round(
+        making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome, divided, planned
+    )
 
 
 def _idle(
@@ -379,7 +380,7 @@ def _schedule(config: Config, rungs_left: int, further: bool) -> Schedule:
     """All epochs in the round that is to keep the promise, fewer on the way to it, fewer at a lower rate in a `further` one, behind it."""
     epochs, rate = config.epochs, config.learning_rate
     if rungs_left:
-        epochs = config.rung_epochs or math.ceil(epochs / 2)
+        epochs = stages.rung_epochs(config)
     elif further:
         epochs, rate = config.round_epochs or math.ceil(epochs / 2), rate / 2
     return stages.schedule_of(config, epochs, rate)

@@ -90,14 +90,14 @@ def planned(
     inputs = {
         "architecture": identity.of_network(run.source),
         "weights": models.weights_sha256(read_state(weights)), "data": [run.data.train.fingerprint, run.data.preprocessing.to_json()], "settings": asdict(settings),
-        "groups": [asdict(group) for group in groups], "images": config.search_images, "bytes": inventory.bytes_before,
+        "groups": [asdict(group) for group in groups], "images": images_of(run), "bytes": inventory.bytes_before,
         "batch": config.evaluation_batch_size, "deadline": config.deadline_hours, "profile": config.profile, "vectors": config.vectors,
         **({"plan": plan.to_json()} if plan else {}),
     }  # fmt: skip
     costs = work(model, groups, images)
     key, store = run.stage_store("search", inputs)
     task = SearchTask(
-        run.source, weights.uri, tuple(groups), settings, min(config.search_images, len(run.data.train)),
+        run.source, weights.uri, tuple(groups), settings, images_of(run),
         inventory.bytes_before, store.uri, stages.deadline_of(run, "search", time_share), tuple(costs[group.name] for group in groups), plan,
         stages.DEADLINE_SHARES["search"] * time_share,
     )  # fmt: skip
@@ -184,8 +184,12 @@ def _recorded(one: Search, seconds: float | None) -> ClipqError | None:
 
 def scoring_images(run: Run) -> Split:
     """The training images that score the search."""
-    count = min(run.config.search_images, len(run.data.train))
-    return search_images(run.data.train, count, run.config.seed)
+    return search_images(run.data.train, images_of(run), run.config.seed)
+
+
+def images_of(run: Run) -> int:
+    """How many images score the search: `--search-images`, where there are so many."""
+    return min(run.config.search_images, len(run.data.train))
 
 
 def original_error(run: Run, model: nn.Module) -> float:

@@ -193,6 +193,16 @@ def schedule_of(config: Config, epochs: int, rate: float) -> Schedule:
     )  # fmt: skip
 
 
+def rung_epochs(config: Config) -> int:
+    """Of a round on the way to a size."""
+    return config.rung_epochs or math.ceil(config.epochs / 2)
+
+
+def control_epochs(config: Config) -> int:
+    """Of a dense control: those of the first round that is to keep the promise, and of all on the way to it."""
+    return config.epochs + (config.rungs - 1) * rung_epochs(config)
+
+
 def trained(
     run: Run,
     stage: str,
@@ -213,14 +223,16 @@ def trained(
     config = run.config
     inputs = {
         "architecture": identity.of_network(run.source),
-        "weights": models.weights_sha256(read_state(initial)) if initial else None,
+        "weights": models.weights_sha256(read_state(initial)) if initial else identity.of_start(run.source),
         "data": identity.of_data(run.data), "plan": plan.to_json() if plan else None, "schedule": asdict(schedule),
         "seed": config.seed, "precision": config.precision, "deadline": config.deadline_hours,
         **({"ramp": asdict(ramp)} if ramp else {}),
-        **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order, config.keep, str(size.precision)]} if size else {}),
+        **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order, config.keep, str(size.precision), list(run.data.class_names)]} if size else {}),
         **({"costs": asdict(costs)} if costs else {}),
         **({"bit_price": bit_price} if bit_price is not None else {}),
         **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),
+        **({"number": number} if number > 1 else {}),
+        **({"frozen": run.source.frozen} if run.source.frozen else {}),
     }  # fmt: skip
 
     name = stage if number == 1 else f"{stage}-{number}"
@@ -232,7 +244,7 @@ def trained(
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
             work.child(name, store.uri.rpartition("-")[2]).uri, deadline_of(run, stage, time_share), ramp, size,
-            bit_price, costs, DEADLINE_SHARES[stage] * time_share,
+            bit_price, costs, DEADLINE_SHARES[stage] * time_share, number,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)
@@ -266,10 +278,3 @@ def stopped(run: Run, error: ClipqError) -> ClipqError:
     return RunError(
         f"{error}; what is finished is kept in {run.storage.uri}: the same command again goes on behind it"
     )
-
-
-def wants_control(source: Source) -> bool:
-    """Whether a dense control is trained: where the given network has seen the validation images, or always."""
-    wanted = source.config.control
-    seen = source.data().validation_held_out and source.weights_origin() not in ("train", "random")
-    return wanted == "always" or (wanted == "auto" and seen)

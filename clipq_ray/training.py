@@ -43,7 +43,8 @@ class Size:
 @dataclass(frozen=True)
 class TrainTask:
     """One training: `stage` is "baseline", "finetune", "levels" (`bit_price`: what the given weights have clipped stays clipped, and a code's bits have this price) or "control"; URIs name stores.
-    `deadline`: by the clock of the storage [s since 1970], which left it a part `deadline_share` of the time that there was when it was set."""
+    `deadline`: by the clock of the storage [s since 1970], which left it a part `deadline_share` of the time that there was when it was set.
+    `number`: which training of its kind it is in the run, since each shows the images otherwise."""
 
     source: Source
     stage: str
@@ -58,6 +59,7 @@ class TrainTask:
     bit_price: float | None = None
     costs: Costs | None = None
     deadline_share: float = 1.0
+    number: int = 1
 
     def after(self, seconds: float) -> TrainTask:
         """The same where it could not begin for `seconds`, as of a search."""
@@ -91,6 +93,7 @@ def train(
         schedule=task.schedule,
         seed=config.seed,
         stage=task.stage,
+        number=task.number,
         rank=rank,
         checkpoints=Checkpoints(Store(task.checkpoints)),
         evaluation_batch_size=config.evaluation_batch_size,

@@ -25,7 +25,7 @@ from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Preprocessing, Split, open_data
 from clipq_ray.data.resident import placed
-from clipq_ray.errors import ConfigError, DataError, FormatError
+from clipq_ray.errors import ConfigError, DataError, FormatError, ModelError
 from clipq_ray.evaluate import scores
 from clipq_ray.groups import Group
 from clipq_ray.operator import bake_keeping
@@ -71,11 +71,26 @@ class Source:
             return None
         return models.definition_sha256(self.network(), models.imported(self.config.model))
 
+    @functools.cached_property
+    def frozen(self) -> list[str]:
+        """The parameters that a training leaves alone, as a user's own code may want it."""
+        if self.module is None and ":" not in self.config.model:
+            return []
+        return [name for name, one in self.network().named_parameters() if not one.requires_grad]
+
     def weights_origin(self) -> str:
         """Where the weights come from: a URI, "torchvision", "train", "random" or "module"."""
         if self.module is not None:
             return self.config.weights or "module"
         return self.config.weights or models.default_weights(self.config.model)
+
+    def wants_control(self) -> bool:
+        """Whether a dense control is trained: where the given network has seen the validation images, or always. What a user's own code makes may hold weights
+        that have seen them, whatever they are called."""
+        origin = self.weights_origin()
+        own = self.module is not None or ":" in self.config.model
+        seen = self.data().validation_held_out and origin != "train" and (own or origin != "random")
+        return self.config.control == "always" or (self.config.control == "auto" and seen)
 
     def network(self) -> nn.Module:
         """A new network with weights seeded by the run."""
@@ -130,7 +145,7 @@ class Source:
                 self.architecture()
 
     def check_fit(self) -> None:
-        """One image through the network: it must take the data's size and have an output for every label."""
+        """One image through the network: it must take the data's size, have an output for every label, and something to train, in batches that it takes."""
         data, network = self.data(), self.network()
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
         self._check_sides(min(images.shape[2:]))
@@ -142,6 +157,13 @@ class Source:
             raise DataError(
                 f"expected labels below the network's {outputs} outputs, got {data.classes} classes; check --model-args and --data"
             )
+        if not any(one.requires_grad for one in network.parameters()):
+            raise ModelError(
+                "expected parameters to fine-tune, got a network without any that has requires_grad; call .requires_grad_(True) on it first"
+            )
+        if min(self.config.batch_size, len(data.train)) < 2 * self.config.workers:
+            advice = f"it may be too few for training: raise --batch-size ({self.config.batch_size}, shared by {self.config.workers} workers)"
+            scores(network.train(), images[:1], advice)  # batch norm wants two values of each channel
 
     def _check_sides(self, pixels: int) -> None:
         """What moves or masks an image must leave something of it."""

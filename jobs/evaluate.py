@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from clipq_ray.loading import from_bytes, read_file
 from clipq_ray.precision import exact_float32
 from clipq_ray.summary import bytes_before
 
+_VALUES = 1 << 28  # of the images of a batch: 1 GiB
 UNFIT = "the file states that size; fetch it again or make it anew"
 
 
@@ -61,7 +63,8 @@ def main(arguments: list[str]) -> int:
     network = from_bytes(data).to(device)
     with torch.inference_mode():
         scores(network, split.batch(torch.arange(1), None)[0].to(device), UNFIT)
-    result = evaluate(network, split, batch_size=given.batch_size, device=device)
+    at_once = max(1, _VALUES // math.prod(stated["shape"]))  # whatever a file states
+    result = evaluate(network, split, batch_size=min(given.batch_size, at_once), device=device)
     low, high = result.interval()
     before = bytes_before(data)
     print(f"network     {content['architecture']['name']}")

@@ -98,7 +98,7 @@ def test_with_fewer_than_five_classes_top5_counts_all_of_them() -> None:
     ("correct", "n"), [(81, 263), (0, 10), (10, 10), (1, 1), (8, 40), (50, 100), (9173, 10_000)]
 )
 def test_the_interval_is_wilsons(correct: int, n: int) -> None:
-    found = Evaluation(n, correct / n, 1.0, 0.0, np.zeros(n, np.int64)).interval()
+    found = Evaluation(n, correct / n, 1.0, 0.0, *np.zeros((2, n), np.int64)).interval()
     other = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
     assert found == pytest.approx((other.low, other.high), abs=1e-12)
 
@@ -106,7 +106,7 @@ def test_the_interval_is_wilsons(correct: int, n: int) -> None:
 def test_the_interval_lies_in_0_to_1_and_holds_the_estimate() -> None:
     for n in (1, 7, 10_000):
         for correct in (0, n // 2, n):
-            low, high = Evaluation(n, correct / n, 1.0, 0.0, np.zeros(n, np.int64)).interval()
+            low, high = Evaluation(n, correct / n, 1.0, 0.0, *np.zeros((2, n), np.int64)).interval()
             assert 0.0 <= low <= correct / n <= high <= 1.0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from clipq_ray.errors import ArtifactError
 
-SIDE_LIMIT, INPUT_LIMIT = 1 << 13, 1 << 28
+SIDE_LIMIT, INPUT_LIMIT = 1 << 13, 1 << 26
 """Channels, height and width of an input are at most the first each, their product the second, so that a small file cannot ask for a large image."""
 
 
@@ -68,11 +68,13 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def check(metadata: dict[str, Any], names: Collection[str]) -> None:
-    """`ArtifactError` where a known key has a value of another kind, or a tie leads to none of the tensors in `names`."""
+    """`ArtifactError` where a known key has a value of another kind, or a tie leads to none of the tensors in `names`, or is one of them itself."""
     for key, is_right in _KINDS.items():
         if key in metadata and not is_right(metadata[key]):
             raise ArtifactError(
                 f"the metadata of the .clq file has something else than {key} should be: {metadata[key]!r:.300}; fetch the file again or make it anew"
             )
+    if both := sorted(set(metadata.get("ties", {})) & set(names)):
+        raise ArtifactError(f"the .clq file ties {both[0]!r:.100} to another tensor, and holds it as well")
     if lost := sorted(set(metadata.get("ties", {}).values()) - set(names)):
         raise ArtifactError(f"the .clq file ties a name to {lost[0]!r:.100}, which it does not hold")

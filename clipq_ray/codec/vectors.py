@@ -38,7 +38,7 @@ class Vector:
 
     def values(self) -> npt.NDArray[np.float32]:
         """float32: each code times the step, rounded once."""
-        return self.codes.astype(np.float32) * step_size(self.step)
+        return np.asarray(self.codes.astype(np.float32) * step_size(self.step))  # of a scalar, too
 
 
 def step_size(index: int) -> np.float32:
@@ -59,7 +59,7 @@ def on_grid(values: npt.NDArray[np.floating], unit: float, parts: float) -> Vect
     scaled = np.rint(values.astype(np.float64) / float(step_size(index)))
     if scaled.size and np.abs(scaled).max() >= 1 << _LOCATION_BITS - 2:
         return None
-    vector = Vector(scaled.astype(np.int32), index)
+    vector = Vector(np.asarray(scaled.astype(np.int32)), index)
     away = vector.codes.astype(np.int64) - location(vector)
     return vector if not away.size or np.abs(away).max() <= codes.SIDE_MOST else None
 

@@ -123,6 +123,9 @@ def _parquet(listing: Listing, cache_bytes: int, _: Expected) -> Found | None:
             continue
         sources[split] = rows
     names = class_names([file for rows in sources.values() for file in rows.files], listing)
+    if len(sources) > 1 and "any" in sources:
+        unnamed = groups["any"]
+        notes.append(f"{len(unnamed)} Parquet files whose names name no split are not used, as {unnamed[0]}")
     return Found({**sources}, names, f"Parquet at {listing.store.uri}", tuple(notes))
 
 
@@ -160,8 +163,11 @@ def _folders(listing: Listing, _: int, expected: Expected) -> Found | None:
         groups.setdefault((split, top) if split else ("any", ""), []).append(name)
     if not images:
         return None
-    if len(groups) > 1:
-        groups.pop(("any", ""), None)  # pictures that lie about beside train/ and test/
+    notes = []
+    if len(groups) > 1 and (beside := groups.pop(("any", ""), None)):
+        notes.append(f"{len(beside)} images beside the folders of splits are not used, as {beside[0]}")
+    if others := [name for name in listing.sizes if "/" in name and not name.lower().endswith(ENDINGS)]:
+        notes.append(f"{len(others)} files that are not called as images are not used, as {others[0]}")
     for split in {split for split, _ in groups}:
         if len(same := [top for one, top in groups if one == split]) > 1:
             raise DataError(
@@ -178,4 +184,4 @@ def _folders(listing: Listing, _: int, expected: Expected) -> Found | None:
                 f"found {len(loose)} in none, as {listing.at(loose[0])}; sort them into class folders"
             )
         sources[split] = ImageFiles(listing, names, folder, known)
-    return Found(sources, tuple(known), f"image folders at {listing.store.uri}")
+    return Found(sources, tuple(known), f"image folders at {listing.store.uri}", tuple(notes))

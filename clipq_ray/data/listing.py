@@ -36,8 +36,11 @@ class Listing:
         with reading(store.uri):
             system, base = store.arrow()
             found = system.get_file_info(fs.FileSelector(base, recursive=below, allow_not_found=True))
-        root = base.rstrip("/") + "/"
-        sizes = {info.path.removeprefix(root): info.size for info in found if info.type == fs.FileType.File}
+            root = base.rstrip("/") + "/"
+            # a name that is no UTF-8 cannot be told
+            sizes = {
+                info.path.removeprefix(root): info.size for info in found if info.type == fs.FileType.File
+            }
         visible = {name: sizes[name] for name in sorted(sizes) if not f"/{name}".count("/.")}
         if not visible:
             raise DataError(

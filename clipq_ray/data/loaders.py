@@ -3,7 +3,7 @@
 A dataset's transforms draw from the global random states of torch, Python and numpy; each item is read with these set from (the batch's
 generator, its position), or from its index where no generator is given, and put back afterwards. So batches repeat exactly, and nothing
 is prepared in another thread, which would disturb the network's own randomness. The transforms of the training dataset also apply to
-images held out of it. The fingerprint hashes the datasets' types and lengths, all labels and 32 evenly spaced items (tensors) read
+images held out of it. The fingerprint hashes the datasets' types and lengths, all labels and 32 evenly spaced items, collated, read
 that way. Not covered: iterable datasets, samplers (the training loop has its own order), the loaders' workers.
 """
 
@@ -99,10 +99,12 @@ def from_loaders(
     train = _split(train_loader, "training")
     validation = None if validation_loader is None else _split(validation_loader, "validation")
     test = None if test_loader is None else _split(test_loader, "test")
-    if validation is not None and test is not None and validation.fingerprint == test.fingerprint:
-        raise DataError(
-            "expected validation images other than the test images, got the same; the test set decides nothing, give others"
-        )
+    for other, words in (
+        (test, "test images, got the same; the test set decides nothing"),
+        (train, "training images, got the same; a network knows those"),
+    ):
+        if validation is not None and other is not None and validation.fingerprint == other.fingerprint:
+            raise DataError(f"expected validation images other than the {words}, give others")
     splits = [one for one in (train, validation, test) if one is not None]
     if min(int(one.labels.min()) for one in splits) < 0:
         raise DataError("expected labels from 0 on, got negative ones; number the classes from 0")
@@ -199,10 +201,8 @@ def _label(item: Any) -> int:
 
 def _fingerprint(split: LoaderSplit) -> str:
     some = np.unique(np.linspace(0, len(split) - 1, SAMPLE_ITEMS).astype(int))
-    tensors = [image.numpy() for image, _ in map(split.item, some.tolist()) if isinstance(image, Tensor)]
-    if not tensors:  # the collate function makes them
-        tensors = [split.batch(torch.from_numpy(some), None)[0].numpy()]
-    return content_hash("loader", type(split.dataset).__qualname__, split.labels, *tensors)
+    images = split.batch(torch.from_numpy(some), None)[0].numpy()  # as the collate function makes them
+    return content_hash("loader", type(split.dataset).__qualname__, split.labels, images)
 
 
 @contextlib.contextmanager

@@ -84,10 +84,7 @@ def open_data(
     chosen, more = _chosen(present, limit_images, validation_images, seed)
     bad = BadImages(bad_image_limit)
     splits = _splits(chosen, preprocessing, memory_limit_bytes, bad, shift_pixels)
-    if "test" in splits and _same(chosen, splits):
-        raise DataError(
-            "expected validation images other than the test images, got the same; the test set decides nothing, give others"
-        )
+    _refuse_same(chosen, splits)
     return Data(
         train=splits["train"],
         validation=splits["validation"],
@@ -135,7 +132,8 @@ def open_test(
 def _check_order(found: Found, uri: str, classes: int, class_names: Sequence[str]) -> None:
     """Refuse images whose class numbers are not those of a network: the same names in another order, folders that are not all of its classes."""
     names = found.class_names
-    if class_names and names != tuple(class_names) and sorted(names) == sorted(class_names):
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if any(numbers.get(name, number) != number for number, name in enumerate(names)):
         raise DataError(
             f"expected the classes in the order {few(list(class_names))}, got {few(list(names))} at {uri}; give the data that the network was made with"
         )
@@ -286,11 +284,21 @@ def _splits(
     return splits
 
 
-def _same(chosen: Chosen, splits: dict[str, Split]) -> bool:
-    """Whether the validation images are the test images."""
-    if splits["validation"].fingerprint == splits["test"].fingerprint:
+def _refuse_same(chosen: Chosen, splits: dict[str, Split]) -> None:
+    """`DataError` where images that decide are those that train, or those that judge in the end."""
+    for split, why in (("test", "the test set decides nothing"), ("train", "a network knows those")):
+        if split in splits and _same(split, chosen, splits):
+            words = "training" if split == "train" else split
+            raise DataError(
+                f"expected validation images other than the {words} images, got the same; {why}, give others"
+            )
+
+
+def _same(split: str, chosen: Chosen, splits: dict[str, Split]) -> bool:
+    """Whether the validation images are those of another split."""
+    if splits["validation"].fingerprint == splits[split].fingerprint:
         return True
-    (ours, rows), (others, _) = chosen["validation"], chosen["test"]
+    (ours, rows), (others, _) = chosen["validation"], chosen[split]
     if isinstance(ours, Images) or isinstance(others, Images) or len(rows) < len(ours.labels):
         return False  # of images in memory, the fingerprint is that of their pixels; a part is not the whole
     return ours.same_images(others)

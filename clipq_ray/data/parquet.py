@@ -197,9 +197,9 @@ def _open(listing: Listing, name: str) -> File:
             pq.ParquetFile(source, metadata=metadata).read(columns=["label"], use_threads=False).column(0)
         )
         sample = source.read_at(min(size, SAMPLE_BYTES), max(0, size - SAMPLE_BYTES) // 2)
-    if column.null_count:
-        raise DataError(f"expected a label in every row, found {column.null_count} rows without: {at}")
-    labels = np.asarray(column.cast(pa.int64()).to_numpy(), dtype=np.int64)
+        if column.null_count:
+            raise DataError(f"expected a label in every row, found {column.null_count} rows without: {at}")
+        labels = np.asarray(column.cast(pa.int64()).to_numpy(), dtype=np.int64)
     base = name.rpartition("/")[2]
     parts = (str(size), tail[-footer:], labels, sample)
     mark, content = content_hash(base, *parts), content_hash("file", *parts)

@@ -122,7 +122,7 @@ def _accuracy(source: Source) -> Iterator[str]:
     split, scores, data = _measured(source)
     if not scores:
         return
-    names = {"original": "before", "control": "dense control, trained as long", "compressed": "`model.clq`"}
+    names = {"original": "before", "control": "dense control", "compressed": "`model.clq`"}
     yield f"Accuracy on {data}, {split} ({scores['n']:,} images, one run; 95 % interval):"
     yield ""
     yield "| | top-1 | top-5 |"

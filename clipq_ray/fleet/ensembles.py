@@ -45,15 +45,15 @@ def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
         prepare_process(member.source.config.threads_per_worker)
         data = member.source.data()
         images, split = (data.test, "test") if data.test is not None else (data.validation, "validation")
-        found = np.asarray(images.labels)
-        if labels is not None and not np.array_equal(labels, found):
-            raise DataError(
-                f"ensemble {ensemble.name}: expected all members to be judged on the same images, got others for {member.source.name}; "
-                "give them the same data options"
-            )
-        labels = found
         for name, network in (("original", _original), ("compressed", _decoded)):
-            votes[name].append(probabilities(member.source, network(member), images))
+            vote, found = probabilities(member.source, network(member), images)
+            votes[name].append(vote)
+            if labels is not None and not np.array_equal(labels, found):
+                raise DataError(
+                    f"ensemble {ensemble.name}: expected all members to be judged on the same images, got others for {member.source.name}; "
+                    "give them the same data options"
+                )
+            labels = found
     assert labels is not None
     names = [member.source.name for member in members]
     original, compressed = (together(ensemble, names, votes[name]).argmax(axis=1) for name in votes)
@@ -97,8 +97,8 @@ def _decoded(member: Member) -> nn.Module:
 
 
 @torch.inference_mode()
-def probabilities(source: Source, model: nn.Module, images: Split) -> Votes:
-    """Softmax of the network's class scores on all images, float64 (n, classes)."""
+def probabilities(source: Source, model: nn.Module, images: Split) -> tuple[Votes, npt.NDArray[np.int64]]:
+    """Softmax of the network's class scores on all images, float64 (n, classes), and their labels, int64 (n,), as `Evaluation` has them."""
     model = model.to(source.device())
     forward, parts = (
         Forward(model, source.device()),
@@ -106,10 +106,11 @@ def probabilities(source: Source, model: nn.Module, images: Split) -> Votes:
     )
     with evaluating(model):
         found = [
-            torch.softmax(forward(pixels).double(), dim=1).numpy()
-            for pixels, _ in batches(images, parts, lambda step: None)
+            (torch.softmax(forward(pixels).double(), dim=1).numpy(), labels.numpy())
+            for pixels, labels in batches(images, parts, lambda step: None)
         ]
-    return np.concatenate(found)
+    votes, labels = zip(*found, strict=True)
+    return np.concatenate(votes), np.concatenate(labels)
 
 
 def all_scored(

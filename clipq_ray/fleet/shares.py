@@ -247,16 +247,16 @@ class _Vote:
         votes, labels = [], None
         for one in self._opened:
             source = one.prepared.run.source
-            images = source.data().validation
-            found = np.asarray(images.labels)
+            model = source.network()
+            model.load_state_dict(read_state(one.reference))
+            vote, found = probabilities(source, model, source.data().validation)
+            votes.append(vote)
             if labels is not None and not np.array_equal(labels, found):
                 raise DataError(
                     f"ensemble {self._ensemble.name}: expected all members to have the same validation images, got others for {source.name}; "
                     "give them the same data options"
                 )
-            labels, model = found, source.network()
-            model.load_state_dict(read_state(one.reference))
-            votes.append(probabilities(source, model, images))
+            labels = found
         assert labels is not None
         return together(self._ensemble, self._names, votes), labels
 
@@ -265,7 +265,7 @@ class _Vote:
         for one, making in zip(self._opened, self._making, strict=True):
             source, file = one.prepared.run.source, making.done[-1].packed.file
             decoded = loading.from_bytes(file, factory=source.network)
-            votes.append(probabilities(source, decoded, source.data().validation))
+            votes.append(probabilities(source, decoded, source.data().validation)[0])
         total = together(self._ensemble, self._names, votes)
         drop = Drop.between(reference.argmax(axis=1), total.argmax(axis=1), labels)
         last = [making.done[-1].outcome for making in self._making]

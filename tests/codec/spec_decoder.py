@@ -174,6 +174,7 @@ def _check_metadata(about: dict[str, Any], names: set[str]) -> None:
     ties = about.get("ties", {})
     demand(isinstance(ties, dict), "ties")
     demand(all(isinstance(name, str) and name in names for name in ties.values()), "a tie to nothing")
+    demand(not any(alias in names for alias in ties), "a tie of a tensor that is there")
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -186,7 +187,7 @@ def _check_input(images: Any) -> None:
     demand(all(key in images for key in ("shape", "resize", "mean", "std")), "what input lacks")
     shape = images["shape"]
     demand(isinstance(shape, list) and len(shape) == 3, "the input's shape")
-    demand(all(_whole(side, 1) for side in shape) and math.prod(shape) <= 2**28, "the input's sides")
+    demand(all(_whole(side, 1) for side in shape) and math.prod(shape) <= 2**26, "the input's sides")
     demand(images["resize"] is None or _whole(images["resize"], max(shape[1], shape[2])), "resize")
     for key in ("mean", "std"):
         numbers = images[key]

@@ -108,7 +108,7 @@ def test_stated_labels_that_items_contradict_are_not_believed() -> None:
             image, label = super().__getitem__(index)
             return image, label + 1
 
-    data = from_loaders(loader(Shifted()), loader(Shifted()))
+    data = from_loaders(loader(Shifted()), loader(Noisy()))
     assert data.train.labels.tolist() == [number % 3 + 1 for number in range(60)]
     assert data.classes == 4
 
