@@ -9,6 +9,7 @@ import functools
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,14 +18,15 @@ from typing import Any
 
 from clipq_ray import identity, logs
 from clipq_ray.claims import Claim
-from clipq_ray.cluster.engine import Engine
+from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.errors import ClipqError, RunError
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import finish_ensemble, without
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
 from clipq_ray.progress import Reporter
+from clipq_ray.redaction import redacted
 from clipq_ray.searching import search_all
-from clipq_ray.stages import Run
+from clipq_ray.stages import Run, stopped
 from clipq_ray.work import Source
 
 log = logs.logger(__name__)
@@ -220,16 +222,27 @@ class _Job:
 
         if not self._engine.parallel:
             self._share_time(numbers)
-        searches = [self.found[number].search.within_deadline() for number in numbers]
         if len(units) == 1:  # nothing to do meanwhile: all in this thread
             pool = None
-            search_all(searches, self._engine, reporter, searched)
+            self._search(left, reporter, searched)
             while not urgent.empty():
                 finish_next()
             return
         with self._threads() as pool:
-            search_all(searches, self._engine, reporter, searched)
+            self._search(left, reporter, searched)
             _wait(ended)
+
+    def _search(self, left: Mapping[tuple[int, ...], set[int]], reporter: Reporter, searched: Done) -> None:
+        """Search all units; what stops that is the error of those of which something is `left` then, and no other's."""
+        numbers = [number for unit in left for number in unit]
+        try:
+            searches = [self.found[number].search.within_deadline() for number in numbers]
+            search_all(searches, self._engine, reporter, searched)
+        except Exception as error:
+            told = error if isinstance(error, ClipqError) else self._unexpected(error)
+            for number in (number for unit in left if left[unit] for number in unit):
+                if isinstance(one := self.found[number], Prepared):
+                    self._end(number, stopped(one.run, told))
 
     def _share_time(self, numbers: Sequence[int]) -> None:
         """Networks that begin leave others their share of the time before a deadline."""
@@ -262,15 +275,17 @@ class _Job:
             except ClipqError as error:
                 ended = dict.fromkeys(numbers, error)
             except Exception as error:
-                if self._alone:
-                    raise
-                log.exception("unexpected, and no mistake of the input")
-                told = RunError(
-                    f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report it"
-                )
-                ended = dict.fromkeys(numbers, told)
+                ended = dict.fromkeys(numbers, self._unexpected(error))
         for number, one in ended.items():
             self._end(number, one)
+
+    def _unexpected(self, error: Exception) -> RunError:
+        """What is told of an error that is no mistake of the input, beside its traceback; of a network alone the error itself is raised."""
+        if self._alone:
+            raise error
+        log.error("unexpected: %s", redacted("".join(traceback.format_exception(error))))
+        words = redacted(" ".join(str(error).split()))[:300]
+        return RunError(f"unexpected {type(error).__name__}: {words}; please report it")
 
     def _whose(self, numbers: Sequence[int]) -> str:
         """What log lines call these networks; empty where there is no other."""

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from clipq_ray import console
 from clipq_ray.errors import ConfigError, StorageError
-from clipq_ray.manifest import checked, committed, fleets, read_manifest, verify, verify_clq, verify_fleet
+from clipq_ray.manifest import (
+    checked,
+    committed,
+    fleets,
+    read_manifest,
+    runs_of,
+    verify,
+    verify_clq,
+    verify_fleet,
+)
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
@@ -283,11 +292,10 @@ def _checks(uri: str) -> Iterator[tuple[str, list[str]]]:
 def _fleet_checks(fleet: Store) -> Iterator[tuple[str, list[str]]]:
     """A fleet, and each of its runs that is there."""
     storage = Store(fleet.uri.rpartition("/")[0])
-    yield fleet.uri, (problems := verify_fleet(fleet, storage))
-    if not problems:
-        for model, run in read_manifest(fleet)["runs"].items():
-            store = storage.child(f"model={model}", f"run={run}")
-            yield store.uri, verify(store)
+    yield fleet.uri, verify_fleet(fleet, storage)
+    for one in runs_of(fleet, storage):
+        if one.store.exists(MANIFEST):
+            yield one.store.uri, verify(one.store)
 
 
 def _file(uri: str) -> tuple[Store, str] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,59 +32,81 @@ takes 30 to 55 more; one that follows the size of the file from epoch to epoch l
 
 @dataclass
 class _Layer:
-    """One parameter, which holds quantized weights between steps; `twin`: the full-precision ones, zero where clipped; `codes`: which of the ascending
-    `levels`, none of them zero, each kept weight has (of the others nothing is meant)."""
+    """One parameter, which holds quantized weights between steps; `twin`: the full-precision ones, zero where clipped; `kept`: where the n weights lie that are
+    not, an index per dimension; `codes`: int64 (n,), which of the `levels`, none of them zero, each of these has."""
 
     name: str
     parameter: nn.Parameter
     twin: Tensor
-    kept: Tensor
+    kept: tuple[Tensor, ...]
     codes: Tensor
     levels: Tensor
-
-    def masks(self) -> Iterator[tuple[int, Tensor]]:
-        """The levels' numbers with the weights that have them."""
-        for number in range(len(self.levels)):
-            yield number, self.kept & (self.codes == number)
 
     def assign(self, price: float) -> None:
         """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `price` for each bit of its code, in the mean square of the
         distances of neighbouring levels; then every level to the mean of its twins."""
-        n = [int(mask.sum()) for _, mask in self.masks()]
-        gaps = [
-            (after - before) ** 2 for before, after in pairwise(self.levels.tolist()) if before * after > 0
-        ]
+        twins, levels = self.twin[self.kept], self.levels.tolist()
+        n = self._counts().tolist()
+        gaps = [(after - before) ** 2 for before, after in pairwise(sorted(levels)) if before * after > 0]
         gap = sum(gaps) / max(1, len(gaps))
-        least = torch.full_like(self.twin, torch.inf)
-        for number, level in enumerate(self.levels):
-            bits = math.log2((sum(n) + len(n)) / (n[number] + 1))
-            costs = (self.twin - level).square_().add_(price * gap * bits)
-            better = (costs < least) & ((self.twin > 0) == (level > 0))
-            self.codes[better] = number
-            least = torch.where(better, costs, least)
-        for number, mask in self.masks():
-            # a level that nothing has is there for weights that come; none leaves its side of zero, where a layer of one side may have no place for it
-            total = (self.twin * mask).sum(dtype=torch.float64)
-            if total * self.levels[number] > 0:
-                self.levels[number] = total / mask.sum()
+        costs = [price * gap * math.log2((sum(n) + len(n)) / (one + 1)) for one in n]
+        for positive in (False, True):
+            numbers, borders = nearest(
+                {number: level for number, level in enumerate(levels) if (level > 0) == positive}, costs
+            )
+            if numbers:
+                found = self.codes.new_tensor(numbers)[torch.bucketize(twins, twins.new_tensor(borders))]
+                self.codes = torch.where((twins > 0) == positive, found, self.codes)
+        totals = _sums(twins, self.codes, len(levels))
+        # a level that nothing has is there for weights that come; none leaves its side of zero, where a layer of one side may have no place for it
+        means = (totals / self._counts().clamp(min=1)).to(self.levels.dtype)
+        self.levels = torch.where(totals * self.levels > 0, means, self.levels)
         self.put()
 
+    def _counts(self) -> Tensor:
+        """How many weights each level has."""
+        return torch.bincount(self.codes, minlength=len(self.levels))
+
     def put(self) -> None:
-        """The quantized weights into the parameter."""
-        self.parameter.copy_(torch.where(self.kept, self.levels[self.codes], 0.0))
+        """The quantized weights into the parameter, which is zero elsewhere."""
+        self.parameter.index_put_(self.kept, self.levels[self.codes])
 
     def spread_gradient(self) -> None:
         """The gradient of the quantized weights becomes that of their twins."""
-        given = self.parameter.grad
-        if given is None:
+        if self.parameter.grad is None:
             return
-        given.mul_(self.kept)
-        # masks and sums, not scattered additions: on a GPU their order would be another on every rank
-        of_levels = [
-            (mask, (given * mask).sum() / mask.sum().clamp(min=1).sqrt()) for _, mask in self.masks()
-        ]
-        for mask, gradient in of_levels:
-            given.add_(mask * gradient)
+        given = self.parameter.grad[self.kept]
+        totals = _sums(given, self.codes, len(self.levels)) / self._counts().clamp(min=1).sqrt()
+        self.parameter.grad.zero_().index_put_(self.kept, given + totals.to(given.dtype)[self.codes])
+
+
+def nearest(levels: Mapping[int, float], costs: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Which of `levels`, by number, some place is nearest to, where the square of its distance is raised by the level's of `costs`; ascending, and the borders between
+    them, of which the lower one has what lies on it. Of parabolas of one shape each is the lowest in one interval, if anywhere."""
+    chosen: list[int] = []
+    borders: list[float] = []
+    for number in sorted(levels, key=lambda one: (levels[one], costs[one])):
+        while chosen:
+            level, last = levels[number], levels[chosen[-1]]
+            if level == last:  # and it costs no less
+                break
+            border = (level + last) / 2 + (costs[number] - costs[chosen[-1]]) / (2 * (level - last))
+            if len(chosen) == 1 or border > borders[-1]:
+                borders.append(border)
+                chosen.append(number)
+                break
+            chosen.pop()
+            borders.pop()
+        else:
+            chosen.append(number)
+    return chosen, borders
+
+
+def _sums(values: Tensor, codes: Tensor, count: int) -> Tensor:
+    """float64 (count,): the sum of the `values` of each of `codes`, added in an order that is always the same, so that all ranks get the same."""
+    if values.device.type == "cpu":
+        return torch.bincount(codes, values.double(), minlength=count)
+    return torch.stack([(values * (codes == one)).sum(dtype=torch.float64) for one in range(count)])
 
 
 class Levels:
@@ -166,19 +188,13 @@ class Levels:
 @torch.no_grad()
 def _layer(name: str, parameter: nn.Parameter, one: Quantized) -> _Layer:
     """A layer as `bake` has left it: the twins begin as the quantized weights."""
-    values, kept = parameter.detach(), one.codes != 0
+    values = parameter.detach()
+    kept = (one.codes != 0).to(values.device).nonzero(as_tuple=True)
     levels = one.levels[~one.levels.isnan() & (one.levels != 0)].to(values.device)
     if not len(levels):  # all is clipped
         levels = values.new_zeros(1)
-    return _Layer(name, parameter, values.clone(), kept, _passed(values, levels[:-1]), levels)
-
-
-def _passed(values: Tensor, walls: Tensor) -> Tensor:
-    """int32, in the memory order of `values`: how many of `walls` each is beyond."""
-    passed = torch.zeros_like(values, dtype=torch.int32)
-    for wall in walls:
-        passed += values > wall
-    return passed
+    codes = torch.bucketize(values[kept], levels[:-1])
+    return _Layer(name, parameter, values.clone(), kept, codes, levels)
 
 
 def read(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Quantized]:

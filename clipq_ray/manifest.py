@@ -8,14 +8,16 @@ tables of all committed runs as one dataset. Not covered: what the manifest says
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipq_ray import logs
+from clipq_ray.consistency import NAME
 from clipq_ray.errors import FormatError, StorageError
 from clipq_ray.redaction import redacted
 from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, WORK, Store
@@ -29,8 +31,36 @@ _FLEET = re.compile(rf"fleet=([^/]+)/{re.escape(MANIFEST)}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SELF = "manifest_sha256"
 _DEPTH = 64  # as the header of a .clq file; those that are written have fewer than ten levels
+_REPLACED_AT_MOST = 5
 _RESTORE = "restore it, or make a new run with --force"
 _log = logs.logger(__name__)
+
+
+def _names_runs(value: Any) -> bool:
+    """Whether this is {name: run} of what a storage may hold."""
+    return isinstance(value, dict) and all(
+        isinstance(run, str) and all(NAME.fullmatch(part) for part in (name, run))
+        for name, run in value.items()
+    )
+
+
+def _names_stages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in ("stage", "key"))
+        for one in value
+    )
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("model", "run", "fleet"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(
+        ("metrics", "data", "curves", "config", "promise", "versions"), lambda value: isinstance(value, dict)
+    ),
+    "runs": _names_runs,
+    "stages": _names_stages,
+    "notes": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+}
+"""What keys that others than a run's own job read must have, where they are there."""
 
 
 class CommittedRun(NamedTuple):
@@ -60,6 +90,12 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
     # An answer that got lost on the way looks like a manifest of somebody else's.
     if not run.create(MANIFEST, content) and run.read(MANIFEST) != content:
         _refuse_committed(run)
+    for (
+        name,
+        data,
+    ) in files.items():  # a job that was told that it had lost the run may have written its own meanwhile
+        if run.read(name) != data:
+            run.write(name, data)
     try:
         run.child(WORK).remove_tree()
     except StorageError as error:
@@ -69,11 +105,22 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
 
 
 def replace(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Write files and manifest in place of others: for what is a summary of runs, and no run itself."""
+    """Write files and manifest in place of others: for what is a summary of runs, and no run itself.
+
+    Until the manifest is there again, nothing is, so that no reader and no crash sees files of two writers; of two at once the one that ends last has
+    written all. `StorageError` where another one goes on writing.
+    """
     content = _manifest_bytes(files, manifest)
-    for name, data in files.items():
-        store.write(name, data)
-    store.write(MANIFEST, content)
+    whole = {**files, MANIFEST: content}
+    for _ in range(_REPLACED_AT_MOST):
+        store.remove(MANIFEST)
+        for name, data in whole.items():
+            store.write(name, data)
+        if all(store.exists(name) and store.read(name) == data for name, data in whole.items()):
+            return
+    raise StorageError(
+        f"{store.uri} came back other than it was written, {_REPLACED_AT_MOST} times; is another job writing it? run again"
+    )
 
 
 def read_manifest(run: Store) -> dict[str, Any]:
@@ -100,7 +147,22 @@ def read_manifest(run: Store) -> dict[str, Any]:
         raise FormatError(
             f"expected {at} to list its files with bytes and sha256, got something else; {_RESTORE}"
         )
+    for key, is_right in _KINDS.items():
+        if key in manifest and not is_right(manifest[key]):
+            raise FormatError(f"expected {at} to say {key} as manifests do, got something else; {_RESTORE}")
     return manifest
+
+
+@contextlib.contextmanager
+def understood(uri: str) -> Iterator[None]:
+    """Whoever shows what the manifest of the stored run at `uri` says finds there what a run says, or it is a `FormatError`: its hash is right for anything."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise FormatError(
+            f"expected {uri}/{MANIFEST} to say of a run what manifests do, got something else ({words}); {_RESTORE}"
+        ) from error
 
 
 def refuse_newer(directory: Store) -> None:
@@ -154,14 +216,25 @@ def verify(run: Store) -> list[str]:
     except (FormatError, StorageError) as error:
         return [str(error)]
     problems = [] if _SELF in manifest else [f"{run.uri}/{MANIFEST}: expected a {_SELF}, got none"]
-    for key, value in (part.split("=", 1) for part in run.uri.split("/")[-2:] if "=" in part):
-        if key in ("model", "run", "fleet") and manifest.get(key) != value:
-            problems.append(
-                f"{run.uri}/{MANIFEST}: expected {key} {value!r} as in the path, got {manifest.get(key)!r}; give the directory its name back"
-            )
+    place = _place(run.uri)
+    problems += [
+        f"{run.uri}/{MANIFEST}: expected {key} {value!r} as in the path, got {manifest.get(key)!r}; give the directory its name back"
+        for key, value in place.items()
+        if manifest.get(key) != value
+    ]
+    if "run" in place and MODEL not in manifest["files"]:
+        problems.append(f"{run.uri}/{MANIFEST}: expected it to list {MODEL}, got a run without; {_RESTORE}")
     for name, stated in sorted(manifest["files"].items()):
         problems.extend(_verify_file(run, name, stated))
     return problems
+
+
+def _place(uri: str) -> dict[str, str]:
+    """What the path says that lies there: a model's run, or a fleet; a storage may be called by anything."""
+    if match := re.search(r"(?:^|/)model=([^/]+)/run=([^/]+)/?$", uri):
+        return {"model": match[1], "run": match[2]}
+    match = re.search(r"(?:^|/)fleet=([^/]+)/?$", uri)
+    return {"fleet": match[1]} if match else {}
 
 
 def checked(data: bytes, stated: Mapping[str, Any], origin: str) -> bytes:
@@ -200,19 +273,21 @@ def fleets(storage: Store) -> list[Store]:
 
 def verify_fleet(fleet: Store, storage: Store) -> list[str]:
     """What is wrong with a fleet's own files, and which of its runs `storage` does not hold; the runs' files are not looked at."""
-    problems = verify(fleet)
+    return verify(fleet) + [
+        f"{fleet.uri}/{MANIFEST}: expected run {one.run} of {one.model} to be committed, got no {MANIFEST}; submit the fleet again"
+        for one in runs_of(fleet, storage)
+        if not one.store.exists(MANIFEST)
+    ]
+
+
+def runs_of(fleet: Store, storage: Store) -> list[CommittedRun]:
+    """The runs that a fleet names, whether `storage` holds them or not; none where its manifest cannot be read."""
     try:
         runs = read_manifest(fleet).get("runs", {})
     except (FormatError, StorageError):
-        return problems
-    missing = [
-        (model, run)
-        for model, run in runs.items()
-        if not storage.child(f"model={model}", f"run={run}").exists(MANIFEST)
-    ]
-    return problems + [
-        f"{fleet.uri}/{MANIFEST}: expected run {run} of {model} to be committed, got no {MANIFEST}; submit the fleet again"
-        for model, run in missing
+        return []
+    return [
+        CommittedRun(model, run, storage.child(f"model={model}", f"run={run}")) for model, run in runs.items()
     ]
 
 

@@ -34,6 +34,7 @@ from clipq_ray.work import (
     WEIGHTS,
     Source,
     prepare_process,
+    read_record,
     read_state,
     write_state,
 )
@@ -280,7 +281,7 @@ def _files(opened: Opened, made: rounds.Rounds) -> tuple[dict[str, bytes], dict[
         promise=made.document("control" if control else "original"),
         together=_together(given, best),
     )  # fmt: skip
-    recovery = json.loads(best.tuned.read(CURVE))["recovery"]
+    recovery = read_record(best.tuned, CURVE)["recovery"]
     files = results.files(
         document, best.packed, given.inventory, best.plan, best.choice, given.groups, made.searches, best.searched, scores, recovery
     )  # fmt: skip
@@ -391,6 +392,6 @@ def _together(given: Prepared, best: rounds.Round) -> dict[str, Any]:
 
 def _curves(best: rounds.Round, control: Store | None) -> dict[str, Any]:
     def rows(store: Store | None) -> list[dict[str, Any]]:
-        return json.loads(store.read(CURVE))["curve"] if store else []
+        return read_record(store, CURVE)["curve"] if store else []
 
     return {"finetune": rows(best.tuned), "levels": rows(best.fitted), "control": rows(control)}

@@ -26,7 +26,7 @@ from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
-from clipq_ray.work import LATE, SearchTask, read_state, read_trials, search_images
+from clipq_ray.work import LATE, SearchTask, read_record, read_state, read_trials, search_images
 
 DONE = "done.json"
 
@@ -67,7 +67,7 @@ class Search:
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
         found = read_trials(self.task)
-        if json.loads(self.store.read(DONE))["late"]:
+        if read_record(self.store, DONE)["late"]:
             fewest = min(len(points) for points in found.values())
             self.run.notes.append(
                 f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer or group by --deadline-hours"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import math
 import threading
 import time
@@ -33,7 +32,7 @@ from clipq_ray.rates import Ramp
 from clipq_ray.redaction import redacted, redacted_json
 from clipq_ray.storage import USES, Store, stage_store
 from clipq_ray.training import Size, TrainTask
-from clipq_ray.work import CURVE, Source, prepare_process, read_state
+from clipq_ray.work import CURVE, Source, prepare_process, read_record, read_state
 
 DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7, "levels": 0.5}
 """Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""
@@ -250,7 +249,7 @@ def trained(
             return run.engine.train(task, progress)
 
     store = run.stage(stage, inputs, CURVE, make)
-    notes = json.loads(store.read(CURVE))["notes"]
+    notes = read_record(store, CURVE)["notes"]
     run.notes += [note for note in notes if note not in run.notes]
     return store
 

@@ -28,7 +28,17 @@ from clipq_ray.plan import Plan
 from clipq_ray.quantizer import slow_on
 from clipq_ray.rates import Held, Ramp
 from clipq_ray.storage import Store
-from clipq_ray.work import CURVE, WEIGHTS, Source, here, later, prepare_process, read_state, write_state
+from clipq_ray.work import (
+    CURVE,
+    WEIGHTS,
+    Source,
+    here,
+    later,
+    prepare_process,
+    read_record,
+    read_state,
+    write_state,
+)
 
 
 @dataclass(frozen=True)
@@ -143,11 +153,11 @@ def _held(task: TrainTask, data: Data) -> Held | None:
 
 def epochs_in(trained: Store) -> int:
     """The epochs of the training that lies in `trained`, also where a deadline has shortened it."""
-    return len(json.loads(trained.read(CURVE))["curve"])
+    return len(read_record(trained, CURVE)["curve"])
 
 
 def plan_after(trained: Store, plan: Plan) -> tuple[Plan, float]:
     """What became of `plan` in the training that lies in `trained`, with other pruning rates where it was held at a size, and of the planned weights the
     share that was kept then."""
-    held = json.loads(trained.read(CURVE)).get("held")
+    held = read_record(trained, CURVE).get("held")
     return (Plan.from_json(held["plan"]), float(held["scale"])) if held else (plan, 1.0)

@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -245,6 +246,20 @@ def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
         raise FormatError(
             f"expected safetensors at {store.uri}/{name}, got {error}; remove it and run again"
         ) from error
+
+
+def read_record(store: Store, name: str) -> dict[str, Any]:
+    """The JSON object that a stage has left."""
+    try:
+        found = json.loads(store.read(name))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except ValueError as error:
+        words = " ".join(str(error).split())
+        raise FormatError(
+            f"expected a JSON object at {store.uri}/{name}, got {words}; remove {store.uri} and run again"
+        ) from error
+    return found
 
 
 def here(deadline: float | None, store: Store) -> float | None:

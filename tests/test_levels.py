@@ -98,6 +98,21 @@ def test_a_rare_level_gets_weights_only_where_it_is_nearer_by_what_its_bits_cost
     assert (model["w"].detach()[1:3] > 0.5).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 255])
+def test_each_place_has_the_level_whose_distance_and_costs_are_least(count: int) -> None:
+    random = np.random.default_rng(count)
+    for spread in (0.0, 0.01, 1.0, 100.0):
+        there = dict(enumerate(random.permutation(count) / count))  # levels may have passed each other
+        costs = spread * random.random(count)
+        chosen, borders = levels.nearest(there, costs.tolist())
+        places = random.uniform(-1, 2, 1000)
+        found = np.array(chosen)[np.searchsorted(borders, places)]
+        of_all = (places[:, None] - np.array([there[number] for number in range(count)])) ** 2 + costs
+        assert (of_all[np.arange(1000), found] <= of_all.min(axis=1) + 1e-12).all()
+    assert levels.nearest({}, []) == ([], [])
+    assert levels.nearest({0: 0.5, 1: 0.5, 2: 0.7}, [0.2, 0.1, 0.1]) == ([1, 2], [pytest.approx(0.6)])
+
+
 def test_a_level_of_a_layer_of_one_side_does_not_leave_it() -> None:
     model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([0.3, 0.35, 0.9]))})
     plan = make_plan(model, {"w": Theta(0.0, 2)})
@@ -255,17 +270,19 @@ def test_within_chance_the_loss_says_which_network_is_better() -> None:
         predictions[wrong] = 1
         return SimpleNamespace(
             file=b"",
-            validation=SimpleNamespace(predictions=predictions, loss=loss, top1=1 - len(wrong) / 3000),
+            validation=SimpleNamespace(
+                predictions=predictions, labels=labels, loss=loss, top1=1 - len(wrong) / 3000
+            ),
         )
 
     usual = packed(range(30), 0.04)
     better, worse = packed(range(5, 37), 0.03), packed(range(5, 37), 0.05)
     far_worse = packed(range(5, 70), 0.03)
-    assert packing.best([usual, better], None, labels) == 1
-    assert packing.best([usual, worse], None, labels) == 0
-    assert packing.best([usual, usual], None, labels) == 0
-    assert packing.best([usual, far_worse], None, labels) == 0
-    assert packing.best([far_worse, usual, better], None, labels) == 2
+    assert packing.best([usual, better], None) == 1
+    assert packing.best([usual, worse], None) == 0
+    assert packing.best([usual, usual], None) == 0
+    assert packing.best([usual, far_worse], None) == 0
+    assert packing.best([far_worse, usual, better], None) == 2
 
 
 def test_codes_that_are_too_large_leave_the_file_as_it_was(a_round: Round) -> None:

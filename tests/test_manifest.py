@@ -12,15 +12,26 @@ from typing import Any
 
 import duckdb
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 from refusals import refused
 
+from clipq_ray import codec, tables
 from clipq_ray import manifest as manifests
-from clipq_ray import tables
 from clipq_ray.cli import main
 from clipq_ray.errors import FormatError, StorageError
-from clipq_ray.storage import LAYERS, MANIFEST, PREDICTIONS, REPORT, TRIALS, Store, run_store, stage_store
+from clipq_ray.storage import (
+    LAYERS,
+    MANIFEST,
+    MODEL,
+    PREDICTIONS,
+    REPORT,
+    TRIALS,
+    Store,
+    run_store,
+    stage_store,
+)
 
 pytest_plugins = ["s3_server"]
 
@@ -43,8 +54,9 @@ def trial(name: str, chosen: bool) -> dict[str, Any]:
 
 
 def run_files(first_bytes: int = 100, *, trials: bool = True) -> dict[str, bytes]:
-    """The files of a small run of two layers of 400 weights (no packed network: `test_cli` has one)."""
+    """The files of a small run of two layers of 400 weights, which its packed network, of one vector, knows nothing of (`test_cli` has another)."""
     files = {
+        MODEL: codec.encode(codec.Packed({}, {"bias": np.ones(3, np.float32)})),
         LAYERS: tables.to_bytes([layer(0, first_bytes, 400), layer(1, 50, 400)], tables.LAYERS),
         REPORT: b"<html></html>",
     }
@@ -372,7 +384,7 @@ def test_a_manifest_that_json_allows_but_nobody_can_use_is_damaged(
 
 def test_a_manifest_may_be_nested(tmp_path: Path) -> None:
     run = run_store(Store(tmp_path), "lenet5", "r-1")
-    manifests.commit(run, {}, content("lenet5", "r-1", deep=json.loads("[" * 60 + "]" * 60)))
+    manifests.commit(run, run_files(), content("lenet5", "r-1", deep=json.loads("[" * 60 + "]" * 60)))
     assert manifests.verify(run) == []
 
 

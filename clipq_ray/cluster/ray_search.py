@@ -25,6 +25,7 @@ from clipq_ray.cluster.room import Amount, Room
 from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
+from clipq_ray.redaction import redacted
 from clipq_ray.search import Trial
 from clipq_ray.storage import Store
 from clipq_ray.work import Searcher, SearchTask
@@ -175,7 +176,10 @@ def search(
         _begin(tasks, places, watch.board)
         steps = _Steps(tasks, places, apart)
         _tuner(tasks, places, handout, steps, watch.board, storage(Store(tasks[0].output))).fit()
-        Store(tasks[0].output).child(_RAY).remove_tree()
+        try:
+            Store(tasks[0].output).child(_RAY).remove_tree()
+        except StorageError as error:  # all is searched
+            log.warning("what Ray has left could not be removed: %s", redacted(str(error)))
         handout.tell_rest()
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 
+from clipq_ray import manifest
 from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.export.formats import FORMATS, format_of
 from clipq_ray.storage import Store
@@ -50,7 +51,9 @@ def export(
             raise StorageError(
                 f"expected no files in {output}, got {found[0]}; choose another folder or pass --force"
             )
-        files = hub.files(Source.read(uri), base_model)
+        source = Source.read(uri)
+        with manifest.understood(os.fspath(uri)):
+            files = hub.files(source, base_model)
         for name, data in files.items():
             folder.write(name, data)
         return f"{output}: {', '.join(f'{name} {len(data):,} bytes' for name, data in files.items())}"
