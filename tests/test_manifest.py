@@ -162,6 +162,53 @@ def test_a_commit_whose_answer_got_lost_is_still_a_commit(
     assert manifests.verify(commit(storage, "lenet5", "r-1")) == []
 
 
+def test_what_a_job_that_lost_the_run_writes_late_does_not_stay(
+    storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Store.create
+
+    def beside(self: Store, name: str, data: bytes) -> bool:
+        first = create(self, name, data)
+        self.write(REPORT, b"<html>of another time</html>")  # its put was under way
+        return first
+
+    monkeypatch.setattr(Store, "create", beside)
+    assert manifests.verify(commit(storage, "lenet5", "r-1")) == []
+
+
+@pytest.mark.parametrize("late", [REPORT, MANIFEST])
+def test_a_summary_that_two_write_at_once_is_one_of_both(
+    late: str, storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, write, other = storage.child("fleet=night"), Store.write, [b"other"]
+
+    def beside(self: Store, name: str, data: bytes) -> None:
+        write(self, name, data)
+        if name == MANIFEST and other:
+            write(self, late, other.pop())
+
+    monkeypatch.setattr(Store, "write", beside)
+    manifests.replace(fleet, {REPORT: b"first"}, {"format": 1, "fleet": "night", "runs": {}})
+    assert manifests.verify(fleet) == []
+    assert fleet.read(REPORT) == b"first"
+
+
+def test_a_summary_whose_writer_dies_is_none(storage: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, write = storage.child("fleet=night"), Store.write
+    document = {"format": 1, "fleet": "night", "runs": {}}
+    manifests.replace(fleet, {REPORT: b"first"}, document)
+
+    def dies(self: Store, name: str, data: bytes) -> None:
+        if name == MANIFEST:
+            raise StorageError("gone")
+        write(self, name, data)
+
+    monkeypatch.setattr(Store, "write", dies)
+    with pytest.raises(StorageError, match="gone"):
+        manifests.replace(fleet, {REPORT: b"second, longer"}, document)
+    assert manifests.fleets(storage) == []
+
+
 def test_files_that_come_back_other_than_written_are_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +427,46 @@ def test_a_manifest_that_json_allows_but_nobody_can_use_is_damaged(
     assert shown.err.startswith(f"clipq: expected JSON in {at}, got ")
     assert shown.out.count("\n") == shown.err.count("\n") == 1
     manifests.refuse_newer(run)  # a damaged one is no newer one
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"runs": runs} for runs in (None, [], "r-1", {"a": 5}, {"a/../..": "b"}, {"a": ".."})),
+        *({"stages": stages} for stages in (5, None, ["x"], [{}], [{"stage": "search", "key": 5}])),
+        *({name: 5} for name in ("metrics", "data", "curves", "promise", "model", "run")),
+        {"notes": [5]},
+    ],
+    ids=repr,
+)
+def test_a_sound_hash_makes_no_manifest_of_what_says_something_else(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = Store(tmp_path).child("fleet=night")
+    with refused(FormatError, match="say .* as manifests do"):
+        manifests.replace(fleet, {}, {"format": 1, "fleet": "night", **changes})
+        manifests.read_manifest(fleet)
+    assert main(["verify", fleet.uri]) == main(["verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_what_a_renderer_does_not_find_in_a_manifest_is_one_line() -> None:
+    with refused(FormatError, match="^expected place/manifest.json to say of a run what manifests do"), manifests.understood("place"):  # fmt: skip
+        {"metrics": {}}["metrics"]["test"]
+
+
+def test_a_run_without_a_network_is_not_called_sound(tmp_path: Path) -> None:
+    run = run_store(Store(tmp_path), "lenet5", "r-1")
+    manifests.commit(run, {REPORT: b""}, content("lenet5", "r-1"))
+    (problem,) = manifests.verify(run)
+    assert "expected it to list model.clq" in problem
+
+
+@pytest.mark.parametrize("place", ["run=5", "model=x", "exp/run=5"])
+def test_a_storage_may_be_called_as_a_run(place: str, tmp_path: Path) -> None:
+    storage = Store(tmp_path / place)
+    manifests.replace(storage.child("fleet=night"), {}, {"format": 1, "fleet": "night", "runs": {}})
+    assert manifests.verify(storage.child("fleet=night")) == []
 
 
 def test_a_manifest_may_be_nested(tmp_path: Path) -> None:

@@ -254,6 +254,8 @@ def test_what_nobody_expected_stops_no_other_and_networks_with_equal_weights_are
         "    def forward(self, x):\n"
         "        if self.kind == 'broken' and self.training:\n"
         "            raise KeyError('nobody expected this')\n"
+        "        if self.kind == 'picky' and len(self.first.weight.unique()) < 300:\n"
+        "            raise KeyError('nor that: a layer with few levels, as a search tries them')\n"
         "        h = self.first(x.mean(dim=1).flatten(1))\n"
         "        return self.end(h.relu() if self.kind == 'relu' else h.abs())\n\n"
         "def net(kind, **more):\n    torch.manual_seed(0)\n    return Net(kind)\n"
@@ -266,19 +268,18 @@ def test_what_nobody_expected_stops_no_other_and_networks_with_equal_weights_are
             "input_size": 28,
             "weights": "random",
         }
-        for kind in ("relu", "broken", "abs")
+        for kind in ("relu", "picky", "broken", "abs")
     ]
     ended = submitted(fleet(tmp_path, models), environment={"PYTHONPATH": str(tmp_path)})
     assert ended.returncode == 1
     found = rows(tmp_path)
-    assert [found[kind]["status"] for kind in ("relu", "broken", "abs")] == [
-        "committed",
-        "failed",
-        "committed",
-    ]
-    assert "unexpected KeyError" in found["broken"]["error"]
-    assert "broken: failed: unexpected KeyError" in ended.stderr  # at once, not only at the end
-    assert len(list((tmp_path / "s" / "_stages").glob("search-*"))) == 3
+    assert {kind: row["status"] for kind, row in found.items()} == {
+        "relu": "committed", "picky": "failed", "broken": "failed", "abs": "committed",
+    }  # fmt: skip
+    for kind in ("picky", "broken"):
+        assert "unexpected KeyError" in found[kind]["error"]
+        assert f"{kind}: failed: unexpected KeyError" in ended.stderr  # at once, not only at the end
+    assert len(list((tmp_path / "s" / "_stages").glob("search-*/done.json"))) == 3
 
 
 def test_what_a_fleet_would_do_has_totals_and_says_what_is_committed(
