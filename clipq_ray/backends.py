@@ -141,18 +141,21 @@ class Directory:
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                return self._create_unlinked(name, data)
+                return self._create_unlinked(name, temporary)
         return True
 
-    def _create_unlinked(self, name: str, data: bytes) -> bool:
-        """Where the file system has no hard links: still exclusive, but a reader may see a part."""
+    def _create_unlinked(self, name: str, temporary: Path) -> bool:
+        """Where the file system has no hard links: still exclusive, but for a moment a reader may see an empty file."""
+        target = self.root / name
         try:
-            with (self.root / name).open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            target.touch(exist_ok=False)  # the name is taken by this
         except FileExistsError:
             return False
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            target.unlink(missing_ok=True)  # else it would count as created
+            raise
         return True
 
     @contextlib.contextmanager
@@ -209,8 +212,8 @@ class Directory:
 
     def remove_tree(self) -> None:
         """Remove all objects."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.root)
+        # Entry by entry: one that another process removes meanwhile must not keep the rest.
+        shutil.rmtree(self.root, onerror=lambda _, __, error: _pass_unless_gone(error[1]))
 
     def uploads(self) -> list[Upload]:
         """Objects that are sent in parts: none."""
@@ -394,7 +397,7 @@ def _leads_to(folder: str, prefix: str) -> bool:
     return folder.startswith(prefix) or prefix.startswith(folder)
 
 
-def _pass_unless_gone(error: OSError) -> None:
+def _pass_unless_gone(error: BaseException) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
 

@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING, Any
 from clipq_ray import console
 from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.manifest import (
-    checked,
     committed,
     fleets,
-    read_manifest,
     runs_of,
     verify,
     verify_clq,
@@ -258,17 +256,17 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _packed(uri: str) -> tuple[bytes, str]:
     """The bytes of the packed network at a file's or a committed run's URI, and where they lie."""
-    if file := _file(uri):
-        return file[0].read(file[1]), uri
-    run = Store(uri)
-    stated = read_manifest(run)["files"].get(MODEL, {})
-    origin = f"{uri.rstrip('/')}/{MODEL}"
-    return checked(run.read(MODEL), stated, origin), origin
+    from clipq_ray import loading
+
+    data = loading.read_file(uri)
+    return data, uri if loading.file_at(uri) else f"{uri.rstrip('/')}/{MODEL}"
 
 
 def _checks(uri: str) -> Iterator[tuple[str, list[str]]]:
     """What there is to verify at a URI: its name and its problems, one after the other."""
-    if file := _file(uri):
+    from clipq_ray import loading
+
+    if file := loading.file_at(uri):
         yield uri, verify_clq(file[0].read(file[1]), uri)
         return
     store = Store(uri)
@@ -296,18 +294,6 @@ def _fleet_checks(fleet: Store) -> Iterator[tuple[str, list[str]]]:
     for one in runs_of(fleet, storage):
         if one.store.exists(MANIFEST):
             yield one.store.uri, verify(one.store)
-
-
-def _file(uri: str) -> tuple[Store, str] | None:
-    """Store and name if the URI is that of a file: by its ending, or because it is there."""
-    if uri.endswith(".clq"):
-        return Store.of_file(uri)
-    try:
-        store, name = Store.of_file(uri)
-    except StorageError:
-        Store(uri)
-        return None
-    return (store, name) if store.exists(name) else None
 
 
 if __name__ == "__main__":

@@ -45,16 +45,15 @@ _TERMINATED = threading.Event()
 
 
 def run(program: str, main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
-    """The exit code of `main` on `arguments` (default: the process's); a named error is one line on stderr."""
+    """The exit code of `main` on `arguments` (default: the process's); a named error is one line on stderr, any other one a traceback."""
     for name, value in _NO_OTHER_RAY.items():
         os.environ.setdefault(name, value)
     with _stopping():
         try:
             code = _code(program, main, arguments)
         except Exception:
-            if _SUBMITTED not in os.environ:
-                raise
-            traceback.print_exc()
+            # Python itself would print it with the secrets that are in it.
+            print(redacted(traceback.format_exc()), end="", file=sys.stderr, flush=True)
             code = 1
     if _SUBMITTED in os.environ and code != 128 + signal.SIGPIPE:
         print(f"{program}: exit code {code}", file=sys.stderr, flush=True)

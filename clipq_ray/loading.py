@@ -6,30 +6,47 @@ Not covered: executing on codes; weights come back as dense float32.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from clipq_ray import codec, manifest
-from clipq_ray.errors import ModelError
-from clipq_ray.storage import MODEL, Store
+from clipq_ray.errors import ModelError, StorageError
+from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
-    import os
+    # Locating and reading a file, as `clipq inspect` does, goes without: importing torch takes seconds.
+    import torch
+    from torch import Tensor, nn
 
     from clipq_ray import models
 
 _TENSORS_FREE, _ELEMENTS_FREE = 1000, 1 << 24
 """A network has at most twice the tensors and elements of its file, and so many more: counters are not in it, and nor are the heads of training, which
 are as large as the rest of GoogLeNet."""
+_FILE = re.compile(r"\.clq/*(\?|$)|^https?://.*\?")
+"""URIs of files by their looks. Behind a query, as presigned URLs have, there is nothing more."""
+
+
+def file_at(uri: str | os.PathLike[str]) -> tuple[Store, str] | None:
+    """The store and the name of a file that is given by itself, None for a directory: by its ending, or because it is there and is no run."""
+    if _FILE.search(os.fspath(uri)):
+        return Store.of_file(uri)
+    # On the web a directory is there as well, as a page.
+    if Store(uri).exists(MANIFEST):
+        return None
+    try:
+        store, name = Store.of_file(uri)
+    except StorageError:  # a bucket
+        return None
+    return (store, name) if store.exists(name) else None
 
 
 def _located(uri: str | os.PathLike[str]) -> tuple[Store, str, dict[str, Any] | None]:
     """The store and the name of a .clq file, given by itself or by its run directory; then what the manifest states of it."""
-    if str(uri).rstrip("/").endswith(".clq"):
-        return *Store.of_file(uri), None
+    if file := file_at(uri):
+        return *file, None
     run = Store(uri)
     return run, MODEL, manifest.read_manifest(run)["files"].get(MODEL, {})
 
@@ -47,6 +64,8 @@ def load_state_dict(uri: str | os.PathLike[str], names: Iterable[str] | None = N
     With `names`, only those: from a .clq file or a run on object storage, the header and the blobs of these tensors are fetched and
     nothing else; a blob is checked by its own checksum, the file as a whole is not.
     """
+    import torch
+
     if names is None:
         return state_dict(read_file(uri))
     names = [names] if isinstance(names, str) else list(names)
@@ -79,6 +98,8 @@ def load(
 
 def state_dict(data: bytes) -> dict[str, Tensor]:
     """The tensors of a file's bytes, ties restored."""
+    import torch
+
     result = {name: torch.from_numpy(array) for name, array in codec.arrays(data).items()}
     for alias, name in codec.metadata(data).get("ties", {}).items():
         result[alias] = result[name]
@@ -87,6 +108,8 @@ def state_dict(data: bytes) -> dict[str, Tensor]:
 
 def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The network of a file's bytes, in eval mode; `ModelError` where network and file do not fit."""
+    import torch
+
     metadata = codec.metadata(data)
     state: dict[str, Any] = state_dict(data)
     model = factory() if factory is not None else _registered(metadata, state)
@@ -124,6 +147,8 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
 
 def _parameters(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """`state` for a network without memory: a tensor that has several names there is one parameter here, of the network's type."""
+    from torch import nn
+
     made: dict[int, nn.Parameter] = {}
     result = dict(state)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -163,6 +188,8 @@ def _without_memory(architecture: models.Architecture, limit: models.Limit) -> n
 
     Otherwise it would be held twice, and drawing the weights that are replaced takes longer than decoding.
     """
+    import torch
+
     from clipq_ray import models
 
     try:

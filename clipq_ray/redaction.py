@@ -10,14 +10,23 @@ import os
 import re
 from typing import Any
 
-_USER = re.compile(r"((?:\b[a-z][a-z0-9+.-]*:)?//)[^/\s'\"]+@", re.IGNORECASE)
+# A secret may have slashes in it, a host may have a port.
+_USER = re.compile(
+    r"((?:\b[a-z][a-z0-9+.-]*:)?//)(?:[^/\s'\"]+|[^/\s:@'\"\[]+:(?!\d{1,5}/)[^\s@'\"]+(?:@[^/\s@'\"]+)*)@",
+    re.IGNORECASE,
+)
 _PAIR = re.compile(r"(?<![\w/])[^\s/:@'\"]+:[^\s/@'\"]+@(?=[\w.-])")
+# Clients of S3 take a URI's user and its secret up to the first slash for a bucket, and say so.
+_BUCKET = re.compile(
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}:[^\s@'\"]+|(?<=bucket name \")[^\s@\"]+:[^\s@\"]+", re.IGNORECASE
+)
 _QUERY = re.compile(
-    r"([?&;](?:x-amz-[\w-]+|awsaccesskeyid|signature|sig|se|sp|sv|token|access_token|password|passwd|secret|secret_key|access_key|key|credential)=)"
+    r"([?&;#](?:x-(?:amz|goog)-[\w-]+|awsaccesskeyid|googleaccessid|sig|se|sp|sv|key|key-pair-id|policy|auth|"
+    r"[\w-]*(?:signature|token|password|passwd|secret|credential|(?:api|access|secret|private)[_-]?key))=)"
     r"[^&;\s'\"]+",
     re.IGNORECASE,
 )
-_VARIABLE = re.compile(r"SECRET|PASSWORD|TOKEN|CREDENTIAL|PRIVATE_KEY|ACCOUNT_KEY", re.IGNORECASE)
+_VARIABLE = re.compile(r"SECRET|PASSWORD|TOKEN|CREDENTIAL|API_?KEY|PRIVATE_KEY|ACCOUNT_KEY", re.IGNORECASE)
 _SHORTEST = 8  # a shorter value would be found by chance
 MARK = "***"
 
@@ -25,7 +34,7 @@ MARK = "***"
 def redacted(text: str) -> str:
     """`text` with every secret in it as three stars."""
     text = _QUERY.sub(rf"\1{MARK}", _USER.sub(rf"\1{MARK}@", text))
-    text = _PAIR.sub(f"{MARK}@", text)
+    text = _BUCKET.sub(MARK, _PAIR.sub(f"{MARK}@", text))
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _VARIABLE.search(name) and value in text and not os.path.exists(value):
             text = text.replace(value, MARK)

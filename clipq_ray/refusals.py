@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from clipq_ray.connections import chain, codes
+from clipq_ray.redaction import redacted
 
 
 def free(error: BaseException, local: Path | None) -> str:
@@ -73,13 +74,14 @@ _ADVICE_BY_NUMBER = {
 
 
 def line(error: BaseException) -> str:
-    """What went wrong, in one line: what an answer of S3 means, else the error's own words."""
+    """What went wrong, in one line without secrets: what an answer of S3 means, else the error's own words."""
     found = codes(error)
     for names, words in _REASONS:
         if said := sorted(found & set(names)):
             return f"{words} ({said[0]})"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+    # Half a secret would not be known as one.
+    return redacted(" ".join(text.split()))[:300] or type(error).__name__
 
 
 def advice(error: BaseException) -> str:

@@ -9,10 +9,9 @@ the manifest first. Not covered: measuring anything anew (`jobs/evaluate.py` doe
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ if __name__ == "__main__":  # a checkout runs without being installed
 import pyarrow as pa
 
 from clipq_ray import console, tables
-from clipq_ray.errors import ConfigError, StorageError
-from clipq_ray.manifest import checked, read_manifest
+from clipq_ray.errors import ConfigError
+from clipq_ray.manifest import checked, read_manifest, understood
 from clipq_ray.report import render
 from clipq_ray.storage import LAYERS, MANIFEST, PREDICTIONS, TRIALS, Store
 
@@ -46,10 +45,10 @@ def make(run_uri: str, output: Path | None = None) -> Path:
     """Write the report of the run at `run_uri` and return the file's path."""
     run = Store(run_uri)
     manifest = read_manifest(run)
-    page = render(
-        manifest, _table(run, manifest, LAYERS), _trials(run, manifest), _predictions(run, manifest)
-    )
-    path = output or Path(f"report-{_plain(manifest['model'])}-{_plain(manifest['run'])}.html")
+    found = _table(run, manifest, LAYERS), _trials(run, manifest), _predictions(run, manifest)
+    with understood(run.uri):
+        page = render(manifest, *found)
+        path = output or Path(f"report-{_plain(manifest['model'])}-{_plain(manifest['run'])}.html")
     _write(path, page)
     return path
 
@@ -77,33 +76,22 @@ def _plain(name: str) -> str:
 
 
 def _write(path: Path, page: str) -> None:
-    """Write a local file whole, unless it lies in a committed run."""
-    for folder in path.resolve().parents:
-        if (folder / MANIFEST).exists():
-            raise ConfigError(
-                f"expected --output outside of a committed run, got {path}: choose another folder"
-            )
+    """Write a local file whole, in a folder that is there and in no committed run."""
+    if any(_committed(folder) for folder in path.resolve().parents):
+        raise ConfigError(f"expected --output outside of a committed run, got {path}: choose another folder")
+    if not path.parent.is_dir():
+        raise ConfigError(f"expected --output in a folder that is there, got {path}: make the folder first")
+    store, name = Store.of_file(path.absolute())
+    store.write(name, page.encode())
+
+
+def _committed(folder: Path) -> bool:
+    """Whether a run or a fleet is committed there: other programs have files called manifest.json too."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise StorageError(
-            f"expected an --output that can be written, got {path} ({error.strerror})"
-        ) from error
-
-
-def _umask() -> int:
-    """The process's file mode mask (mkstemp makes files private, a report is a plain file)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"format", "files"} <= found.keys()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,22 @@ def test_inspect_reads_a_committed_run_and_a_file_on_any_storage(
     assert capsys.readouterr().out == from_run
 
 
+def test_a_packed_network_may_have_any_name(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(file)]) == 0
+    shown = capsys.readouterr().out.replace("m.clq", "model.bin")
+    named = file.rename(file.parent / "model.bin")
+    assert main(["inspect", str(named)]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["verify", str(named)]) == 0
+    assert capsys.readouterr().out == f"{named}: ok\n"
+    assert main(["export", str(named), str(file.parent / "out.safetensors")]) == 0
+
+
+def test_inspect_does_without_torch(file: Path) -> None:
+    code = f"import sys; sys.modules['torch'] = None; from clipq_ray.cli import main; sys.exit(main(['inspect', {str(file)!r}]))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
 def test_inspect_of_a_run_that_is_not_committed_says_so(
     tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,19 @@ def test_an_unexpected_failure_of_a_submitted_job_has_its_exit_code_too(
     assert lines[-2:] == ["ZeroDivisionError", "work: exit code 1"]
 
 
+def test_the_traceback_of_an_unexpected_failure_tells_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: list[str]) -> int:
+        raise ZeroDivisionError("https://me:secret@host/x")
+
+    monkeypatch.delenv(SUBMITTED, raising=False)
+    assert console.run("work", main, []) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "ZeroDivisionError: https://***@host/x"
+
+
 def test_sigterm_lets_a_job_give_back_what_it_holds_and_says_so() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), SUBMITTED: "{}"}
     process = subprocess.Popen(

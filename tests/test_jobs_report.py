@@ -112,7 +112,23 @@ def test_a_changed_table_is_refused(run: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_an_output_in_a_missing_folder_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "that can be written" in refused([str(run), "--output", "missing/page.html"], capsys)
+    assert "make the folder first" in refused([str(run), "--output", "missing/page.html"], capsys)
+    assert "make the folder first" in refused([str(run), "--output", "s3://bucket/page.html"], capsys)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("page.html").mkdir()
+    assert "cannot write" in refused([str(run), "--output", "page.html"], capsys)
+    assert [path.name for path in Path.cwd().iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("text", ['{"name": "extension"}', '["format", "files"]', "{", "[" * 100_000])
+def test_a_folder_with_another_programs_manifest_is_written_to(run: Path, text: str) -> None:
+    Path("manifest.json").write_text(text, encoding="utf-8")
+    Path("page").mkdir()
+    assert job.main([str(run), "--output", "page/page.html"]) == 0
+    assert Path("page/page.html").is_file()
 
 
 def test_help_names_the_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from refusals import refused
 from torch import nn
 
-from clipq_ray import codec, load, load_state_dict, manifest, models
+from clipq_ray import codec, load, load_state_dict, loading, manifest, models
 from clipq_ray.errors import FormatError, ModelError
 from clipq_ray.storage import MODEL, Store
 
@@ -86,6 +86,22 @@ def test_a_run_directory_loads_as_its_file_does(tmp_path: Path) -> None:
     whole, alone = load_state_dict(run), load_state_dict(file)
     assert whole.keys() == alone.keys()
     assert all(torch.equal(whole[name], alone[name]) for name in alone)
+
+
+def test_what_is_a_file_is_told_by_its_ending_or_because_it_is_there(tmp_path: Path) -> None:
+    written(tmp_path, lenet()).rename(tmp_path / "model.bin")
+    manifest.commit(Store(tmp_path / "run"), {MODEL: b"1"}, {"format": manifest.FORMAT})
+    assert loading.file_at(tmp_path / "model.bin") == (Store(tmp_path), "model.bin")
+    assert loading.file_at(tmp_path / "none.clq") == (Store(tmp_path), "none.clq")
+    assert [loading.file_at(tmp_path / one) for one in ("run", "none", "")] == [None] * 3
+    assert loading.file_at("memory://bucket") is None
+    assert load_state_dict(tmp_path / "model.bin").keys() == lenet().tensors.keys()
+
+
+@pytest.mark.parametrize("name", ["m.clq?X-Amz-Signature=ab", "m.clq?a=b.c&d=e%2Ff", "weights?id=5"])
+def test_a_presigned_url_is_that_of_a_file(name: str) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec reads https:// with it")
+    assert loading.file_at(f"https://host/a/{name}") == (Store("https://host/a"), name)
 
 
 def test_a_file_that_differs_from_its_manifest_is_refused(tmp_path: Path) -> None:

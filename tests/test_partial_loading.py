@@ -142,7 +142,7 @@ def test_a_server_that_knows_no_ranges_sends_too_much_and_that_is_no_damage(tmp_
     names = ["small.weight", "bn.bias", "large.weight"]
     expected = load_state_dict(path, names)
     with plain_server(tmp_path) as (address, asked):
-        found = load_state_dict(f"{address}/model.clq", names)
+        found = load_state_dict(f"{address}/model.clq?signature=1", names)
         assert Store(address).read_range("model.clq", 5, 25) == path.read_bytes()[5:25]
     assert any(asked), "no range was asked for"
     assert all(torch.equal(found[name], expected[name]) for name in names)

@@ -18,7 +18,10 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipq_ray import refusals
+from clipq_ray.errors import StorageError
 from clipq_ray.redaction import redacted, redacted_json
+from clipq_ray.storage import Store
 
 pytest_plugins = ["s3_server"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +43,32 @@ SECRETS = {
         ("InvalidURL: me:pw@host:80/x", "InvalidURL: ***@host:80/x"),
         ("mail me@host or memory://name", "mail me@host or memory://name"),
         ("layer1.0 at /home/me@work/x", "layer1.0 at /home/me@work/x"),
+        ("s3://AKIAIOSFODNN7EXAMPLE:wJalr/K7MDENG/bPx@bucket/x@y", "s3://***@bucket/x@y"),
+        ("https://me:p/w@1@host/x@y: 403", "https://***@host/x@y: 403"),
+        (
+            "https://host:8080/a@b and http://[::1]:8080/a:b@c",
+            "https://host:8080/a@b and http://[::1]:8080/a:b@c",
+        ),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ('Invalid bucket name "AKIAIOSFODNN7EXAMPLE:wJalr": see', 'Invalid bucket name "***": see'),
+        ('Invalid bucket name "minio:wJalr": see', 'Invalid bucket name "***": see'),
+        (
+            "https://h/o?X-Goog-Credential=a%40b&X-Goog-Signature=c&x=1",
+            "https://h/o?X-Goog-Credential=***&X-Goog-Signature=***&x=1",
+        ),
+        (
+            "https://h/o?api_key=a&api-key=b&apikey=c&auth=d",
+            "https://h/o?api_key=***&api-key=***&apikey=***&auth=***",
+        ),
+        (
+            "https://h/o?Policy=a&Signature=b&Key-Pair-Id=c",
+            "https://h/o?Policy=***&Signature=***&Key-Pair-Id=***",
+        ),
+        ("https://h/o#access_token=a&refresh_token=b", "https://h/o#access_token=***&refresh_token=***"),
+        (
+            "https://h/o?author=a&tokens=3&policy_name=b#keys=c",
+            "https://h/o?author=a&tokens=3&policy_name=b#keys=c",
+        ),
     ],
 )
 def test_credentials_in_uris_are_stars_and_all_else_stays(text: str, shown: str) -> None:
@@ -50,6 +79,22 @@ def test_values_of_secret_variables_are_stars(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdefgh12345")
     monkeypatch.setenv("MY_TOKEN", "short")
     assert redacted_json({"a": ["x abcdefgh12345 y", 3], "b": "short"}) == {"a": ["x *** y", 3], "b": "short"}
+
+
+@pytest.mark.parametrize("place", range(270, 305, 5))
+def test_no_part_of_a_secret_is_left_where_a_long_error_is_cut(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS["AWS_SECRET_ACCESS_KEY"])
+    said = refusals.line(RuntimeError(f"{'x' * place} {SECRETS['AWS_SECRET_ACCESS_KEY']}"))
+    assert len(said) <= 300
+    assert set(said) <= {"x", " ", "*"}
+
+
+def test_what_a_client_says_of_a_uri_with_a_secret_in_it_has_none(s3_uri: str) -> None:
+    with pytest.raises(StorageError) as caught:
+        Store(f"s3://AKIAIOSFODNN7EXAMPLE:{PLANTED}/{PLANTED}@bucket/x").read("y")
+    assert PLANTED not in redacted(str(caught.value))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pyarrow as pa
@@ -123,6 +124,27 @@ def test_create_works_where_there_are_no_hard_links(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_could_not_be_created_without_hard_links_is_not_there(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "link", no_links)
+    store = Store(tmp_path)
+    with monkeypatch.context() as while_failing:
+        while_failing.setattr(os, "replace", failing)
+        with pytest.raises((StorageError, KeyboardInterrupt)):
+            store.create("lock", b"first")
+    assert not list(tmp_path.iterdir())
+    assert store.create("lock", b"second")
+    assert store.read("lock") == b"second"
+
+
 def test_removing_takes_what_is_there_and_minds_nothing_that_is_not(store: Store) -> None:
     store.write("keep", b"1")
     store.write("work/a/b", b"1")
@@ -133,6 +155,23 @@ def test_removing_takes_what_is_there_and_minds_nothing_that_is_not(store: Store
     assert store.names() == ["keep"]
     store.remove("keep")
     assert store.names() == []
+
+
+def test_a_file_that_another_process_removes_meanwhile_does_not_keep_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "s")
+    for name in ("a", "b/c", "b/d", "e"):
+        store.write(name, b"1")
+    unlink = os.unlink
+
+    def second(path: str, **options: Any) -> None:
+        unlink(path, **options)  # the other process is first, every time
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", second)
+    store.remove_tree()
+    assert not (tmp_path / "s").exists()
 
 
 def test_removing_everything_in_a_bucket_keeps_the_bucket(s3_uri: str) -> None:

@@ -85,7 +85,7 @@ def _end(found: list[int]) -> bool:
 
 
 class Hangs:
-    """Ends what hangs, and remembers it."""
+    """Ends what hangs, and remembers it until the next attempt makes steps."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -98,6 +98,7 @@ class Hangs:
         for signs in everything:
             reason = self._limits.broken(signs)
             if reason is None:
+                self._last.pop(signs.item, None)  # whatever it may fail of from here on is another thing
                 continue
             gone.append(signs.item)
             if sum(

@@ -27,8 +27,8 @@ class Source:
     def read(cls, uri: str | os.PathLike[str]) -> Source:
         """The file or the committed run at `uri`."""
         data = loading.read_file(uri)
-        alone = os.fspath(uri).rstrip("/").endswith(".clq")
-        return cls(data, codec.decode(data), None if alone else manifest.read_manifest(Store(uri)))
+        run = None if loading.file_at(uri) else manifest.read_manifest(Store(uri))
+        return cls(data, codec.decode(data), run)
 
     @property
     def name(self) -> str:

@@ -44,6 +44,7 @@ _OF_OWN_SIZES = {"rungs": 1, "search_again": False, "hold_size": False}
 """Options that are ways to a size of one network, and their values without."""
 _SAME_IMAGES = ("data", "data_root", "validation_data", "validation_images", "limit_images", "seed")
 """What members of an ensemble with one intent must have in common: their votes on validation images decide."""
+_TOO_DEEP = "lists or mappings nested too deep; take levels out"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def parsed(option: str, path: str, parse: Callable[[str], Any]) -> Any:
         return parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}: expected a readable YAML file, got {path!r} ({error})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{option}: expected YAML in {path!r}, got {_TOO_DEEP}") from error
     except (yaml.YAMLError, ValueError) as error:  # of a date that is none
         said, mark = " ".join(str(error).split()), getattr(error, "problem_mark", None)
         if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
@@ -156,6 +159,9 @@ class _Reading:
         for key, node in part.values.items():
             try:
                 value = SafeConstructor().construct_object(node, deep=True)
+            except RecursionError:
+                self.say(part.at(key), f"{key}: {_TOO_DEEP}")
+                continue
             except (ConstructorError, ValueError) as error:  # ValueError: a date that is none
                 problem = error.problem if isinstance(error, ConstructorError) else error
                 self.say(part.at(key), f"{key}: {' '.join(str(problem).split())}")
@@ -395,4 +401,5 @@ def _merged(
 def _kind(node: yaml.Node | None) -> str:
     if node is None:
         return "nothing"
-    return {"MappingNode": "a mapping", "SequenceNode": "a list"}.get(type(node).__name__, repr(node.value))
+    kinds = {"MappingNode": "a mapping", "SequenceNode": "a list"}
+    return kinds.get(type(node).__name__) or repr(node.value)

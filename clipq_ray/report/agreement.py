@@ -1,33 +1,31 @@
 """Predictions of two networks on the same images: what was lost, won and kept, as a whole and per class.
 
 Both networks see the same images, so the difference of their accuracies has a narrower interval than two separate ones: only the images on which
-exactly one is right count. The interval is Agresti and Min's (2005) adjusted Wald interval for paired proportions: half an
-image is added to each of the four cells. Not covered: top-5, losses, calibration.
+exactly one is right count (`intent.Drop`). Not covered: top-5, losses, calibration.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from clipq_ray.intent import Drop
 
-# The 97.5 % point of the normal distribution.
-_Z = 1.959963984540054
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Counts of images: right and wrong in a reference network and in the compressed one."""
+    """Counts of images: right and wrong in a reference network and in the compressed one; `drop`: what becomes of top-1."""
 
     both_right: int
     lost: int  # the reference is right, the compressed network wrong
     won: int  # the other way round
     both_wrong: int
     same: int  # equal predictions, right or wrong
+    drop: Drop
 
     @property
     def n(self) -> int:
@@ -52,14 +50,11 @@ class Agreement:
     @property
     def drop_points(self) -> float:
         """Reference minus compressed in percentage points; above zero is a loss."""
-        return 100.0 * (self.lost - self.won) / self.n
+        return self.drop.points
 
     def drop_interval(self) -> tuple[float, float]:
-        """The 95 % interval of the drop in percentage points (paired, Agresti and Min)."""
-        lost, won, n = self.lost + 0.5, self.won + 0.5, self.n + 2.0
-        centre = (lost - won) / n
-        half = _Z * math.sqrt(max(0.0, lost + won - (lost - won) ** 2 / n)) / n
-        return 100.0 * (centre - half), 100.0 * (centre + half)
+        """The 95 % interval of the drop in percentage points."""
+        return self.drop.low, self.drop.high
 
 
 def compare(label: Ints, reference: Ints, compressed: Ints) -> Agreement:
@@ -71,6 +66,7 @@ def compare(label: Ints, reference: Ints, compressed: Ints) -> Agreement:
         won=int(np.sum(~right & kept)),
         both_wrong=int(np.sum(~right & ~kept)),
         same=int(np.sum(reference == compressed)),
+        drop=Drop.between(reference, compressed, label),
     )
 
 

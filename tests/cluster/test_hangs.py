@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from clipq_ray.cluster.hangs import Limits, Signs
+from clipq_ray.cluster import hangs
+from clipq_ray.cluster.hangs import Hangs, Limits, Signs, Worker
 from clipq_ray.config import make
 
 
@@ -28,3 +29,17 @@ def test_networks_that_are_searched_together_have_the_most_generous_limits() -> 
     found = Limits.of([make(stall_minutes=5, attempt_hours=2), make(stall_minutes=1, attempt_hours=3)])
     assert found == Limits(300, 3 * 3600)
     assert Limits.of([make(attempt_hours=2), make()]).attempt_seconds is None
+
+
+def test_a_hang_is_the_reason_until_the_next_attempt_makes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hangs, "_ended", lambda worker: True)  # no worker runs here that could be ended
+    worker = Worker("node", [1, 2])
+    still, goes_on = (Signs("finetune", "finetune", [worker], since, 900) for since in (61, 1))
+    watched = Hangs(Limits(60, None))
+    for _ in range(2):
+        assert watched.look([still]) == ["finetune"]
+    assert "made no step for 1 minutes (--stall-minutes), 2 times" in str(watched.error("finetune"))
+    assert watched.look([goes_on]) == []
+    assert watched.error("finetune") is None  # whatever it fails of now is another thing
+    watched.look([still])
+    assert "3 times" in str(watched.error("finetune"))

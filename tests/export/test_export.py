@@ -158,6 +158,13 @@ def test_the_card_says_what_the_run_measured(tmp_path: Path) -> None:
     assert "| `model.clq` | 91.31 % (90.81 to 91.81) | 99.50 % |" in text
 
 
+def test_a_file_without_the_usual_ending_is_no_run(tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    file.write_bytes(RECORD.read_bytes())
+    assert Source.read(file).run is None
+    assert Source.read(committed(tmp_path / "runs")).run is not None
+
+
 def test_the_card_tells_no_path_of_the_data(tmp_path: Path) -> None:
     uri = committed(tmp_path / "runs", "image folders at /home/somebody/a secret/cats")
     export(uri, f"{tmp_path}/out/")

@@ -166,6 +166,13 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     assert "expected YAML in" in mistakes(tmp_path, "name: [\n")
 
 
+@pytest.mark.parametrize("depth", [100, 300, 3000])  # which step gives up depends on the depth
+@pytest.mark.parametrize("line", ["models: {}", "name: {}", "models: [{{model: lenet5, model_args: {}}}]"])
+def test_brackets_in_brackets_are_a_mistake_of_one_line(line: str, depth: int, tmp_path: Path) -> None:
+    said = mistakes(tmp_path, line.format("[" * depth + "]" * depth))
+    assert depth < 3000 or "nested too deep; take levels out" in said
+
+
 ONE_INTENT = """\
 name: night
 defaults: {data: digits, epochs: 3, target_ratio: 15}
