@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -47,6 +47,7 @@ from clipq_ray.together import added
 from clipq_ray.training import Size, epochs_in, plan_after
 from clipq_ray.work import read_state
 
+T = TypeVar("T")
 STEPS = 40  # of a third or a quarter each: further than any network
 START_ERROR = 0.03
 """A first plan may add so much one-shot error, summed over layers: on ResNet-20 that is a 15-fold smaller file, of which ten epochs recover all
@@ -292,14 +293,23 @@ def _rungs(intent: Intent, codes: bool, mild: int, rungs: int) -> tuple[int, ...
 
 def _mild(intent: Intent, searched: Searched, other: int) -> int:
     """The bytes of the smallest file that seems harmless enough for a first round."""
+    found = harmless(
+        intent,
+        lambda tradeoff: choose(searched.trials, tradeoff),
+        lambda choice: added(choice, searched.error),
+    )
+    return found.bytes + other
+
+
+def harmless(intent: Intent, chosen: Callable[[float], T], error: Callable[[T], float]) -> T:
+    """What is `chosen` at the largest lambda whose one-shot `error` may do for a first round; where even the mildest has more, that."""
     allowed = START_ERROR + 5 * intent.value / 100
-    smallest = None
-    for tradeoff in np.geomspace(1e-4, 1e6, 200):
-        choice = choose(searched.trials, float(tradeoff))
-        if added(choice, searched.error) <= allowed:
-            smallest = choice
-    # where even lambda's mildest points cost more, the mildest are the start
-    return (smallest or choose(searched.trials, 1e-4)).bytes + other
+    mildest, *others = map(float, np.geomspace(1e-4, 1e6, 200))
+    found = chosen(mildest)
+    for tradeoff in others:
+        if error(one := chosen(tradeoff)) <= allowed:
+            found = one
+    return found
 
 
 def _choice(intent: Intent, making: Making, requested: int | None, on_the_way: bool = False) -> Choice:

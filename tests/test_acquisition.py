@@ -108,6 +108,17 @@ def test_the_error_is_predicted_between_the_points(loss_share: float) -> None:
     assert (deviation > 0).all()
 
 
+def test_a_loss_that_is_no_number_is_that_of_a_network_that_knows_nothing() -> None:
+    def predicted(loss: float) -> list[np.ndarray]:
+        broken = [*MEASURED[:3], MEASURED[3]._replace(loss=loss), MEASURED[4]]
+        return list(predicted_error(broken, FREE, 0.5, 0))
+
+    found = predicted(float("nan"))
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found, predicted(float("inf")))
+    np.testing.assert_allclose(found, predicted(1e3))
+
+
 def test_fewer_images_leave_more_doubt() -> None:
     few, many = (
         predicted_error([point._replace(images=images) for point in MEASURED], FREE, 0.0, 0)[1]

@@ -128,6 +128,30 @@ def test_what_has_nothing_to_do_is_said() -> None:
     assert list(idle(make())) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "busy", "said"),
+    [
+        ({"tradeoff": 8.0, "round_epochs": 4}, {"target_bytes": 9, "round_epochs": 4}, "--round-epochs has nothing to do with --tradeoff, which makes one round"),
+        ({"weights": "w.pt", "baseline_epochs": 9}, {"baseline_epochs": 9}, "--baseline-epochs has nothing to do with --weights, which are not trained first"),
+        (
+            {"weights": "random", "baseline_learning_rate": 0.3},
+            {"weights": "train", "baseline_learning_rate": 0.3},
+            "--baseline-learning-rate has nothing to do with --weights, which are not trained first",
+        ),
+        (
+            {"search_start": 9, "search_evaluations": 8},
+            {"search_start": 8, "search_evaluations": 8},
+            "--search-start has nothing to do beyond --search-evaluations 8, which all lie where it says: nothing is proposed",
+        ),
+    ],
+)  # fmt: skip
+def test_a_part_that_other_options_leave_no_work_is_said(
+    options: dict[str, Any], busy: dict[str, Any], said: str
+) -> None:
+    assert list(idle(make(**options))) == [said]
+    assert list(idle(make(**busy))) == []
+
+
 def test_the_paper_switches_off_what_goes_beyond_it() -> None:
     made = make(paper=True)
     assert (made.vectors, made.dead_units, made.ramp_share, made.rungs) == ("exact", "keep", 0.0, 1)

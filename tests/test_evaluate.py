@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from data_files import numbered, parquet, png, write
 from refusals import refused
 from torch import Tensor, nn
 
 from clipq_ray import models
-from clipq_ray.data import Split
+from clipq_ray.data import Split, open_data
 from clipq_ray.errors import DataError, ModelError, RunError
 from clipq_ray.evaluate import Evaluation, evaluate, evaluating, logits, reestimate_batch_norm
 
@@ -108,6 +111,42 @@ def test_the_interval_lies_in_0_to_1_and_holds_the_estimate() -> None:
         for correct in (0, n // 2, n):
             low, high = Evaluation(n, correct / n, 1.0, 0.0, *np.zeros((2, n), np.int64)).interval()
             assert 0.0 <= low <= correct / n <= high <= 1.0
+
+
+@pytest.mark.parametrize("row", [[math.nan, 1.0, 0.0], [math.nan] * 3, [5.0, math.nan, 0.0]])
+def test_scores_that_are_no_numbers_are_never_right(row: list[float]) -> None:
+    for label in range(3):
+        result = evaluate(Given(), Images(scores([row, [0.0, 0.0, 1.0]]), [label, 2]), batch_size=2)
+        assert (result.top1, result.top5) == (0.5, 0.5)
+
+
+class Banded(nn.Module):
+    """Right about the images 0 to 29 of `data_files.numbered`, for others class 0."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        number = (255 * images[:, 0, 4, 4]).round().long()
+        return nn.functional.one_hot(torch.where(number < 30, number % 3, 0), 3).float()
+
+
+def test_the_labels_of_an_evaluation_are_those_that_were_counted(tmp_path: Path) -> None:
+    pictures: list[bytes | None] = [png(number) for number in range(60)]
+    pictures[5] = pictures[6] = b"no image"
+    test = parquet(pictures, [number % 3 for number in range(60)])
+    uri = write(tmp_path, {"train.parquet": numbered(100, 60), "test.parquet": test})
+    split = open_data(
+        uri,
+        input_shape=(3, 8, 8),
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        memory_limit_bytes=1000,
+        bad_image_limit=2,
+    ).test
+    assert split is not None
+    result = evaluate(Banded(), split, batch_size=7)
+    assert result.labels[4:8].tolist() == [1, 1, 1, 1]  # image 7 stands for 5 and 6, whose own are 2 and 0
+    assert split.labels[4:8].tolist() == [1, 2, 0, 1]
+    assert result.predictions[4:8].tolist() == [1, 1, 1, 1]
+    assert (result.predictions == result.labels).mean() == result.top1 == 40 / 60
 
 
 class Output(NamedTuple):

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from clipq_ray import precision
 from clipq_ray.config import make
-from clipq_ray.identity import of_network, stage_key
+from clipq_ray.data import Data, from_loaders
+from clipq_ray.identity import of_network, of_run, of_start, stage_key
 from clipq_ray.work import Source
+
+DATA = from_loaders(DataLoader(TensorDataset(torch.rand(20, 1, 2, 2), torch.arange(20) % 2)))
 
 
 def key(**options: Any) -> str:
     return stage_key("finetune", make(workers=4, **options), {})
+
+
+def net(seed: int = 0, frozen: str = "") -> nn.Module:
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2))
+    for name, one in made.named_parameters():
+        one.requires_grad_(name != frozen)
+    return made
+
+
+def decided(module: nn.Module | None, data: Data = DATA, **options: Any) -> dict[str, Any]:
+    """What decides a run of a module with its own weights, or of a network that is trained first."""
+    source = Source(make(**options), module, data)
+    first = source.weights_origin() == "train"
+    return of_run(source, data, None if first else source.network().state_dict())
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
 
 
 def test_how_faults_are_met_decides_nothing() -> None:
@@ -58,3 +83,32 @@ def test_a_callers_module_that_computes_something_else_is_another_one() -> None:
     named = [of_network(Source(make(), one)) for one in (Net(3, 2), Net(3, 2), Other(3, 2), Net(3, 4))]
     assert named[0] == named[1]
     assert named[0] not in named[2:]
+
+
+def test_what_a_callers_module_leaves_untrained_decides_its_run() -> None:
+    plain, frozen = decided(net()), decided(net(frozen="1.bias"))
+    assert differing(plain, frozen) == {"frozen"}
+    assert frozen["frozen"] == ["1.bias"]
+    named = decided(None, model="test_identity:half_frozen", weights="random")
+    assert named["frozen"] == ["1.weight"]
+
+
+def half_frozen() -> nn.Module:
+    return net(frozen="1.weight")
+
+
+def test_the_values_that_a_callers_module_is_trained_from_decide_its_run() -> None:
+    one, again, other = (decided(net(seed), weights="train") for seed in (0, 0, 1))
+    assert one == again
+    assert differing(one, other) == {"weights"}
+
+
+def test_a_network_of_this_package_begins_where_the_seed_says() -> None:
+    assert of_start(Source(make(model="lenet5"), None, DATA)) is None
+    first, other = (decided(None, model="lenet5", seed=seed) for seed in (0, 1))
+    assert differing(first, other) == {"config"}
+
+
+def test_what_classes_are_called_decides_a_run() -> None:
+    renamed = replace(DATA, class_names=("cat", "dog"))
+    assert differing(decided(net()), decided(net(), renamed)) == {"class_names"}

@@ -75,6 +75,17 @@ def test_a_backbone_without_gradients_is_compressed_not_dropped() -> None:
     assert any("without a gradient" in note and "backbone.0.weight" in note for note in found.notes)
 
 
+def test_a_parameter_that_its_owner_has_frozen_is_compressed_and_noted() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2))
+    assert not any("without a gradient" in note for note in inventory(model, images(2, 4, 1, 1)).notes)
+    model[1].weight.requires_grad_(False)
+    found = inventory(model, images(2, 4, 1, 1))
+    assert kinds(found) == {"1.weight": "linear", "2.weight": "linear"}
+    (note,) = [note for note in found.notes if "without a gradient" in note]
+    assert "1.weight" in note
+    assert "2.weight" not in note
+
+
 # One tensor under several names
 
 
@@ -363,6 +374,14 @@ def test_a_network_with_nothing_to_compress_is_refused(last: nn.Module) -> None:
 def test_tensors_that_a_file_cannot_hold_are_refused_by_name(module: nn.Module, word: str) -> None:
     with refused(ModelError, match=rf"1\.weight.*{word}"):
         inventory(module, images(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16], ids=str)
+def test_a_buffer_of_a_type_that_no_file_has_is_refused_by_name(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model.register_buffer("table", torch.zeros(3).to(dtype))
+    with refused(ModelError, match=rf"bfloat16, .*, got table of {dtype}; convert it"):
+        inventory(model, images(1, 4, 1, 1))
 
 
 # What a network is left like

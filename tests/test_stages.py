@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from torch import nn
 
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.optimizers import Schedule
 from clipq_ray.progress import Reporter
-from clipq_ray.stages import Run, trained
+from clipq_ray.stages import Run, control_epochs, rung_epochs, trained
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
 from clipq_ray.work import CURVE, Source
@@ -60,3 +62,73 @@ def test_each_network_takes_its_share_of_what_is_left(tmp_path: Path) -> None:
     none = run()
     none.share_time(3, 1)
     assert none.seconds_left is None
+
+
+class Watched(Run):
+    """Knows what decided its stages."""
+
+    def stage_store(self, name: str, inputs: Mapping[str, Any]) -> tuple[str, Store]:
+        self.inputs = dict(inputs)
+        return super().stage_store(name, inputs)
+
+
+def decided(tmp_path: Path, model: nn.Module, number: int = 1) -> tuple[str, dict[str, Any], TrainTask]:
+    """The key of a training of a network from its own start, what decided it, and the task."""
+
+    class Noting(LocalEngine):
+        def train(self, task: TrainTask, progress: Any) -> float:
+            tasks.append(task)
+            Store(task.output).write(CURVE, b'{"curve": [], "notes": []}')
+            return 0.0
+
+    tasks: list[TrainTask] = []
+    source = Source(make(limit_images=20, weights="train", storage=str(tmp_path), engine="local"), model)
+    run = Watched(source, Noting(), Reporter(quiet=True), Store(tmp_path), threading.Lock())
+    with run.turn:
+        trained(run, "finetune", Schedule(1, 4, 0.1, 0.0, 0.9, 0.0, 0.0), None, None, Store(tmp_path), number)
+    return run.stages[0]["key"], run.inputs, tasks[0]
+
+
+def net(value: float = 1.0, frozen: bool = False) -> nn.Module:
+    made = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    for one in made.parameters():
+        nn.init.constant_(one, value)
+    made[1].bias.requires_grad_(not frozen)
+    return made
+
+
+def test_a_further_training_of_a_kind_is_a_stage_of_its_own(tmp_path: Path) -> None:
+    (first, inputs, task), (second, others, further) = (
+        decided(tmp_path / str(number), net(), number) for number in (1, 2)
+    )
+    assert first != second
+    assert (task.number, further.number) == (1, 2)
+    assert others == {**inputs, "number": 2}
+    assert "number" not in inputs
+
+
+def test_what_is_frozen_and_where_a_training_begins_decide_it(tmp_path: Path) -> None:
+    found = [
+        decided(tmp_path / str(number), model)
+        for number, model in enumerate((net(), net(frozen=True), net(2.0)))
+    ]
+    assert len({key for key, *_ in found}) == 3
+    (_, plain, _), (_, held, _), (_, other, _) = found
+    assert held == {**plain, "frozen": ["1.bias"]}
+    assert {name for name in plain if plain[name] != other[name]} == {"weights"}
+
+
+@pytest.mark.parametrize(
+    ("options", "rung", "control"),
+    [
+        ({"epochs": 7}, 4, 7),
+        ({"epochs": 7, "rungs": 3}, 4, 15),
+        ({"epochs": 8, "rungs": 3, "rung_epochs": 2}, 2, 12),
+        ({"epochs": 8, "rounds": 5, "level_epochs": 9}, 4, 8),
+    ],
+)
+def test_a_control_is_trained_for_the_first_round_and_those_on_the_way_to_it(
+    options: dict[str, int], rung: int, control: int
+) -> None:
+    config = make(target_bytes=9, **options)
+    assert (rung_epochs(config), control_epochs(config)) == (rung, control)

@@ -276,3 +276,64 @@ def test_a_job_on_a_head_without_a_gpu_works_on_its_cpus_whatever_its_workers_ha
     assert Source(make(device="cuda", engine="ray")).device() == torch.device("cpu")
     with pytest.raises(ConfigError, match="--device"):
         Source(make(device="cuda", engine="local")).device()
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+def linear(normed: bool = False) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784) if normed else nn.Identity(), nn.Linear(784, 10))
+
+
+def test_a_network_with_nothing_to_train_is_refused() -> None:
+    config = make(limit_images=20, engine="local")
+    Source(config, linear()).check_fit()
+    with refused(ModelError, match=r"network without any that has requires_grad; call \.requires_grad_"):
+        Source(config, frozen(linear())).check_fit()
+
+
+@pytest.mark.parametrize(("size", "workers"), [(1, 1), (2, 2), (3, 2)])
+def test_a_batch_of_which_a_worker_has_one_image_is_refused_where_the_network_wants_two(
+    size: int, workers: int
+) -> None:
+    def source(batch_size: int, model: nn.Module) -> Source:
+        return Source(make(limit_images=20, batch_size=batch_size, workers=workers), model)
+
+    with refused(ModelError, match=rf"raise --batch-size \({size}, shared by {workers} workers\)$"):
+        source(size, linear(normed=True)).check_fit()
+    source(2 * workers, linear(normed=True)).check_fit()
+    source(size, linear()).check_fit()
+
+
+def own(num_classes: int = 10) -> nn.Module:
+    return linear()
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "control", "wanted"),
+    [
+        ("module", None, "auto", True),
+        ("module", "random", "auto", True),
+        ("module", "train", "auto", False),
+        ("test_work:own", "random", "auto", True),
+        ("test_work:own", "train", "auto", False),
+        ("test_work:own", None, "auto", False),  # trained first
+        ("lenet5", "random", "auto", False),
+        ("lenet5", "train", "auto", False),
+        ("lenet5", "some.safetensors", "auto", True),
+        ("lenet5", "train", "always", True),
+        ("module", None, "never", False),
+    ],
+)
+def test_a_control_is_trained_where_weights_may_have_seen_the_images_that_are_held_out(
+    model: str, weights: str | None, control: Any, wanted: bool
+) -> None:
+    module = linear() if model == "module" else None
+    given = {} if module else {"model": model}
+    config = make(limit_images=20, weights=weights, control=control, **given)
+    data = Source(config, linear()).data()
+    assert data.validation_held_out
+    assert Source(config, module, data).wants_control() is wanted
+    apart = Source(config, module, replace(data, validation_held_out=False))
+    assert apart.wants_control() is (control == "always")

@@ -35,7 +35,7 @@ from clipq_ray.intent import (
     to_ask,
 )
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
-from clipq_ray.rounds import START_ERROR, STEPS, Making, Rounds, Shared
+from clipq_ray.rounds import STEPS, Making, Rounds, Shared, harmless
 from clipq_ray.work import prepare_process, read_state
 
 T = TypeVar("T")
@@ -104,13 +104,13 @@ def first_budget(intent: Intent, members: Sequence[Curves]) -> int:
     """The bytes to begin with: those that are wanted, or the fewest that add no more error per member than one network would begin with."""
     if intent.kind == "bytes":
         return to_ask(intent)
-    allowed, pooled = START_ERROR + 5 * intent.value / 100, _pooled(members)
-    smallest = None
-    for tradeoff in np.geomspace(1e-4, 1e6, 200):
-        shares = _split(members, choose(pooled, float(tradeoff)))
-        if sum(one.added for one in shares) / len(shares) <= allowed:
-            smallest = shares
-    return sum(one.bytes for one in smallest or _split(members, choose(pooled, 1e-4)))
+    pooled = _pooled(members)
+    found = harmless(
+        intent,
+        lambda tradeoff: _split(members, choose(pooled, tradeoff)),
+        lambda shares: sum(one.added for one in shares) / len(shares),
+    )
+    return sum(one.bytes for one in found)
 
 
 def finish_ensemble(ensemble: Ensemble, members: Sequence[Prepared | Result], parallel: bool) -> list[Result]:
