@@ -78,3 +78,11 @@ def folder(root: Path, split: str, count: int, size: tuple[int, int] = (8, 8), f
     """`count` images numbered from `first` under `split`/<class>/."""
     for number in range(first, first + count):
         write(root, {f"{split}/{CLASSES[number % 3]}/{number:04d}.png": png(number, size)})
+
+
+def partly_unreadable(root: Path) -> str:
+    """60 images to train on and 60 to test on, numbered from 0, of which 5 and 6 cannot be read."""
+    images: list[bytes | None] = [png(number) for number in range(60)]
+    images[5] = images[6] = b"no image"
+    test = parquet(images, [number % 3 for number in range(60)])
+    return write(root, {"train.parquet": numbered(100, 60), "test.parquet": test})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from data_files import numbered, parquet, png, write
+from data_files import partly_unreadable
 from refusals import refused
 from torch import Tensor, nn
 
@@ -129,10 +129,7 @@ class Banded(nn.Module):
 
 
 def test_the_labels_of_an_evaluation_are_those_that_were_counted(tmp_path: Path) -> None:
-    pictures: list[bytes | None] = [png(number) for number in range(60)]
-    pictures[5] = pictures[6] = b"no image"
-    test = parquet(pictures, [number % 3 for number in range(60)])
-    uri = write(tmp_path, {"train.parquet": numbered(100, 60), "test.parquet": test})
+    uri = partly_unreadable(tmp_path)
     split = open_data(
         uri,
         input_shape=(3, 8, 8),

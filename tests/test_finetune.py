@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from refusals import refused
 from torch import Tensor, nn
 
-from clipq_ray import finetune
+from clipq_ray import finetune, seeds
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
@@ -220,6 +219,40 @@ def test_the_seed_and_the_stage_decide_the_training(tmp_path: Path) -> None:
     assert not same(models[0], models[3])
 
 
+def test_each_training_of_its_kind_shows_the_images_otherwise_and_the_first_as_ever(tmp_path: Path) -> None:
+    made = [trainer(tmp_path / str(at), number=number) for at, number in enumerate((1, 2, 3))]
+    first, second, third = (torch.cat(one._index_batches(1)) for one in made)
+    plain = images(110).index_batches(seeds.generator(3, "finetune", "order", 1), 20)
+    assert torch.equal(first, torch.cat(plain))
+    assert not any(torch.equal(*pair) for pair in ((first, second), (first, third), (second, third)))
+    # the same rows in the same places are augmented otherwise too
+    for one in made:
+        one._index_batches = lambda epoch: [torch.arange(20)]  # type: ignore[method-assign]
+    shown = [next(iter(one._batches(1)))[0] for one in made]
+    assert not torch.equal(shown[0], shown[1])
+
+
+def test_each_training_of_its_kind_masks_and_drops_otherwise(tmp_path: Path) -> None:
+    class Seeing(Network):
+        def forward(self, images: Tensor) -> Tensor:
+            if self.training:
+                seen.append((images, torch.rand(4)))
+            return super().forward(images)
+
+    def same_images(split: TensorSplit, rows: Sequence[Tensor], *_: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        return (split.batch(torch.arange(len(one)), None) for one in rows)
+
+    shown: list[tuple[Tensor, Tensor]] = []
+    for at, number in enumerate((1, 1, 2)):
+        seen: list[tuple[Tensor, Tensor]] = []
+        given = {"schedule": schedule(epochs=1), "number": number, "feed": same_images}
+        run(trainer(tmp_path / str(at), network(Seeing), **given))
+        shown.append(seen[-1])
+    first, again, other = shown
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+
+
 def test_the_rate_warms_up_then_falls_to_zero(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     rates: list[float] = []
@@ -324,6 +357,21 @@ def test_out_of_memory_splits_the_batch_without_changing_the_gradient_and_says_s
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_micro_batches_are_as_even_as_can_be(tmp_path: Path) -> None:
+    class Seeing(Small):
+        def forward(self, images: Tensor) -> Tensor:
+            if self.training:
+                seen.append(len(images))
+            return super().forward(images)
+
+    seen: list[int] = []
+    made = trainer(tmp_path, network(Seeing, 4), schedule=schedule(batch_size=13, epochs=1))
+    assert made.micro_batch == 4
+    seen.clear()
+    run(made)
+    assert seen == [4, 3, 3, 3] * 8  # none of a single image, which batch norm does not take
+
+
 def test_a_training_goes_on_in_the_precision_that_it_began_in_wherever_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,66 +444,6 @@ def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
 
 
-def as_rank(rank: int, folder: str, work: Callable[..., None], given: tuple[object, ...]) -> None:
-    """`work(rank, folder, *given)` as one of two gloo ranks, which ends without Python's own end.
-
-    A thread of gloo's may still let go of the last collective's tensors then, which needs the interpreter: where it comes too late, the process is aborted.
-    """
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    work(rank, folder, *given)
-    torch.distributed.destroy_process_group()
-    os._exit(0)
-
-
-def on_two_ranks(folder: Path, work: Callable[..., None], *given: object) -> None:
-    torch.multiprocessing.spawn(as_rank, (str(folder), work, given), nprocs=2)
-
-
-def one_of_two(rank: int, folder: str, differing: bool) -> None:
-    """With `differing`, rank 1 begins with other weights in the last layer."""
-    model = network()
-    plan = make_plan(model, PLAN)
-    held = Held(180, kept)
-    made = trainer(Path(folder) / "c", model, plan, rank=Rank(rank, 2, torch.device("cpu")), held=held)
-    if differing and rank:  # after DDP has made the ranks equal
-        assert made.operator is not None
-        with made.operator.full_precision(), torch.no_grad():
-            model.get_parameter("head.weight").mul_(-1)
-    result = Path(folder) / f"rank-{rank}"
-    try:
-        run(made)
-        result.write_text("ended")
-    except RunError as error:
-        result.write_text(str(error))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("differing", [False, True], ids=["equal", "differing"])
-def test_ranks_with_other_codes_are_found_after_one_epoch(differing: bool, tmp_path: Path) -> None:
-    on_two_ranks(tmp_path, one_of_two, differing)
-    for rank in range(2):
-        said = (tmp_path / f"rank-{rank}").read_text()
-        assert ("layer head.weight after epoch 1" in said) if differing else (said == "ended")
-
-
-def one_of_two_with_two_heads(rank: int, folder: str) -> None:
-    model = network(TwoHeads)
-    rows = run(
-        trainer(Path(folder) / "c", model, make_plan(model, PLAN), rank=Rank(rank, 2, torch.device("cpu")))
-    )
-    parameters = {name: one.detach() for name, one in model.named_parameters()}
-    torch.save((len(rows), parameters), Path(folder) / f"rank-{rank}")
-
-
-@pytest.mark.slow
-def test_a_head_without_a_gradient_holds_up_no_worker(tmp_path: Path) -> None:
-    on_two_ranks(tmp_path, one_of_two_with_two_heads)
-    first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in range(2))
-    assert first[0] == second[0] == 4
-    assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
-
-
 def test_rising_rates_end_at_the_plans_and_make_another_network(tmp_path: Path) -> None:
     plan = make_plan(network(), PLAN)
     at_once, rising = (
@@ -494,16 +482,3 @@ def test_recovery_of_a_killed_training_is_that_of_an_undisturbed_one(tmp_path: P
     run(again)
     assert again.recovery == whole.recovery
     assert set(whole.recovery) == set(PLAN)
-
-
-def one_of_two_unevenly(rank: int, folder: str) -> None:
-    made = trainer(
-        Path(folder) / "c", schedule=schedule(batch_size=11), rank=Rank(rank, 2, torch.device("cpu"))
-    )
-    (Path(folder) / f"rank-{rank}").write_text(f"{made.micro_batch} {made.notes}")
-
-
-@pytest.mark.slow
-def test_a_batch_that_is_not_shared_out_evenly_is_no_lack_of_memory(tmp_path: Path) -> None:
-    on_two_ranks(tmp_path, one_of_two_unevenly)
-    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["6 []", "5 []"]

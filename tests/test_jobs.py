@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clipq_ray import codec, console, manifest, models
+from clipq_ray.evaluate import evaluate
 from clipq_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,17 +201,19 @@ def test_a_dry_run_counts_all_that_a_ladder_may_train(
 ) -> None:
     options = (
         "--dry-run --storage s --search-evaluations 9 --target-bytes 2000 --rungs 4 --rung-epochs 3 --search-again --epochs 8 --level-epochs 2 "
-        "--rounds 3 --round-epochs 5 --baseline-epochs 6"
+        "--rounds 3 --round-epochs 5 --baseline-epochs 6 --control always"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compress", *options.split()])
     assert console.run("compress", imported("compress").main) == 0
-    printed = {line[:11].strip(): line[12:] for line in capfd.readouterr().out.splitlines()}
+    out = capfd.readouterr().out
+    printed = {line[:11].strip(): line[12:] for line in out.splitlines()}
+    assert "dense control 17 ep" in out  # as long as the rungs and the first round
     assert "at most 270 evaluations" in printed["search"]  # 5 layers, before each of 6 rounds
     wanted = {"baseline": "6 ep", "rungs": "at most 9 ep", "fine-tuning": "8 ep", "more rounds": "at most 10 ep", "levels": "at most 6 ep"}  # fmt: skip
     for name, words in wanted.items():
         assert printed[name].startswith(words)
-    assert "at most 15 MB" in printed["disk"]  # 10 trainings of a network of 0.25 MB
+    assert "at most 17 MB" in printed["disk"]  # 11 trainings of a network of 0.25 MB
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +335,32 @@ def test_an_input_that_its_network_takes_is_evaluated(
         tmp_path / "network.clq", {"shape": [1, 28, 28], "resize": None, "mean": [0.5], "std": [0.5]}
     )
     assert called("evaluate", [path, "--data", "digits"], monkeypatch, capfd)[0] == 0
+
+
+@pytest.mark.parametrize(("values", "images"), [(1 << 28, 250), (7 * 784 + 783, 7), (5, 1)])
+def test_the_images_of_a_batch_take_no_more_memory_whatever_a_file_states(
+    values: int,
+    images: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = stated(
+        tmp_path / "network.clq", {"shape": [1, 28, 28], "resize": None, "mean": [0.5], "std": [0.5]}
+    )
+    job, printed, sizes = imported("evaluate"), [], []
+
+    def watching(*given: Any, batch_size: int, **more: Any) -> Any:
+        sizes.append(batch_size)
+        return evaluate(*given, batch_size=batch_size, **more)
+
+    monkeypatch.setattr(job, "evaluate", watching)
+    for most in (job._VALUES, values):
+        monkeypatch.setattr(job, "_VALUES", most)
+        assert job.main([path, "--data", "digits"]) == 0
+        printed.append(capfd.readouterr().out)
+    assert sizes == [250, images]
+    assert printed[0] == printed[1]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))

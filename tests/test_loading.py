@@ -136,6 +136,14 @@ def test_a_buffer_that_the_file_lacks_does_not_lift_the_limit(tmp_path: Path) ->
         )
 
 
+def test_further_names_of_a_tensor_do_not_lift_the_limit_of_elements(tmp_path: Path) -> None:
+    named = {"name": "mobilenet_v2", "kwargs": {"num_classes": 10, "width_mult": 40.0}}
+    ties = {f"x{number}": "x" for number in range(1000)}
+    content = codec.Packed({"architecture": named, "ties": ties}, {"x": np.ones(1 << 20, np.float32)})
+    with refused(ModelError, match=r"at most 3,002 tensors and 18,874,368 elements"):
+        clipq_ray.load(written(tmp_path, content))
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [

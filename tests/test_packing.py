@@ -112,3 +112,37 @@ def test_a_network_that_no_grid_serves_keeps_its_batch_norm_as_it_is(
     assert codec.decode(made.file).norms == ()
     assert "norm.running_var" in codec.arrays(made.file)
     assert score(made.file, Sharp(lenet(digits_weights))) > 0.8
+
+
+class Scaled(nn.Module):
+    """A network with a parameter of no dimension, and numbers of a type that no file has."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        values = torch.randn(60, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-30, 30)
+        self.register_buffer("table", values.bfloat16())
+        self.short = nn.Parameter(values.flip(0).bfloat16())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.inner(images) * self.scale + 0 * (self.table + self.short).float().mean()
+        return scores
+
+
+@pytest.mark.parametrize("vectors", ["auto", "exact"])
+def test_a_parameter_of_no_dimension_and_bfloat16_come_back(
+    tmp_path: Path, digits_weights: dict[str, torch.Tensor], vectors: str
+) -> None:
+    model = Scaled(lenet(digits_weights))
+    made = packed(tmp_path, model, vectors=vectors, keep=["short"])
+    loaded = loading.from_bytes(made.file, factory=lambda: Scaled(lenet(digits_weights)))
+    assert (made.vectors == "as they are") == (vectors == "exact")
+    assert loaded.get_parameter("scale").shape == ()
+    assert loaded.get_parameter("scale").item() == pytest.approx(
+        0.7, rel=2**-10 if vectors == "exact" else 0.25
+    )
+    for name in ("table", "short"):
+        found, expected = loaded.state_dict()[name], model.state_dict()[name]
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, expected)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -20,17 +22,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clipq_ray
-from clipq_ray import manifest, models, tables
+from clipq_ray import manifest, models, pipeline, tables
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
 from clipq_ray.errors import RunError
-from clipq_ray.evaluate import evaluate
+from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.stages import Run
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
+from clipq_ray.training import TrainTask
+from clipq_ray.work import CURVE, WEIGHTS, Source, write_state
 
 pytest_plugins = ["s3_server"]
 
@@ -38,6 +42,7 @@ QUICK: dict[str, Any] = {
     "engine": "local", "epochs": 2, "batch_size": 32, "search_evaluations": 4, "search_start": 3, "search_images": 60,
     "control": "never", "target_ratio": 15, "rounds": 1,
 }  # fmt: skip
+DIGITS = open_data("digits", input_shape=(1, 28, 28))
 
 
 def run(storage: Path | str, **changes: Any) -> Result:
@@ -45,12 +50,10 @@ def run(storage: Path | str, **changes: Any) -> Result:
     return compress(Source(config), LocalEngine(), Reporter(quiet=True))
 
 
-def top1_percent(state: dict[str, Tensor]) -> float:
+def top1_percent(state: dict[str, Tensor], split: str = "test") -> float:
     model = models.build(models.architecture("lenet5", 10, {}))
     model.load_state_dict(state)
-    test = open_data("digits", input_shape=(1, 28, 28)).test
-    assert test is not None
-    return 100 * evaluate(model, test, batch_size=250).top1
+    return 100 * evaluate(model, getattr(DIGITS, split), batch_size=250).top1
 
 
 def saved(state: dict[str, Tensor], path: Path) -> str:
@@ -129,7 +132,7 @@ def test_a_given_network_near_chance_stops_before_the_search(
     with refused(RunError, match=r"chance is 10\.00 %") as caught:
         run(tmp_path / "s", weights=weights)
     line = str(caught.value)
-    assert f"top-1 {top1_percent(state):.2f} % on 360 images" in line
+    assert f"top-1 {top1_percent(state, 'validation'):.2f} % on 143 validation images" in line
     for cause in ("labels in another order", "--mean/--std", "--input-size", "--weights"):
         assert cause in line
     assert not searched(tmp_path / "s")
@@ -152,6 +155,61 @@ def test_a_network_near_the_expected_top1_goes_on(digits_weights: dict[str, Tens
     weights, percent = saved(digits_weights, tmp_path / "w.safetensors"), top1_percent(digits_weights)
     result = run(tmp_path / "s", weights=weights, expect_top1_percent=percent - 1.5, epochs=1)
     assert result.manifest["metrics"]["test"]["original"]["top1_percent"] == pytest.approx(percent)
+
+
+def scored(right: int, n: int) -> Evaluation:
+    return Evaluation(n, right / n, 1.0, 0.0, *np.zeros((2, n), np.int64))
+
+
+def judge(
+    validation: Evaluation, test: Evaluation | None = None, origin: str = "module", **options: Any
+) -> None:
+    """What is said of a network of two classes that scores so."""
+    given: Any = SimpleNamespace(
+        config=make(**options), data=SimpleNamespace(classes=2), reporter=Reporter(quiet=True)
+    )
+    pipeline._refuse_bad_baseline(given, {"validation": validation, "test": test}, origin)
+
+
+def test_a_network_that_is_right_about_the_few_images_there_are_goes_on() -> None:
+    right = scored(3, 3)
+    assert right.interval()[0] < 0.5  # chance is within
+    judge(right)
+    with refused(RunError, match=r"got top-1 66\.67 % on 3 validation images \(chance is 50\.00 %\)"):
+        judge(scored(2, 3))
+
+
+def test_validation_images_decide_whether_a_network_is_near_chance_and_test_images_nothing() -> None:
+    with refused(RunError, match=r"got top-1 52\.00 % on 100 validation images"):
+        judge(scored(52, 100), scored(100, 100))
+    judge(scored(80, 100), scored(50, 100))
+    for origin in ("random", "train"):
+        judge(scored(50, 100), origin=origin)
+
+
+def test_the_top1_that_is_expected_is_that_of_test_images_where_there_are_any() -> None:
+    judge(scored(99, 100), scored(91, 100), expect_top1_percent=90.0)
+    judge(scored(91, 100), expect_top1_percent=90.0)
+    with refused(RunError, match=r"near 90\.0 % \(--expect-top1-percent\), got 95\.00 %"):
+        judge(scored(90, 100), scored(95, 100), expect_top1_percent=90.0)
+
+
+def test_a_control_is_trained_as_long_as_a_ladder_and_its_first_round(tmp_path: Path) -> None:
+    class Noting(LocalEngine):
+        def train(self, task: TrainTask, progress: Any) -> float:
+            assert (task.stage, task.plan) == ("control", None)
+            made.append(task.schedule.epochs)
+            Store(task.output).write(CURVE, b'{"curve": [], "notes": []}')
+            return 0.0
+
+    made: list[int] = []
+    options = {"target_bytes": 9, "rungs": 3, "rung_epochs": 2, "epochs": 7, "rounds": 5, "round_epochs": 9}
+    source, weights = Source(make(limit_images=20, engine="local", **options)), Store(tmp_path / "w")
+    write_state(weights, WEIGHTS, source.network().state_dict())
+    given = Run(source, Noting(), Reporter(quiet=True), Store(tmp_path), threading.Lock())
+    with given.turn:
+        pipeline._control(given, weights, Store(tmp_path / "work"))
+    assert made == [2 + 2 + 7]
 
 
 # --- little time ---------------------------------------------------------------------------------------------------------------
@@ -236,7 +294,7 @@ def test_where_memory_is_short_gradients_are_accumulated_and_the_run_says_so(tmp
     assert note.startswith("finetune: 18 images per worker do not fit")
     assert "micro-batches of 5 " in note  # 18, 9, 5
     assert not [note for note in enough.manifest["notes"] if "micro-batches" in note]
-    # 5 + 5 + 5 + 3 images are the same step as 18 at once
+    # 5 + 5 + 4 + 4 images are the same step as 18 at once
     losses = [[row["loss"] for row in run.manifest["curves"]["finetune"]] for run in (short, enough)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 

@@ -401,3 +401,18 @@ def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, 
     other = Outcome(700, tried.bytes, tried.bytes, Drop(-points, -points - 1, -points + 1, 500), 1)
     again, _ = rounds._other_choice(Intent("max_drop", 0.5), making(outcome, other), tried.bytes)
     assert again == choose_for_bytes(TRIALS, tried.bytes)
+
+
+@pytest.mark.parametrize(("planned", "said"), [(899, True), (900, False), (2000, False), (None, False)])
+def test_a_size_that_the_search_did_not_have_is_said_where_the_plan_was_to_be_smaller(
+    planned: int | None, said: bool
+) -> None:
+    """A further round plans for less than was asked for where files turn out larger than predicted, and for more where they turn out smaller."""
+    outcome = Outcome(1000, 900, 950, Drop(0.0, -1.0, 1.0, 500), 1)
+    one: Any = SimpleNamespace(on_the_way=False, outcome=outcome, planned=planned)
+    run: Any = SimpleNamespace(notes=[], reporter=Reporter(quiet=True))
+    rounds._say_smallest(run, rounds.Rounds(Intent("bytes", 1000.0), None, (one,)))  # type: ignore[arg-type]
+    words = (
+        "asked for 1,000 bytes; the nearest that the search measured were taken, 900 bytes before training"
+    )
+    assert run.notes == [words] * said

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import nn
 
+from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
+from clipq_ray.data import Data
 from clipq_ray.optimizers import Schedule
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run, control_epochs, rung_epochs, trained
 from clipq_ray.storage import Store
-from clipq_ray.training import TrainTask
+from clipq_ray.training import Size, TrainTask
 from clipq_ray.work import CURVE, Source
 
 
@@ -72,7 +76,9 @@ class Watched(Run):
         return super().stage_store(name, inputs)
 
 
-def decided(tmp_path: Path, model: nn.Module, number: int = 1) -> tuple[str, dict[str, Any], TrainTask]:
+def decided(
+    tmp_path: Path, model: nn.Module, number: int = 1, data: Data | None = None, size: Size | None = None
+) -> tuple[str, dict[str, Any], TrainTask]:
     """The key of a training of a network from its own start, what decided it, and the task."""
 
     class Noting(LocalEngine):
@@ -82,10 +88,13 @@ def decided(tmp_path: Path, model: nn.Module, number: int = 1) -> tuple[str, dic
             return 0.0
 
     tasks: list[TrainTask] = []
-    source = Source(make(limit_images=20, weights="train", storage=str(tmp_path), engine="local"), model)
+    source = Source(
+        make(limit_images=20, weights="train", storage=str(tmp_path), engine="local"), model, data
+    )
     run = Watched(source, Noting(), Reporter(quiet=True), Store(tmp_path), threading.Lock())
     with run.turn:
-        trained(run, "finetune", Schedule(1, 4, 0.1, 0.0, 0.9, 0.0, 0.0), None, None, Store(tmp_path), number)
+        schedule = Schedule(1, 4, 0.1, 0.0, 0.9, 0.0, 0.0)
+        trained(run, "finetune", schedule, None, None, Store(tmp_path), number, size=size)
     return run.stages[0]["key"], run.inputs, tasks[0]
 
 
@@ -116,6 +125,19 @@ def test_what_is_frozen_and_where_a_training_begins_decide_it(tmp_path: Path) ->
     (_, plain, _), (_, held, _), (_, other, _) = found
     assert held == {**plain, "frozen": ["1.bias"]}
     assert {name for name in plain if plain[name] != other[name]} == {"weights"}
+
+
+def test_what_classes_are_called_decides_a_training_that_is_held_at_a_file_of_a_size(tmp_path: Path) -> None:
+    data = Source(make(limit_images=20)).data()
+    renamed = replace(data, class_names=tuple(f"digit {name}" for name in data.class_names))
+    inventory = network.inventory(net(), data.train.batch(torch.arange(2), None)[0], ())
+    keys = [
+        decided(tmp_path / f"{number}{size}", net(), data=one, size=size and Size(size, inventory, None))[0]
+        for number, one in enumerate((data, renamed))
+        for size in (None, 900)
+    ]
+    assert keys[0] == keys[2]  # plain weights do not know them
+    assert keys[1] != keys[3]
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,19 @@ def test_an_image_that_cannot_be_read_while_training_is_named_in_the_notes(tmp_p
     assert "3.jpg" in note
 
 
+def test_a_further_training_of_a_kind_makes_other_weights(tmp_path: Path) -> None:
+    source = Source(make(model="lenet5", weights="random", limit_images=20, engine="local"))
+    made = []
+    for place, number in (("a", 1), ("b", 1), ("c", 2)):
+        out, checkpoints = (Store(tmp_path / kind / place).uri for kind in ("out", "checkpoints"))
+        schedule = Schedule(1, 4, 0.01, 0.0, 0.9, 0.0, 0.0)
+        task = TrainTask(source, "finetune", None, None, schedule, out, checkpoints, number=number)
+        train(task, Rank(0, 1, torch.device("cpu")), silent, silent)
+        made.append(read_state(Store(out))["fc3.weight"])
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
 def test_a_training_that_another_job_has_finished_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
     source = Source(make(model="lenet5", weights="random", limit_images=20, engine="local"))
     out = Store(tmp_path / "out")

@@ -137,6 +137,21 @@ def test_other_tensors_come_back_at_the_stated_precision() -> None:
     np.testing.assert_array_equal(codec.stored(plain), after["a"])
 
 
+def test_a_single_number_goes_on_a_grid_and_comes_back() -> None:
+    vector = codec.on_grid(np.array(-0.375), 0.5, 16)
+    assert vector is not None
+    assert isinstance(vector.codes, np.ndarray)
+    assert vector.shape == ()
+    file = codec.encode(
+        codec.Packed({}, {"scale": vector, "other": codec.Vector(np.arange(3, dtype=np.int32), 120)})
+    )
+    for values in (vector.values(), codec.arrays(file)["scale"]):
+        assert isinstance(values, np.ndarray)
+        assert (values.shape, values.dtype) == ((), np.float32)
+        assert float(values) == pytest.approx(-0.375, abs=0.5 / 32)
+    assert codec.arrays(file)["scale"] == vector.values()
+
+
 def small_file(profile: Any = "fast") -> bytes:
     tensors: dict[str, Any] = {
         "w": layer((4, 5), 1, 2, 0.5, 3),

@@ -50,6 +50,7 @@ def test_an_input_that_images_can_be_prepared_for_is_read(images: dict[str, Any]
         *(RGB | {"shape": shape} for shape in (5, None, [3, 224], [3, 224, 200, 1], [3, 0, 1], [3, -224, 200])),
         *(RGB | {"shape": shape} for shape in ([3, 224.0, 200], [3, True, 1], ["3", 224, 200], [3, 8193, 1])),
         {"shape": [8192] * 3, "resize": None, "mean": [0.5] * 8192, "std": [0.5] * 8192},
+        {"shape": [2, 8192, 4097], "resize": None, "mean": [0.5] * 2, "std": [0.5] * 2},  # of 2^26 and more
         *(RGB | {"resize": resize} for resize in (0, -1, 223, 8193, 10**30, 256.0, True, "256", [256])),
         *(RGB | {"mean": mean} for mean in (0.5, None, "abc", [0.5], [0.5] * 4, [0.5, 0.5, None], [True] * 3)),
         *(RGB | {"std": std} for std in (0.5, None, [0.5] * 2, [0.5, 0.5, 0], [0.5, 0.5, -1], [[1], [1], [1]])),
@@ -63,6 +64,28 @@ def test_an_input_that_nobody_can_prepare_images_for_is_refused(images: Any) -> 
         codec.metadata(data)
     with pytest.raises(Refused):
         spec_decoder.decode(data)
+
+
+def tied(ties: dict[str, str]) -> bytes:
+    """A file of two tensors."""
+    return crafted({"n": ["a", "b"], "s": [[1], [1]], "c": ["q", "q"], "m": {"ties": ties}}, *[b"\0\0"] * 2)
+
+
+def test_a_name_is_a_tensor_of_the_file_or_another_ones_name() -> None:
+    good = tied({"c": "a", "d": "a"})
+    assert codec.decode(good).metadata["ties"] == {"c": "a", "d": "a"} == spec_decoder.decode(good)[0]["ties"]
+    for ties, words in (
+        ({"b": "a"}, "ties 'b' to another tensor, and holds it as well"),
+        ({"c": "a", "a": "a"}, "ties 'a' to another tensor, and holds it as well"),
+        ({"c": "d", "d": "a"}, "ties a name to 'd', which it does not hold"),
+    ):
+        for read in (codec.metadata, codec.decode):
+            with refused(ArtifactError, match=words):
+                read(tied(ties))
+        with pytest.raises(Refused):
+            spec_decoder.decode(tied(ties))
+    with pytest.raises(ArtifactError, match="ties 'a' to another tensor"):
+        codec.encode(codec.Packed({"ties": {"a": "b"}}, {one: np.ones(2, np.float32) for one in "ab"}))
 
 
 def test_what_a_reader_would_refuse_is_not_written() -> None:

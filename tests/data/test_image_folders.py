@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from data_files import CLASSES, folder, number_of, png, write
+from PIL import Image
 from refusals import refused
 
 from clipq_ray.data import Data, Preprocessing, open_data, open_test
@@ -145,6 +148,55 @@ def test_a_folder_is_listed_once(
     split, _ = open_test(str(tmp_path), Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3), classes)
     assert listed == [str(tmp_path)]
     assert split.labels.tolist() == labels
+
+
+def test_the_training_images_are_no_validation_images_whatever_they_are_called(tmp_path: Path) -> None:
+    folder(tmp_path / "a", "train", 30)
+    for file in (tmp_path / "a").rglob("*.png"):
+        write(tmp_path, {f"copies/{file.parent.name}/copy{file.name}": file.read_bytes()})
+    for given in ("a/train", "copies"):
+        with refused(DataError, match="other than the training images, got the same"):
+            opened(str(tmp_path / "a"), validation_uri=str(tmp_path / given))
+
+
+def test_what_lies_about_beside_the_images_is_not_used_and_that_is_said(tmp_path: Path) -> None:
+    folder(tmp_path, "train", 30)
+    write(tmp_path, {"README.txt": b"about"})
+    assert not any("not used" in note for note in opened(str(tmp_path)).notes)
+    write(
+        tmp_path, {"logo.png": png(1), "docs/a.png": png(2), "train/ant/0.raw": b"", "train/labels.csv": b""}
+    )
+    data = opened(str(tmp_path))
+    assert len(data.train) + len(data.validation) == 30
+    assert [note for note in data.notes if "not used" in note] == [
+        "2 images beside the folders of splits are not used, as docs/a.png",
+        "2 files that are not called as images are not used, as train/ant/0.raw",
+    ]
+
+
+def test_a_name_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder(tmp_path, "train", 6)
+    try:
+        (tmp_path / "train" / "ant" / os.fsdecode(b"\xff.png")).write_bytes(png(1))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with refused(DataError, match=f"cannot read .*{tmp_path.name}"):
+        opened(str(tmp_path))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF")])
+def test_grey_images_of_more_than_8_bits_count_as_unreadable(tmp_path: Path, mode: str, kind: str) -> None:
+    made = io.BytesIO()
+    Image.new(mode, (8, 8), 900).save(made, kind)
+    folder(tmp_path, "train", 12)
+    write(tmp_path, {f"train/ant/deep.{kind.lower()}": made.getvalue()})
+    with refused(
+        DataError, match=rf"unreadable images, found 1: .*deep\..*more than 8 bits a pixel .*{mode}"
+    ):
+        opened(str(tmp_path))
+    data = opened(str(tmp_path), bad_image_limit=1)
+    assert len(data.train) + len(data.validation) == 12
+    assert any("1 unreadable images left out" in note and "deep" in note for note in data.notes)
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:

@@ -102,6 +102,27 @@ def test_subsets_and_tensor_datasets_and_collate_functions_are_understood() -> N
     )
 
 
+def negated(items: list) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([-image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
+def test_the_fingerprint_is_that_of_what_the_collate_function_makes() -> None:
+    plain, again, other = (
+        from_loaders(loader(Noisy(), **options)) for options in ({}, {}, {"collate_fn": negated})
+    )
+    for split in ("train", "validation"):
+        assert getattr(plain, split).fingerprint == getattr(again, split).fingerprint
+        assert getattr(plain, split).fingerprint != getattr(other, split).fingerprint
+
+
+def test_images_that_decide_are_none_that_train_or_judge() -> None:
+    with refused(DataError, match="other than the training images, got the same"):
+        from_loaders(loader(Noisy()), loader(Noisy()))
+    with refused(DataError, match="other than the test images, got the same"):
+        from_loaders(loader(Noisy()), loader(Noisy(20, 60)), loader(Noisy(20, 60)))
+    from_loaders(loader(Noisy()), loader(Noisy(20, 60)), loader(Noisy(20, 80)))
+
+
 def test_stated_labels_that_items_contradict_are_not_believed() -> None:
     class Shifted(Noisy):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import CLASSES, number_of, numbered, parquet, png, write
+from data_files import CLASSES, number_of, numbered, parquet, partly_unreadable, png, write
 from refusals import refused
 
-from clipq_ray.data import Data, Split, batches, open_data
+from clipq_ray.data import Data, Preprocessing, Split, batches, open_data, open_test
 from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
@@ -168,12 +168,7 @@ def test_unreadable_images_are_named_counted_and_limited(tmp_path: Path) -> None
 def test_an_unreadable_image_met_in_a_batch_is_replaced_by_the_next_one_and_its_label(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images: list[bytes | None] = [png(number) for number in range(60)]
-    images[5] = images[6] = b"no image"
-    uri = write(
-        tmp_path,
-        {"train.parquet": numbered(100, 60), "test.parquet": parquet(images, [n % 3 for n in range(60)])},
-    )
+    uri = partly_unreadable(tmp_path)
     data = opened(uri, memory_limit_bytes=1000, bad_image_limit=2)
     assert data.test is not None
     pixels, labels = data.test.batch(torch.tensor([4, 5, 9]), None)
@@ -230,6 +225,22 @@ def test_other_columns_are_listed(tmp_path: Path) -> None:
     ):
         pq.write_table(pa.table(columns), tmp_path / "train.parquet")
         with pytest.raises(DataError, match=expected):
+            opened(str(tmp_path))
+
+
+def test_labels_that_no_signed_number_holds_are_refused_in_one_line(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for most in (2, 2**63):
+        labels = pa.array([0, 1, most], pa.uint64())
+        pq.write_table(
+            pa.table({"image": [png(n) for n in range(3)], "label": labels}), tmp_path / "train.parquet"
+        )
+        if most == 2:
+            assert opened(str(tmp_path), validation_images=1).classes == 3
+            continue
+        with refused(DataError, match=r"cannot read .*train\.parquet: .*9223372036854775808"):
             opened(str(tmp_path))
 
 
@@ -327,6 +338,40 @@ def test_the_users_own_validation_data_is_used_and_must_not_be_the_test_set(tmp_
     names = write(tmp_path / "names", {"val.parquet": parquet([png(1)], [0], ("x", "y", "z"))})
     with pytest.raises(DataError, match="classes of the training data"):
         opened(uri, validation_uri=names)
+
+
+@pytest.mark.parametrize("memory", [10**9, 10**4])
+@pytest.mark.parametrize("limit", [None, 30])
+def test_the_training_images_are_no_validation_images(tmp_path: Path, memory: int, limit: int | None) -> None:
+    uri = write(tmp_path / "a", {"train.parquet": numbered(0, 60)})
+    copied = write(tmp_path / "copied", {"some.parquet": numbered(0, 60)})
+    options = {"memory_limit_bytes": memory, "limit_images": limit}
+    for given in (uri, copied):
+        with refused(DataError, match="other than the training images, got the same; a network knows those"):
+            opened(uri, validation_uri=given, **options)
+    other = write(tmp_path / "other", {"some.parquet": numbered(60, 60)})
+    assert len(opened(uri, validation_uri=other, **options).validation) == 60
+
+
+def test_images_whose_classes_a_network_numbers_otherwise_judge_nothing(tmp_path: Path) -> None:
+    uri = write(tmp_path, {"test.parquet": numbered(0, 9)})
+    preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
+    for names in (("bee", "ant", "cat"), ("ant", "cat"), ("wasp", "ant", "bee", "cat")):
+        with refused(DataError, match="expected the classes in the order .*, got ant, bee, cat at"):
+            open_test(uri, preprocessing, 4, names)
+    for known in ((), ("ant", "bee"), ("ant", "wasp", "cat"), (*CLASSES, "dog")):
+        split, _ = open_test(uri, preprocessing, 4, known)
+        assert split.labels.tolist() == [0, 1, 2] * 3
+
+
+def test_files_that_name_no_split_beside_others_are_not_used_and_that_is_said(tmp_path: Path) -> None:
+    files = {"train.parquet": numbered(0, 60), "test.parquet": numbered(100, 9)}
+    more = {"extra-0.parquet": numbered(200, 9), "extra-1.parquet": numbered(300, 9)}
+    assert not any("not used" in note for note in opened(write(tmp_path / "a", files)).notes)
+    data = opened(write(tmp_path / "b", {**files, **more}))
+    assert len(data.train) + len(data.validation) == 60
+    (note,) = [note for note in data.notes if "not used" in note]
+    assert note == "2 Parquet files whose names name no split are not used, as extra-0.parquet"
 
 
 def test_a_limit_takes_a_fixed_stratified_sample_of_the_training_images(tmp_path: Path) -> None:

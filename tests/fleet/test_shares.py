@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_files import partly_unreadable
 from test_fleet_run import DEFAULTS, ROOT, fleet, rows, submitted
 
 import clipq_ray
@@ -21,7 +22,8 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
 from clipq_ray.errors import DataError, RunError
-from clipq_ray.fleet.ensembles import together
+from clipq_ray.evaluate import evaluate
+from clipq_ray.fleet.ensembles import probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_out
 from clipq_ray.intent import Intent
@@ -64,6 +66,18 @@ def test_a_byte_has_one_price_although_members_differ_in_size() -> None:
     """Equal curves of error over bytes get equal shares, whatever the size of the networks."""
     shares = shared_out([curves([0.0, 0.1, 0.3], 4000), curves([0.0, 0.1, 0.3], 40_000)], 420)
     assert [one.bytes for one in shares] == [210, 210]
+
+
+def test_votes_are_held_against_the_labels_of_the_images_that_were_read(tmp_path: Path) -> None:
+    split = open_data(
+        partly_unreadable(tmp_path), input_shape=(3, 8, 8), memory_limit_bytes=1000, bad_image_limit=2
+    ).test
+    assert split is not None
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    votes, labels = probabilities(Source(make(evaluation_batch_size=7)), model, split)
+    found = evaluate(model, split, batch_size=7)
+    assert votes.argmax(axis=1).tolist() == found.predictions.tolist()
+    assert labels.tolist() == found.labels.tolist() != split.labels.tolist()
 
 
 def test_members_with_other_classes_have_no_vote_together() -> None:
