@@ -138,7 +138,7 @@ def trainings(source: Source) -> list[Trainings]:
             Trainings("baseline", int(source.weights_origin() == "train"), config.baseline_epochs),
             Trainings("rungs", config.rungs - 1, stages.rung_epochs(config), True, True),
             Trainings("fine-tuning", 1, config.epochs),
-            Trainings("dense control", int(source.wants_control()), stages.control_epochs(config)),
+            Trainings("control", int(source.wants_control()), stages.control_epochs(config)),
             Trainings("more rounds", further, config.round_epochs or half, True, True),
             Trainings("levels", (1 + further) * prices, config.level_epochs, further > 0 or prices > 1),
         )

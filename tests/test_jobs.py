@@ -208,7 +208,7 @@ def test_a_dry_run_counts_all_that_a_ladder_may_train(
     assert console.run("compress", imported("compress").main) == 0
     out = capfd.readouterr().out
     printed = {line[:11].strip(): line[12:] for line in out.splitlines()}
-    assert "dense control 17 ep" in out  # as long as the rungs and the first round
+    assert "control     17 ep" in out  # as long as the rungs and the first round
     assert "at most 270 evaluations" in printed["search"]  # 5 layers, before each of 6 rounds
     wanted = {"baseline": "6 ep", "rungs": "at most 9 ep", "fine-tuning": "8 ep", "more rounds": "at most 10 ep", "levels": "at most 6 ep"}  # fmt: skip
     for name, words in wanted.items():
