@@ -250,7 +250,12 @@ def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> No
     """By the command itself; there is no data, so every unit ends with the job's one line."""
     series = [(records.TARGETS[3], 0), (records.TARGETS[4], 1)]
     given = argparse.Namespace(
-        variants=["ours"], shared=tmp_path / "none", storage=tmp_path / "runs", engine="local", parallel=2
+        variants=["ours"],
+        shared=tmp_path / "none",
+        storage=tmp_path / "runs",
+        engine="local",
+        parallel=2,
+        epochs=None,
     )
     with pytest.raises(
         SystemExit, match="resnet20-cifar10-noloss seed 7, resnet20-cifar10-small seed 8: not made"

@@ -129,7 +129,7 @@ def test_a_manifest_whose_answer_got_lost_is_this_runs_own(
         return real(self, name, data)
 
     monkeypatch.setattr(Store, "create", create)
-    target = store.child("model=m", "run=r-1")
-    manifest.commit(target, {"x": b"1"}, {"format": 1, "model": "m", "run": "r-1"})
-    assert json.loads(target.read("manifest.json"))["run"] == "r-1"
+    target = store.child("fleet=f")
+    manifest.commit(target, {"x": b"1"}, {"format": 1, "fleet": "f"})
+    assert json.loads(target.read("manifest.json"))["fleet"] == "f"
     assert manifest.verify(target) == []
