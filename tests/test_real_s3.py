@@ -17,6 +17,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
@@ -206,7 +207,8 @@ def test_verify_and_prune_see_what_is_there(bucket: str, capsys: pytest.CaptureF
     storage = Store(f"{bucket}/runs")
     run = run_store(storage, "m", "r-1")
     document = {"format": 1, "model": "m", "run": "r-1", "stages": [{"stage": "search", "key": "aaaa"}]}
-    manifest.commit(run, {"report.html": b"page"}, document)
+    model = codec.encode(codec.Packed({}, {"bias": np.ones(3, np.float32)}))
+    manifest.commit(run, {"report.html": b"page", "model.clq": model}, document)
     for key in ("aaaa", "bbbb"):
         stage_store(storage, "search", key).write("done.json", b"{}")
     run_store(storage, "m", "r-2").child(WORK).write("finetune/epoch", b"12345")
