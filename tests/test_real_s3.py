@@ -229,6 +229,7 @@ def test_verify_and_prune_see_what_is_there(bucket: str, capsys: pytest.CaptureF
     assert storage.names() == [
         "_stages/search-aaaa/done.json",
         f"{run_path}/{MANIFEST}",
+        f"{run_path}/model.clq",
         f"{run_path}/report.html",
     ]
 
