@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ import yaml
 
 from bench.images import jpegs
 from bench.record import RESULTS, ROOT, Row, commit, machine, write
-from bench.records_peers import bytes_of, mildest
-from clipq_ray import identity, manifest, network, packing
+from bench.records_peers import mildest
+from clipq_ray import codec, identity, manifest, network, packing
 from clipq_ray.config import Config, make
 from clipq_ray.operator import make_plan
+from clipq_ray.plan import Theta
 from clipq_ray.planning import trainings
+from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
+from clipq_ray.work import Source, layer_bytes
 
 UNITS = RESULTS / "imagenet-units"
 RECIPES = tuple(sorted((ROOT / "recipes").glob("*-imagenet-*.yaml")))
@@ -76,6 +79,15 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
         "gpu_gib": trained["gpu_bytes"] / 2**30 if "gpu_bytes" in trained else None, "job_seconds": seconds, "epoch_seconds": trained["curve"][-1]["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "job_bytes": metrics["bytes_after"],
         "commit": commit(), "machine": machine(), "versions": identity.versions(),
     }  # fmt: skip
+
+
+def bytes_of(config: Config, layers: Mapping[str, torch.Tensor], theta: Theta) -> int:
+    """What all `layers` take at one theta, as they are."""
+    total = 0
+    for weight in layers.values():
+        share = decide_share(weight, theta)
+        total += layer_bytes(config, codec.coded(quantize(weight, theta, share), share))
+    return total
 
 
 def planned(config: Config) -> dict[str, Any]:

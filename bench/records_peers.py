@@ -2,9 +2,9 @@
 
 - two-stage: the plan's rates and bits, first pruned, then quantized. For the first half of the epochs weights are pruned by magnitude, the rates rising as in the
   recipe, and what is pruned stays zero; when they have risen, so many more are pruned (one factor for all layers) that the file is no larger than that of `ours`. For the second half
-  what is left is quantized (p = 0), another cosine. Learning rate, batches, data as in the recipe.
+  what is left is quantized (p = 0), another cosine; in its middle, codes having moved, the file is brought to that size once more. Learning rate, batches, data as in the recipe.
 - uniform: one (p, b) for all layers, trained as the recipe trains in one round: rising rates, rate and distortion, held at the size of `ours` where the recipe
-  does. It begins with the mildest p, in steps of 0.0001, with which the layers take no more bytes than those of `ours`, for b = 2 and for b = 3; of the two files
+  does. It begins with the mildest p, in steps of 0.0001, with which the file of the weights as they are is no larger than that of `ours`, for b = 2 and for b = 3; of the two files
   the smaller one counts where one is larger than that of `ours` by more than a hundredth, else the better one on validation images.
 
 Both are packed by the product, without what the recipe does behind its last round (levels). Not covered: which units there are (`records`).
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipq_ray import codec, identity, models, network, packing
+from clipq_ray import identity, models, network, packing
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
@@ -34,12 +34,12 @@ from clipq_ray.operator import make_plan, mildest_rates
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan, Theta
-from clipq_ray.quantizer import decide_share, quantize, thresholds
+from clipq_ray.quantizer import thresholds
 from clipq_ray.rates import Ramp
 from clipq_ray.stages import schedule_of
 from clipq_ray.storage import Store
 from clipq_ray.training import Size, TrainTask, plan_after
-from clipq_ray.work import CURVE, WEIGHTS, Source, layer_bytes, prepare_process, read_state, write_state
+from clipq_ray.work import CURVE, WEIGHTS, Source, prepare_process, read_state, write_state
 
 BITS = (2, 3)
 SPARE = 1.01  # a file so much larger than that of `ours` counts as of its size
@@ -69,15 +69,6 @@ def peer(
         **found, "ratio": given.inventory.bytes_before / len(packed.file), "dead_units": packed.dead_units, "epochs": config.epochs,
         "validation_top1_percent": 100 * packed.validation.top1, "seconds": round(time.time() - started, 1), "config": {name: value for name, value in config.model_dump(mode="json").items() if name not in ("storage", "data", "weights")},
     }, packed.file  # fmt: skip
-
-
-def bytes_of(config: Config, layers: Mapping[str, torch.Tensor], theta: Theta) -> int:
-    """What all `layers` take at one theta, as they are."""
-    total = 0
-    for weight in layers.values():
-        share = decide_share(weight, theta)
-        total += layer_bytes(config, codec.coded(quantize(weight, theta, share), share))
-    return total
 
 
 def mildest(bytes_of: Callable[[Theta], int], b: int, budget: float, steps: int = 10_000) -> Theta:
@@ -116,6 +107,7 @@ class _Given:
         self.data = self.source.data()
         sample = self.data.train.batch(torch.arange(2), None)[0]
         self.inventory = network.inventory(self.model, sample, ())
+        self.usual = packing.usual(self.source)
         self.thetas = {one["layer"]: Theta(one["p"], one["bits"]) for one in ours["plan"]}
 
     def _initial(self, storage: Path) -> Store:
@@ -153,22 +145,20 @@ class _Given:
     def uniform(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
         """One theta for all layers, by the product's own loop."""
         config = self.source.config
-        budget = sum(one["bytes"] for one in self.ours["plan"])
-        layers = {name: self.model.get_parameter(name).detach() for name in self.thetas}
         found = []
         for b in BITS:
-            theta = mildest(lambda theta: bytes_of(config, layers, theta), b, budget)
-            plan = make_plan(self.model, dict.fromkeys(self.thetas, theta))
+            theta = mildest(lambda theta: self._bytes(self.state, self._same(theta)), b, self.ours["bytes"])
+            plan = self._same(theta)
             share = options.get("ramp_share", 0.0)
             schedule = schedule_of(config, config.epochs, config.learning_rate)
             ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
             power = options.get("rate_distortion", 0.0)
             costs = Costs(power) if power else None
-            usual = packing.usual(self.source)
-            size = Size(self.ours["bytes"], self.inventory, usual) if options.get("hold_size") else None
+            held = options.get("hold_size")
+            size = Size(self.ours["bytes"], self.inventory, self.usual) if held else None
             folder = self.folder(
                 f"uniform-b{b}", schedule, plan=plan.to_json(), ramp=asdict(ramp) if ramp else None,
-                costs=asdict(costs) if costs else None, held=[size.bytes, str(usual)] if size else None,
+                costs=asdict(costs) if costs else None, held=[size.bytes, str(self.usual)] if size else None,
             )  # fmt: skip
             tuned = Store(self.work / folder)
             task = TrainTask(
@@ -177,12 +167,16 @@ class _Given:
             )  # fmt: skip
             if not tuned.exists(CURVE):
                 LocalEngine().train(task, each_epoch(f"uniform, {b} bits"))
-            held, _ = plan_after(tuned, plan)
-            found.append((held, self.packed(tuned, held)))
-        held, best = min(found, key=lambda one: self._worse(one[1]))
+            ended, _ = plan_after(tuned, plan)
+            found.append((ended, self.packed(tuned, ended)))
+        ended, best = min(found, key=lambda one: self._worse(one[1]))
         return {
-            "plan": [{"layer": one.layer, "p": one.theta.p, "bits": one.theta.b} for one in held.layers]
+            "plan": [{"layer": one.layer, "p": one.theta.p, "bits": one.theta.b} for one in ended.layers]
         }, best
+
+    def _same(self, theta: Theta) -> Plan:
+        """The plan of one theta for all layers."""
+        return make_plan(self.model, dict.fromkeys(self.thetas, theta))
 
     def _worse(self, packed: packing.PackedNetwork) -> tuple[float, float]:
         """To order files by: first how far they are above the size, beyond what is of no account, then by validation images."""
@@ -221,12 +215,13 @@ class _Given:
             steps = max(1, len(self.data.train) // config.batch_size)
             numbers = itertools.count(len(trainer.curve) * steps + 1)
             risen = max(1, round(share * schedule.epochs * steps))
+            fitted = risen if plan is None else schedule.epochs * steps // 2
 
             def behind_a_step(*_: Any) -> None:
                 number = next(numbers)
                 if plan is None and (number % PRUNED_EVERY == 0 or number == risen):
                     self._prune(left, 1 - max(0.0, 1 - number / risen) ** 3)
-                if plan is None and number == risen:
+                if number == fitted:
                     self._fit_size(left)
                 keep_zeros(self.model, left)
 
@@ -244,24 +239,27 @@ class _Given:
     def _fit_size(self, left: dict[str, torch.Tensor]) -> None:
         """Take from what is `left` as much more as the size of `ours` asks for, the same share of every layer."""
         weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        if self._bytes(weights, left) <= self.ours["bytes"]:
+        if self._pruned_bytes(weights, left) <= self.ours["bytes"]:
             return
         low, high = 0.0, 1.0
         for _ in range(SIZES):
             share = (low + high) / 2
-            fits = self._bytes(weights, shared_out(weights, left, share)) <= self.ours["bytes"]
+            fits = self._pruned_bytes(weights, shared_out(weights, left, share)) <= self.ours["bytes"]
             low, high = (share, high) if fits else (low, share)
         for name, mask in shared_out(weights, left, low).items():
             left[name] &= mask.to(left[name].device)
 
-    def _bytes(self, weights: Mapping[str, torch.Tensor], left: Mapping[str, torch.Tensor]) -> int:
+    def _pruned_bytes(self, weights: Mapping[str, torch.Tensor], left: Mapping[str, torch.Tensor]) -> int:
         """Of the file, were it quantized and packed now with what is `left`."""
-        trial, model = Store(self.work / "size"), self.source.network()
         pruned = {**weights, **{name: weights[name] * mask.cpu() for name, mask in left.items()}}
-        write_state(trial, WEIGHTS, pruned)
+        model = self.source.network()
         model.load_state_dict(pruned)
         plan = make_plan(model, {name: Theta(0.0, theta.b) for name, theta in self.thetas.items()})
-        return len(self.packed(trial, plan).file)
+        return self._bytes(pruned, plan)
+
+    def _bytes(self, weights: Mapping[str, torch.Tensor], plan: Plan) -> int:
+        """Of the file that these weights would make by now."""
+        return packing.file_bytes(self.source, weights, plan, self.inventory, self.data, self.usual)
 
 
 def shared_out(

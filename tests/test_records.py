@@ -190,6 +190,14 @@ def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> 
         assert again["plan"] == found["plan"]
 
 
+def test_one_theta_for_all_layers_is_held_at_the_size_where_units_die(tmp_path: Path) -> None:
+    store = made(tmp_path, **{**LEVERS, "epochs": 8})
+    ours = {**records.told(manifest.read_manifest(store), store, tmp_path), "bytes": 4_000}
+    found, file = theirs("uniform", ours, tmp_path)
+    assert found["dead_units"] > 0
+    assert 0.93 * 4_000 < len(file) < 1.01 * 4_000
+
+
 def test_two_stages_that_were_cut_off_go_on_to_the_same_bytes_in_another_storage_from_given_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 import yaml
 
-from bench.imagenet import BATCH, CUT, RECIPES, STEPS, epochs, planned, rows
+from bench.imagenet import BATCH, CUT, RECIPES, STEPS, bytes_of, epochs, planned, rows
 from bench.images import jpegs
-from bench.records_peers import bytes_of
 from clipq_ray.config import make
 from clipq_ray.plan import Theta
 from clipq_ray.work import Source
