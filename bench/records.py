@@ -110,12 +110,13 @@ def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Unit:
-    """One target, variant and seed; `epochs` of the last round instead of the recipe's."""
+    """One target, variant and seed; `epochs` of the last round and `threads` of a worker instead of the recipe's."""
 
     target: Target
     variant: str
     seed: int
     epochs: int | None = None
+    threads: int | None = None
 
     @property
     def stem(self) -> Path:
@@ -144,8 +145,9 @@ class Unit:
         return records_peers.left(options, ours["epochs"])
 
     def recipe(self) -> dict[str, Any]:
-        """The target's options, with the epochs that are asked for."""
-        return self.target.options() | ({"epochs": self.epochs} if self.epochs else {})
+        """The target's options, with the epochs and threads that are asked for."""
+        asked = {"epochs": self.epochs, "threads_per_worker": self.threads}
+        return self.target.options() | {name: value for name, value in asked.items() if value}
 
     def ours(self) -> dict[str, Any]:
         """The unit `ours` of this seed."""
@@ -183,7 +185,7 @@ class Unit:
         """The ordinary job; what its manifest says, and its file."""
         name, options = self.stem.name, self.options()
         recipe = self.target.recipe
-        if self.variant != "ours" or self.epochs:
+        if options != {**self.target.options(), "seed": self.seed}:
             storage.mkdir(parents=True, exist_ok=True)
             recipe = storage / f"{name}.yaml"
             recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
@@ -217,8 +219,9 @@ def newest(folder: Path, asked: dict[str, Any]) -> Store | None:
 
 
 def agree(config: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a configuration has the options that are asked for, wherever things lay."""
-    return all(config.get(name) == value for name, value in asked.items() if name not in PLACES)
+    """Whether a configuration has the options that are asked for, wherever things lay and on however many threads."""
+    apart = (*PLACES, "threads_per_worker")
+    return all(config.get(name) == value for name, value in asked.items() if name not in apart)
 
 
 def data_of(target: Target, shared: Path) -> str:
@@ -333,6 +336,7 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
             sys.executable, str(Path(__file__).resolve()), "--only", target.name, "--seeds", str(seed), "--variants", *given.variants,
             "--shared", str(given.shared), "--storage", str(given.storage), "--engine", given.engine, "--no-table",
             *(["--epochs", str(given.epochs)] if given.epochs else []),
+            *(["--threads", str(given.threads)] if given.threads else []),
         ]
         for target, seed in series
     ]  # fmt: skip
@@ -357,6 +361,11 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *WITHOUT), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of the last round of all variants; default: the recipe's")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="of a worker; default: the recipe's. Beside other work one: threads wait for each other",
+    )
     parser.add_argument("--storage", type=Path, default=ROOT / "runs" / "records", help="of the jobs")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
@@ -376,7 +385,7 @@ def main() -> int:
     else:
         for target, seed in series:
             for variant in given.variants:
-                Unit(target, variant, seed, given.epochs).make(
+                Unit(target, variant, seed, given.epochs, given.threads).make(
                     given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine]
                 )
     if given.no_table:

@@ -29,17 +29,19 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
 from clipq_ray.consistency import PAPER
 from clipq_ray.data.resident import placed
-from clipq_ray.finetune import Progress, Rank, Trainer
+from clipq_ray.finetune import Progress, Trainer
 from clipq_ray.operator import make_plan, mildest_rates
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.quantizer import thresholds
+from clipq_ray.ranks import Rank
 from clipq_ray.rates import Ramp
 from clipq_ray.stages import schedule_of
+from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import Size, TrainTask, plan_after
-from clipq_ray.work import CURVE, WEIGHTS, Source, prepare_process, read_state, write_state
+from clipq_ray.work import CURVE, Source, prepare_process
 
 BITS = (2, 3)
 SPARE = 1.01  # a file so much larger than that of `ours` counts as of its size
@@ -103,7 +105,7 @@ class _Given:
         self.model = self.source.network()
         self.initial = self._initial(storage)
         self.state = read_state(self.initial)
-        self.model.load_state_dict(self.state)
+        put_state(self.model, self.state)
         self.data = self.source.data()
         sample = self.data.train.batch(torch.arange(2), None)[0]
         self.inventory = network.inventory(self.model, sample, ())
@@ -228,7 +230,7 @@ class _Given:
             trainer.optimizer.register_step_post_hook(behind_a_step)
             trainer.run(each_epoch(stage), lambda _: None)
             write_state(made, WEIGHTS, self.model.state_dict())
-        self.model.load_state_dict(read_state(made))
+        put_state(self.model, read_state(made))
 
     def _prune(self, left: dict[str, torch.Tensor], risen: float) -> None:
         """Take from what is `left` what a part `risen` of the plan's rates clips."""
@@ -253,7 +255,7 @@ class _Given:
         """Of the file, were it quantized and packed now with what is `left`."""
         pruned = {**weights, **{name: weights[name] * mask.cpu() for name, mask in left.items()}}
         model = self.source.network()
-        model.load_state_dict(pruned)
+        put_state(model, pruned)
         plan = make_plan(model, {name: Theta(0.0, theta.b) for name, theta in self.thetas.items()})
         return self._bytes(pruned, plan)
 

@@ -33,17 +33,10 @@ from clipq_ray.operator import make_plan
 from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.stages import schedule_of
+from clipq_ray.states import WEIGHTS, read_state, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import (
-    WEIGHTS,
-    SearchTask,
-    Source,
-    layer_bytes,
-    read_state,
-    read_trials,
-    write_state,
-)
+from clipq_ray.work import SearchTask, Source, layer_bytes, read_trials
 
 
 def silent(*_: Any) -> None:

@@ -1,8 +1,8 @@
 """Who makes a run: one job at a time, by objects `claim-{n}` in the run's `_work`, each created only if it is not there, n rising.
 
-The owner writes its claim again every `BEAT_SECONDS`; one that was not written for `EXPIRED_SECONDS`, by the clock of the store, is dead, at once if
-its process ran on this machine and does no more; then the next job creates the one with the next number. A job that finds a higher number than its own has lost the run. What protects the result is not the claim
-but the commit (`manifest`): claims save work. Where a store has no conditional writes two jobs at the same moment may both go on, and that is said.
+The owner writes its claim again every `BEAT_SECONDS`; one that was not written for the seconds that it states (`lifetime`), by the clock of the store, is dead, at once if
+its process ran on this machine and does no more; then the next job creates the one with the next number. A job that finds a higher number than its own has lost the run,
+and learns it at its next stage (`Claim.check`). What protects the result is not the claim but the commit (`manifest`): claims save work. Where a store has no conditional writes two jobs at the same moment may both go on, and that is said.
 Not covered: stages that several runs share; two jobs that make the same one write the same.
 """
 
@@ -18,17 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipq_ray import logs
-from clipq_ray.errors import RunError, StorageError
+from clipq_ray.connections import patience
+from clipq_ray.errors import HeldError, StorageError
 from clipq_ray.redaction import redacted
 from clipq_ray.storage import Store
 
-BEAT_SECONDS, EXPIRED_SECONDS = 15.0, 90.0
+BEAT_SECONDS = 15.0
 _CLAIM = re.compile(r"claim-(\d{6})\.json")
 log = logs.logger(__name__)
 
 
 _ENDED: set[str] = set()
 """Owners of claims that this process has done with and could not give back."""
+
+
+def lifetime() -> float:
+    """How long a claim of this process counts without being written [s]: its beats wait for the store like everything else, so it outlives every outage that the job itself
+    does. One beat may be due when the outage begins; two more are for the requests themselves, whose clients try again before they fail."""
+    return patience() + 3 * BEAT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -41,19 +48,20 @@ class Holder:
 
 @dataclass(frozen=True)
 class _Found:
-    """The claim with the highest number, 0 if there is none; `gone` where its process is known to have ended."""
+    """The claim with the highest number, 0 if there is none; `gone` where its process is known to have ended; `seconds` that it counts without being written."""
 
     number: int
     owner: str
     words: str
     gone: bool
+    seconds: float = 0.0
 
     def alive(self, work: Store) -> bool:
         """Whether its job is, as far as can be seen."""
         if self.gone:
             return False
         try:
-            return work.now() - work.modified(_name(self.number)) <= EXPIRED_SECONDS
+            return work.now() - work.modified(_name(self.number)) <= self.seconds
         except StorageError:
             if work.exists(_name(self.number)):
                 raise
@@ -67,17 +75,17 @@ def _latest(work: Store) -> _Found:
     name = _name(max(numbers))
     try:
         content = json.loads(work.read(name))
-        owner, words = str(content["owner"]), str(content["words"])
+        owner, words, seconds = str(content["owner"]), str(content["words"]), float(content["seconds"])
         gone = owner in _ENDED or (
             content["place"] != "" and content["place"] == place() and not runs(content["process"])
         )
     except (ValueError, KeyError, TypeError):
-        owner, words, gone = "", "somebody", False  # of another version; its age counts
+        owner, words, gone, seconds = "", "somebody", False, lifetime()  # of another version; its age counts
     except StorageError:
         if work.exists(name):
             raise
         return _latest(work)  # given back since it was listed
-    return _Found(max(numbers), owner, words, gone)
+    return _Found(max(numbers), owner, words, gone, seconds)
 
 
 def place() -> str:
@@ -135,6 +143,7 @@ class Claim:
                     found.number == self._number and found.owner != self._owner
                 ):
                     self._lost = True
+                    _ENDED.add(self._owner)  # this process must not wait for itself where the new owner ends
                     return
                 self._work.write(_name(self._number), _content(self._owner))
             except StorageError as failed:  # may pass; if not, the claim expires
@@ -143,10 +152,10 @@ class Claim:
                 )
 
     def check(self) -> None:
-        """`RunError` where another job has taken the run over, because this one was away for too long."""
+        """`HeldError` where another job has taken the run over, because this one was away for too long."""
         if self._lost:
-            raise RunError(
-                f"another job took over {self._work.uri}, since this one did not answer for {EXPIRED_SECONDS:.0f} s; "
+            raise HeldError(
+                f"another job took over {self._work.uri}, since this one did not answer for {lifetime():.0f} s; "
                 "what is finished is stored; run again to see the result"
             )
 
@@ -156,6 +165,7 @@ def _content(owner: str) -> bytes:
         "place": place(),
         "process": process(os.getpid()),
         "words": f"{platform.node()}, process {os.getpid()}",
+        "seconds": lifetime(),
     }
     return json.dumps({"owner": owner, **here}).encode()
 

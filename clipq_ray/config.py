@@ -321,7 +321,7 @@ class Config(BaseModel):
     max_failures: int = Field(
         3,
         ge=0,
-        description="restarts of a training, or of one search of a layer, whose worker was lost or hung",
+        description="restarts of a training, or of one search of a layer, whose worker was lost, hung or did not start; a training has as many again wherever it has made a checkpoint since; 0: none",
     )
     stall_minutes: float = Field(
         30.0,

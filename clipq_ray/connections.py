@@ -50,8 +50,7 @@ class Connection:
 
     def call(self, method: str, *given: Any, **options: Any) -> Any:
         """What the file system's `method` gives; where the store has answered before and fails for the moment, it is asked again."""
-        limit = float(os.environ.get("CLIPQ_S3_PATIENCE_SECONDS", PATIENCE_SECONDS))
-        waits = delays(limit) if self._answers else iter(())
+        waits = delays(patience()) if self._answers else iter(())
         while True:
             try:
                 result = getattr(self.open(), method)(*given, **options)
@@ -79,6 +78,11 @@ def connection(protocol: str) -> Connection:
     if key not in _SHARED:
         _SHARED[key] = Connection(protocol)
     return _SHARED[key]
+
+
+def patience() -> float:
+    """How long this process waits for a store that has answered before [s]; `ValueError` where the environment says no number."""
+    return float(os.environ.get("CLIPQ_S3_PATIENCE_SECONDS", PATIENCE_SECONDS))
 
 
 def delays(limit: float) -> Iterator[float]:

@@ -34,8 +34,11 @@ from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.precision import autocast_dtype
+from clipq_ray.ranks import Rank, agreed, compare_codes
 from clipq_ray.rates import Held, Ramp, Rates
 from clipq_ray.sending import sent
+from clipq_ray.states import put_state
+from clipq_ray.trainable import FAST, PLAIN, in_layout, takes_fast, training_mode
 
 log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
@@ -51,15 +54,6 @@ class Epoch:
     validation_top1_percent: float | None
     seconds: float
     workers: int | None = None
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Where this process stands: its rank, how many there are, its device."""
-
-    rank: int
-    world: int
-    device: torch.device
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,8 +94,7 @@ class Trainer:
         number: int = 1,
         feed: Feed = batches,
     ) -> None:
-        # convolutions are faster that way on CPUs and GPUs alike; shapes and values are the same
-        self.model = model.to(rank.device).to(memory_format=torch.channels_last)
+        self.model = model.to(rank.device)
         self.train_split, self.validation = train, validation
         self.feed = feed
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
@@ -113,10 +106,17 @@ class Trainer:
         self.notes: list[str] = []
         self.progressed = 0.0  # the part of the schedule that is done, 0..1
         self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
+        found = checkpoints.latest()
+        begun = found[1] if found else {}
+        # what decides the bits stays as the training began, wherever it goes on
+        usual = autocast_dtype(precision, rank.device) == torch.bfloat16
+        reduced = agreed(rank, begun.get("bfloat16", usual))
+        self.autocast = torch.bfloat16 if reduced else torch.float32
+        fast = agreed(rank, begun["channels_last"] if "channels_last" in begun else self._takes_fast())
+        self.layout = FAST if fast else PLAIN
+        model.to(memory_format=self.layout)
         # what is clipped follows from the weights with which the training began
         fixed = Levels(model, plan, bit_price) if plan and bit_price is not None else None
-        found = checkpoints.latest()
-        self.autocast = self._agreed_dtype(precision, found[1] if found else {})
         if found:
             self._load_model(found[0])
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
@@ -138,17 +138,23 @@ class Trainer:
         )
         self.attempts.begin(rank.rank, self.micro_batch)
 
-    def _agreed_dtype(self, precision: str, state: dict[str, Any]) -> torch.dtype:
-        """What all ranks compute in to the end: as the training began, wherever it goes on, else as rank 0's device has it."""
-        begun = autocast_dtype(precision, self.rank.device) == torch.bfloat16
-        reduced = torch.tensor(int(state.get("bfloat16", begun)), device=self.rank.device)
-        if self.rank.world > 1:
-            dist.broadcast(reduced, src=0)
-        return torch.bfloat16 if reduced.item() else torch.float32
+    def _takes_fast(self) -> bool:
+        """Whether the network is trained in channels last; two images, since batch norm wants no single one."""
+        indices = self._index_batches(0)[0][:2]
+        images, labels = (one.to(self.rank.device) for one in self._probe(indices))
+        training_mode(self.model)
+        self.layout = FAST
+        return takes_fast(self.model, lambda: self._loss(self.model, images, labels))
+
+    def _probe(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """One image and its label as often as there are `indices`: the images of a batch lie in many row groups."""
+        place = seeds.generator(self.seed, self.stage, "probe")
+        image, label = self.train_split.batch(indices[:1], place)
+        return image.repeat_interleave(len(indices), 0), label.repeat_interleave(len(indices), 0)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
     def _load_model(self, tensors: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(_under("model/", tensors), strict=True)
+        put_state(self.model, _under("model/", tensors))
 
     def _load_progress(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.curve = [Epoch(**row) for row in state["curve"]]
@@ -170,6 +176,7 @@ class Trainer:
                 "progressed": self.progressed,
                 "scale": self.rates.scale if self.rates else 1.0,
                 "bfloat16": self.autocast == torch.bfloat16,
+                "channels_last": self.layout == FAST,
             }
             self.checkpoints.save(len(self.curve), tensors, state)
 
@@ -190,7 +197,10 @@ class Trainer:
             row = Epoch(epoch + 1, loss, top1, time.monotonic() - started, self.rank.world)
             self.curve.append(row)
             self._fit_deadline(row.seconds)
-            self._compare_ranks()
+            if self.operator and self.rank.world > 1:
+                compare_codes(
+                    self.rank, self.operator.code_hashes(), f"{self.stage}, epoch {len(self.curve)}"
+                )
             self._save()
             report(asdict(row))
         self.attempts.end(self.rank.rank)
@@ -208,21 +218,6 @@ class Trainer:
                 f"{self.stage}: workers by epoch: {', '.join(map(str, worlds))} (--min-workers); what was promised holds, the bytes are not those of a "
                 "run with one number of workers"
             )
-
-    def _compare_ranks(self) -> None:
-        """All ranks compute codes by themselves; that they are the same is checked once an epoch."""
-        if self.operator is None or self.rank.world == 1:
-            return
-        hashes = self.operator.code_hashes()
-        mine = torch.tensor(list(hashes.values()), dtype=torch.int64, device=self.rank.device)
-        all_ranks = [torch.empty_like(mine) for _ in range(self.rank.world)]
-        dist.all_gather(all_ranks, mine)
-        for number, layer in enumerate(hashes):
-            if len({int(hashed[number]) for hashed in all_ranks}) > 1:
-                raise RunError(
-                    f"{self.stage}: workers hold different codes in layer {layer} after epoch {len(self.curve)}; use machines of one "
-                    "CPU or GPU type with the same library versions"
-                )
 
     def _index_batches(self, epoch: int) -> list[Tensor]:
         """This rank's rows of every global batch; the last, smaller one is left out unless it is the only one."""
@@ -244,14 +239,14 @@ class Trainer:
         return max(1, len(self.train_split) // min(self.schedule.batch_size, len(self.train_split)))
 
     def _epoch(self, epoch: int, progress: Progress) -> float:
-        self.wrapped.train()
+        training_mode(self.wrapped)
         steps = self._steps()
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         for step, (images, labels) in enumerate(self._batches(epoch)):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.rate(self._done(epoch, step / steps), epoch + step / steps)
             self._move_rates(self._done(epoch, (step + 1) / steps))
-            torch.manual_seed(seeds.derive(self.seed, self.drawn, "step", epoch, step, self.rank.rank))
+            seeds.everywhere(self.seed, self.drawn, "step", epoch, step, self.rank.rank)
             masks = seeds.generator(self.seed, self.drawn, "cutout", epoch, step, self.rank.rank)
             try:
                 images = cut_out(sent(images, self.rank.device), self.schedule.cutout_pixels, masks)
@@ -341,7 +336,7 @@ class Trainer:
         return total
 
     def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+        images = in_layout(images, self.layout)
         reduced = self.autocast != torch.float32
         with torch.autocast(self.rank.device.type, self.autocast if reduced else None, enabled=reduced):
             output = logits(model(images))
@@ -351,11 +346,7 @@ class Trainer:
     def _fitting_micro_batch(self) -> tuple[int, bool]:
         """The largest micro-batch that fits all ranks' memory, found by one step without effect before training, and whether parameters got no gradient in it."""
         indices = self._index_batches(0)[0]
-        # one image as often as needed: the images of a batch lie in many row groups
-        images, labels = (
-            one.repeat_interleave(len(indices), 0)
-            for one in self.train_split.batch(indices[:1], seeds.generator(self.seed, self.stage, "probe"))
-        )
+        images, labels = self._probe(indices)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         # what several workers reduce gradients in, which is made behind this
         room = [
@@ -363,7 +354,7 @@ class Trainer:
             for one in self.model.parameters()
             if one.requires_grad and self.rank.world > 1
         ]
-        self.model.train()
+        training_mode(self.model)
 
         def step(count: int) -> None:
             part = images[:count].to(self.rank.device), labels[:count].to(self.rank.device)

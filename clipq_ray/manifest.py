@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipq_ray import logs
 from clipq_ray.consistency import NAME
-from clipq_ray.errors import FormatError, StorageError
+from clipq_ray.errors import FormatError, StorageError, UserError
 from clipq_ray.redaction import redacted
 from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, WORK, Store
 
@@ -34,6 +34,7 @@ _DEPTH = 64  # as the header of a .clq file; those that are written have fewer t
 _REPLACED_AT_MOST = 5
 _RESTORE = "restore it, or make a new run with --force"
 _log = logs.logger(__name__)
+_Kinds = tuple[type[UserError], ...]
 
 
 def _names_runs(value: Any) -> bool:
@@ -210,10 +211,20 @@ def _other_format(manifest: Any, at: str) -> str:
 
 
 def verify(run: Store) -> list[str]:
-    """What is wrong with a committed run, one line each, empty if nothing: missing files, sizes, hashes, a packed network that does not decode."""
+    """What is wrong with a committed run, one line each, empty if nothing: missing files, sizes, hashes, a packed network that does not decode, what cannot be read."""
+    return _verified(run, (FormatError, StorageError))
+
+
+def damage(run: Store) -> list[str]:
+    """As `verify`; `StorageError` where something cannot be read, which says nothing about what lies there."""
+    return _verified(run, (FormatError,))
+
+
+def _verified(run: Store, told: _Kinds) -> list[str]:
+    """The lines of `verify`; errors of the kinds `told` are among them, others are raised."""
     try:
         manifest = read_manifest(run)
-    except (FormatError, StorageError) as error:
+    except told as error:
         return [str(error)]
     problems = [] if _SELF in manifest else [f"{run.uri}/{MANIFEST}: expected a {_SELF}, got none"]
     place = _place(run.uri)
@@ -225,7 +236,7 @@ def verify(run: Store) -> list[str]:
     if "run" in place and MODEL not in manifest["files"]:
         problems.append(f"{run.uri}/{MANIFEST}: expected it to list {MODEL}, got a run without; {_RESTORE}")
     for name, stated in sorted(manifest["files"].items()):
-        problems.extend(_verify_file(run, name, stated))
+        problems.extend(_verify_file(run, name, stated, told))
     return problems
 
 
@@ -379,12 +390,12 @@ def _names_files(files: Any) -> bool:
     )
 
 
-def _verify_file(run: Store, name: str, stated: Mapping[str, Any]) -> list[str]:
+def _verify_file(run: Store, name: str, stated: Mapping[str, Any], told: _Kinds) -> list[str]:
     at = f"{run.uri}/{name}"
     try:
         if not run.exists(name):
             return [f"{at}: expected {stated['bytes']} bytes, got no file; {_RESTORE}"]
         data = checked(run.read(name), stated, at)
-    except (StorageError, FormatError) as error:
+    except told as error:
         return [str(error)]
     return verify_clq(data, at) if name == MODEL else []

@@ -79,7 +79,8 @@ class Operator:
         kept = self._kept()
         with self.full_precision():
             for places, (_, parameter), those in zip(self._places, self._layers, kept, strict=True):
-                places.follow(parameter, those)
+                if parameter.requires_grad:  # nothing would train back what that changes
+                    places.follow(parameter, those)
 
     def _swap(self) -> None:
         for index, (_, parameter) in enumerate(self._layers):

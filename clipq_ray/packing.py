@@ -24,8 +24,9 @@ from clipq_ray.network import Inventory
 from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
 from clipq_ray.quantizer import Quantized
+from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
-from clipq_ray.work import Source, read_state
+from clipq_ray.work import Source
 
 _DROP_POINTS, _LOSS_NATS = 0.05, 0.005
 """Grids change nothing that was measured where top-1 on validation images is lower by at most the first [points] and one standard error, and the
@@ -67,7 +68,7 @@ def pack(
 ) -> PackedNetwork:
     """The packed form of the network whose full-precision weights lie in `tuned`; with `fitted` the one with levels and codes that were trained behind them."""
     model = source.network()
-    model.load_state_dict(read_state(tuned))
+    put_state(model, read_state(tuned))
     full = {layer.layer: model.get_parameter(layer.layer).detach().double().clone() for layer in plan.layers}
     quantized = bake(model, plan)
     if fitted is not None:
@@ -76,7 +77,7 @@ def pack(
             name: replace(one, clips=quantized[name].clips)
             for name, one in levels.read(weights, plan).items()
         }
-        model.load_state_dict(weights)
+        put_state(model, weights)
     words = "means" if fitted is None else "fitted"
     return _made(source, model, full, plan, quantized, inventory, data, source_sha256, words)
 
@@ -155,7 +156,7 @@ def file_bytes(
 ) -> int:  # fmt: skip
     """Bytes of the file that a network of these full-precision weights would make by now, with grids of `precision`: nothing is evaluated."""
     model = source.network()
-    model.load_state_dict(weights)
+    put_state(model, weights)
     layers, _ = _coded(source, model, plan, bake(model, plan), data)
     return _bytes(source, model, inventory, data, layers, precision)
 
@@ -180,7 +181,7 @@ def _batch_norm(model: nn.Module, source: Source, data: Data) -> tuple[str, Eval
         after = _score(source, model, data)
         if (after.top1, -after.loss) > (before.top1, -before.loss):
             return "re-estimated", after
-        model.load_state_dict(kept)
+        put_state(model, kept)
     return "kept", before
 
 

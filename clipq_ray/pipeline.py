@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,16 +28,9 @@ from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import Search, Searched, original_error, planned, sample, scoring_images
 from clipq_ray.stages import Run, scored, splits
+from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
-from clipq_ray.work import (
-    CURVE,
-    WEIGHTS,
-    Source,
-    prepare_process,
-    read_record,
-    read_state,
-    write_state,
-)
+from clipq_ray.work import CURVE, Source, prepare_process, read_record
 
 _WAIT_SECONDS = 5.0  # between two looks at a run that another job makes
 
@@ -58,11 +51,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Own:
-    """A run that is this job's to make."""
+    """A run that is this job's to make; `wait`: whether it may wait for another job that takes the run over."""
 
     run_id: str
     target: Store
     claim: claims.Claim
+    wait: bool
 
 
 @dataclass(frozen=True)
@@ -120,12 +114,16 @@ def prepare(
     reporter.say(f"data: {data.description}")
     state_given, origin = _given(source, run.notes)
     inputs = identity.of_run(source, data, state_given)
-    own = _claimed(run, inputs, wait)
-    if not isinstance(own, Own):
-        return own
-    held.append(own.claim)
+    notes = tuple(run.notes)
     with stages.going_on(run):
-        return _ready(run, own, inputs, state_given, origin)
+        while isinstance(own := _claimed(run, inputs, wait), Own):
+            held.append(own.claim)
+            try:
+                return _ready(run, own, inputs, state_given, origin)
+            except HeldError as lost:  # asked for anew, like any run that another job makes
+                reporter.say(str(lost))
+                run.notes[:], run.stages[:] = notes, ()
+    return own
 
 
 def _claimed(run: Run, inputs: Mapping[str, Any], wait: bool) -> Own | Result | Taken:
@@ -135,7 +133,7 @@ def _claimed(run: Run, inputs: Mapping[str, Any], wait: bool) -> Own | Result | 
         run_id, committed = identity.run_id(run.storage, name, inputs, force=run.config.force)
         target = run_store(run.storage, name, run_id)
         if committed is not None:
-            if problems := manifest.verify(target):
+            if problems := manifest.damage(target):
                 raise FormatError(f"the committed run is damaged, and left as it is: {problems[0]}")
             if claims.holder(target.child(WORK)) is None:  # of a job that was killed right behind its commit
                 target.child(WORK).remove_tree()
@@ -144,7 +142,8 @@ def _claimed(run: Run, inputs: Mapping[str, Any], wait: bool) -> Own | Result | 
             return Result(target.uri, committed, True)
         found = claims.claim(target.child(WORK))
         if isinstance(found, claims.Claim):
-            return Own(run_id, target, found)
+            run.work, run.claim = target.child(WORK), found
+            return Own(run_id, target, found, wait)
         words = f"run {run_id} is being made by another job ({found.words})"
         if run.config.on_claim == "leave":
             raise HeldError(f"{words}; run again when it has ended, or with --on-claim wait")
@@ -164,7 +163,6 @@ def _ready(
     run: Run, own: Own, inputs: Mapping[str, Any], state_given: dict[str, Tensor] | None, origin: str
 ) -> Prepared:
     """Everything of this job's own run before the search."""
-    run.work = own.target.child(WORK)
     source, config = run.source, run.config
     model = source.network()
     images = sample(run)
@@ -173,7 +171,7 @@ def _ready(
     if config.groups and len(groups) == len(inventory.layers):
         run.notes.append(f"--groups {','.join(config.groups)}: no layers share one (p, b)")
     weights, baseline = _baseline(run, state_given, origin, own.target.child(WORK))
-    model.load_state_dict(read_state(weights))
+    put_state(model, read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
     search = planned(run, model, weights, inventory, groups, images)
     return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)
@@ -195,10 +193,34 @@ class Opened:
 
 
 def finish(given: Prepared) -> Result:
-    """Everything behind the search."""
+    """Everything behind the search. Of a run that another job has taken over meanwhile that one's result, where this job may wait for it; else a `HeldError`."""
+    notes = tuple(given.run.notes)
     with stages.going_on(given.run):
-        opened = open_rounds(given)
-        return close_rounds(opened, rounds.run_rounds(given.run, opened.given))
+        try:
+            return _finished(given)
+        except HeldError as lost:
+            if not given.own.wait:
+                raise
+            given.run.reporter.say(str(lost))
+            given.run.notes[:] = notes
+            return _taken_over(given)
+
+
+def _finished(given: Prepared) -> Result:
+    opened = open_rounds(given)
+    return close_rounds(opened, rounds.run_rounds(given.run, opened.given))
+
+
+def _taken_over(given: Prepared) -> Result:
+    """What another job makes of a run that it has taken over, or this one behind it where that one ends without a result."""
+    found = _claimed(given.run, given.inputs, wait=True)
+    if isinstance(found, Result):
+        return found
+    assert isinstance(found, Own)
+    try:
+        return _finished(replace(given, own=found))
+    finally:
+        found.claim.give_back()
 
 
 def open_rounds(given: Prepared) -> Opened:
@@ -207,7 +229,7 @@ def open_rounds(given: Prepared) -> Opened:
     prepare_process(run.config.threads_per_worker)
     trials = given.search.trials()
     model = run.source.network()
-    model.load_state_dict(read_state(weights))
+    put_state(model, read_state(weights))
     searched = Searched(trials, weights, None, original_error(run, model))
     control = _control(run, weights, given.work) if run.source.wants_control() else None
     dense = _dense(run, control)
@@ -323,33 +345,10 @@ def _baseline(
 
         store = run.stage("baseline", {"weights": models.weights_sha256(state)}, CURVE, make)
     model = run.source.network()
-    model.load_state_dict(read_state(store))
+    put_state(model, read_state(store))
     scores = {split: scored(run, model, images) for split, images in splits(run).items()}
-    _refuse_bad_baseline(run, scores, origin)
+    stages.refuse_bad_baseline(run, scores, origin)
     return store, scores
-
-
-def _refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], origin: str) -> None:
-    """A network near chance, or far from what the user expects, is not worth hours."""
-    found = scores["validation"]
-    assert found is not None
-    known = (
-        scores["test"] or found
-    )  # what the user knows is that of test images; nothing else is decided by them
-    percent, expected = 100 * known.top1, run.config.expect_top1_percent
-    run.reporter.say(f"baseline: top-1 {percent:.2f} % on {known.n:,} images")
-    causes = "likely causes: labels in another order, other --mean/--std than in training, other --input-size, wrong --weights"
-    if expected is not None and abs(percent - expected) > 2.0:
-        raise RunError(
-            f"expected a top-1 near {expected} % (--expect-top1-percent), got {percent:.2f} %; {causes}"
-        )
-    chance = 1.0 / max(run.data.classes, 1)
-    # of a few images even a good network's interval holds chance
-    near = found.interval()[0] <= chance and found.top1 <= (1 + chance) / 2
-    if origin not in ("random", "train") and run.data.classes > 1 and near:
-        raise RunError(
-            f"expected a trained network, got top-1 {100 * found.top1:.2f} % on {found.n:,} validation images (chance is {100 * chance:.2f} %); {causes}"
-        )
 
 
 def _control(run: Run, weights: Store, work: Store) -> Store:
@@ -362,7 +361,7 @@ def _dense(run: Run, control: Store | None) -> dict[str, Evaluation | None]:
     if control is None:
         return {"validation": None, "test": None}
     model = run.source.network()
-    model.load_state_dict(read_state(control))
+    put_state(model, read_state(control))
     return {split: scored(run, model, images) for split, images in splits(run).items()}
 
 
@@ -381,7 +380,7 @@ def _scores(
 def _together(given: Prepared, best: rounds.Round) -> dict[str, Any]:
     """The front of the whole network, and how far the groups' errors add up, from the weights that were searched."""
     model, config, searched = given.run.source.network(), given.run.config, best.searched
-    model.load_state_dict(read_state(searched.weights))
+    put_state(model, read_state(searched.weights))
     plan = make_plan(model, best.choice.thetas(given.groups))
     found = together.interaction(
         model, plan, best.choice, scoring_images(given.run), searched.error, batch_size=config.evaluation_batch_size,

@@ -23,6 +23,7 @@ from clipq_ray.operator import Operator, make_plan
 from clipq_ray.pipeline import inputs_of
 from clipq_ray.plan import Theta
 from clipq_ray.precision import autocast_dtype
+from clipq_ray.redaction import redacted
 from clipq_ray.storage import Store
 from clipq_ray.work import Source, prepare_process
 
@@ -41,7 +42,7 @@ class Plan:
 
 
 def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> str:
-    """The plans of a job's networks in words, and their totals; nothing is written."""
+    """The plans of a job's networks in words without secrets, and their totals; nothing is written."""
     sources = _identified(sources, ensembles)
     plans = [_planned(source) for source in sources]
     text = "\n\n".join(plan.words for plan in plans)
@@ -51,7 +52,7 @@ def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> st
             f"\n\nall {len(plans)}      {done} committed already, {len(plans) - done} to make: about {_clock(sum(plan.seconds for plan in plans))} one "
             f"after the other, less where trainings and searches overlap; at most {sum(plan.disk for plan in plans) / 1e6:,.0f} MB in {sources[0].config.storage}"
         )
-    return f"{text}\nnothing was done"
+    return redacted(f"{text}\nnothing was done")
 
 
 def _identified(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> list[Source]:

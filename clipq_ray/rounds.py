@@ -42,10 +42,10 @@ from clipq_ray.plan import Plan
 from clipq_ray.rates import END, Ramp, looked_at
 from clipq_ray.searching import Searched, search_again
 from clipq_ray.stages import Run
+from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
 from clipq_ray.together import added
 from clipq_ray.training import Size, epochs_in, plan_after
-from clipq_ray.work import read_state
 
 T = TypeVar("T")
 STEPS = 40  # of a third or a quarter each: further than any network
@@ -159,7 +159,7 @@ class Making:
         self.run, self.given, self._intent = run, given, intent
         self.most_bytes = math.floor(intent.value) if intent is not None and intent.kind == "bytes" else None
         self._model = run.source.network()
-        self._model.load_state_dict(read_state(given.weights))
+        put_state(self._model, read_state(given.weights))
         # what the file holds besides layers: predicted, then as in the last round
         self.other = packing.other_bytes(run.source, self._model, given.inventory, run.data)
         self.searched = given.searched
@@ -206,7 +206,7 @@ class Making:
 
     def initial(self) -> nn.Module:
         """The network with the weights from which the next round starts."""
-        self._model.cpu().load_state_dict(read_state(self.start))
+        put_state(self._model.cpu(), read_state(self.start))
         return self._model
 
     @property

@@ -25,8 +25,9 @@ from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run
+from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
-from clipq_ray.work import LATE, SearchTask, read_record, read_state, read_trials, search_images
+from clipq_ray.work import LATE, SearchTask, read_record, read_trials, search_images
 
 DONE = "done.json"
 
@@ -119,7 +120,7 @@ def search_again(
     What is asked of a dense network in one shot says nothing about rates near 1; of one that is sparse already it does. And the full-precision
     weights of fine-tuning are no network of their own: what was trained are the quantized ones."""
     model = run.source.network()
-    model.load_state_dict(read_state(weights))
+    put_state(model, read_state(weights))
     one = planned(run, model, weights, inventory, groups, sample(run), plan, search.ladder(ratio), time_share)
     ended: list[ClipqError] = []
 

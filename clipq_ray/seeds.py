@@ -7,7 +7,9 @@ would have drawn (border 7 of the design).
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
@@ -20,3 +22,11 @@ def derive(seed: int, *place: str | int) -> int:
 def generator(seed: int, *place: str | int) -> torch.Generator:
     """A CPU generator seeded by `derive`."""
     return torch.Generator().manual_seed(derive(seed, *place))
+
+
+def everywhere(seed: int, *place: str | int) -> None:
+    """Set Python's, numpy's and torch's global random states by `derive`: a network may draw from any of them."""
+    derived = derive(seed, *place)
+    random.seed(derived)
+    np.random.seed(derived % 2**32)
+    torch.manual_seed(derived)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from clipq_ray import identity, models
+from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
@@ -30,9 +31,10 @@ from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.rates import Ramp
 from clipq_ray.redaction import redacted, redacted_json
+from clipq_ray.states import read_state
 from clipq_ray.storage import USES, Store, stage_store
 from clipq_ray.training import Size, TrainTask
-from clipq_ray.work import CURVE, Source, prepare_process, read_record, read_state
+from clipq_ray.work import CURVE, Source, prepare_process, read_record
 
 DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7, "levels": 0.5}
 """Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""
@@ -46,7 +48,7 @@ _MAKING: dict[str, threading.Lock] = {}
 @dataclass
 class Run:
     """One run in the making: what the stages know and add; `turn` is held by the run that works in this process, `work` is where
-    unfinished things of the run lie, `until` when others of the job should have their time [s since the run began]; `late`: how long the job had gone on by then [s]."""
+    unfinished things of the run lie, `claim` what makes it this job's, `until` when others of the job should have their time [s since the run began]; `late`: how long the job had gone on by then [s]."""
 
     source: Source
     engine: Engine
@@ -54,6 +56,7 @@ class Run:
     storage: Store
     turn: threading.Lock
     work: Store | None = None
+    claim: Claim | None = None
     until: float = math.inf
     late: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -135,7 +138,9 @@ class Run:
             prepare_process(self.config.threads_per_worker)
 
     def stage_store(self, name: str, inputs: Mapping[str, Any]) -> tuple[str, Store]:
-        """The key and the store of what stage `name` makes of `inputs`."""
+        """The key and the store of what stage `name` makes of `inputs`; `HeldError` where another job has taken the run over."""
+        if self.claim is not None:
+            self.claim.check()
         key = identity.stage_key(name, self.config, inputs)
         if self.work is not None:
             self.work.write(f"{USES}/{name}-{key}", b"")  # `clipq prune` leaves it alone
@@ -182,6 +187,29 @@ def scored(run: Run, model: nn.Module, images: Split | None) -> Evaluation | Non
         return None
     device = run.source.device()
     return evaluate(model.to(device), images, batch_size=run.config.evaluation_batch_size, device=device)
+
+
+def refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], origin: str) -> None:
+    """`RunError` for a network near chance, or far from what the user expects: it is not worth hours."""
+    found = scores["validation"]
+    assert found is not None
+    known = (
+        scores["test"] or found
+    )  # what the user knows is that of test images; nothing else is decided by them
+    percent, expected = 100 * known.top1, run.config.expect_top1_percent
+    run.reporter.say(f"baseline: top-1 {percent:.2f} % on {known.n:,} images")
+    causes = "likely causes: labels in another order, other --mean/--std than in training, other --input-size, wrong --weights"
+    if expected is not None and abs(percent - expected) > 2.0:
+        raise RunError(
+            f"expected a top-1 near {expected} % (--expect-top1-percent), got {percent:.2f} %; {causes}"
+        )
+    chance = 1.0 / max(run.data.classes, 1)
+    # of a few images even a good network's interval holds chance
+    near = found.interval()[0] <= chance and found.top1 <= (1 + chance) / 2
+    if origin not in ("random", "train") and run.data.classes > 1 and near:
+        raise RunError(
+            f"expected a trained network, got top-1 {100 * found.top1:.2f} % on {found.n:,} validation images (chance is {100 * chance:.2f} %); {causes}"
+        )
 
 
 def schedule_of(config: Config, epochs: int, rate: float) -> Schedule:

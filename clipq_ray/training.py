@@ -18,7 +18,7 @@ from clipq_ray.data import Data, batches
 from clipq_ray.data.listing import few
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.data.resident import placed
-from clipq_ray.finetune import Progress, Rank, Trainer
+from clipq_ray.finetune import Progress, Trainer
 from clipq_ray.folding import Precision
 from clipq_ray.network import Inventory
 from clipq_ray.optimizers import Schedule
@@ -26,19 +26,11 @@ from clipq_ray.packing import file_bytes
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.quantizer import slow_on
+from clipq_ray.ranks import Rank
 from clipq_ray.rates import Held, Ramp
+from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import (
-    CURVE,
-    WEIGHTS,
-    Source,
-    here,
-    later,
-    prepare_process,
-    read_record,
-    read_state,
-    write_state,
-)
+from clipq_ray.work import CURVE, Source, here, later, prepare_process, read_record
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(rank.device)
     model = task.source.network()
     if task.initial is not None:
-        model.load_state_dict(read_state(Store(task.initial)))
+        put_state(model, read_state(Store(task.initial)))
     data = task.source.data()
     trainer = Trainer(
         model,

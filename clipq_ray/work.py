@@ -17,10 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import nn
 
 from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
@@ -33,9 +30,9 @@ from clipq_ray.operator import bake_keeping
 from clipq_ray.plan import Plan
 from clipq_ray.precision import exact_float32
 from clipq_ray.search import LayerEvaluator, Settings, Trial, step_group
+from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
 
-WEIGHTS = "weights.safetensors"
 LATE = "late.json"
 """Whether a deadline cut some group short."""
 CURVE = "curve.json"
@@ -97,7 +94,7 @@ class Source:
         """A new network with weights seeded by the run."""
         if self.module is not None:
             return copy.deepcopy(self.module).cpu()  # a caller may have trained it on a GPU
-        torch.manual_seed(seeds.derive(self.config.seed, "initial weights"))
+        seeds.everywhere(self.config.seed, "initial weights")
         architecture = self.architecture()
         assert architecture is not None
         return models.build(architecture, allow_import=":" in self.config.model)
@@ -231,23 +228,6 @@ def prepare_process(threads: int) -> None:
     exact_float32()
 
 
-def write_state(store: Store, name: str, state: dict[str, Tensor]) -> None:
-    """A state dict as one safetensors object; tensors that share memory are written once each."""
-    store.write(
-        name, save_tensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()})
-    )
-
-
-def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """The mirror of `write_state`."""
-    try:
-        return dict(load_tensors(store.read(name)))
-    except (ValueError, SafetensorError) as error:
-        raise FormatError(
-            f"expected safetensors at {store.uri}/{name}, got {error}; remove it and run again"
-        ) from error
-
-
 def read_record(store: Store, name: str) -> dict[str, Any]:
     """The JSON object that a stage has left."""
     try:
@@ -340,7 +320,7 @@ class Searcher:
         prepare_process(config.threads_per_worker)
         self.task = task
         model = task.source.network()
-        model.load_state_dict(read_state(Store(task.weights)))
+        put_state(model, read_state(Store(task.weights)))
         full = {} if task.plan is None else bake_keeping(model, task.plan)
         self._deadline = here(task.deadline, Store(task.output))
         self._until: float | None = None

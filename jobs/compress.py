@@ -1,7 +1,8 @@
 """Compress trained networks: `python jobs/compress.py --model resnet20 --weights URI --data URI --storage URI`.
 
 Everything that was finished is in the storage, so the same command run again
-continues. Exit code 0: all committed; 1: a run failed (the others are finished), or a file does not keep the promise of its intent; 2: something in the input is wrong.
+continues. Exit code 0: all committed; 1: a run failed (the others are finished), a file does not keep the promise of its intent, or an
+ensemble could not be scored; 2: something in the input is wrong.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ def main(arguments: list[str]) -> int:
         print("fleet: not written, since another job makes some of its runs", file=sys.stderr)
     elif fleet.name is not None:
         store = write(Store(shared.storage), fleet.name, sources, found, together)
-        print(f"fleet: {store.uri}", file=sys.stderr)
+        print(redacted(f"fleet: {store.uri}"), file=sys.stderr)
     failed = [one for one in found if isinstance(one, ClipqError)]
     if len(found) == 1 and failed:
         raise failed[0]
     results = [one for one in found if isinstance(one, Result)]
     names = [source.name for source, one in zip(sources, found, strict=True) if isinstance(one, ClipqError)]
-    print(table([one.manifest for one in results], [one.uri for one in results], names))
+    print(redacted(table([one.manifest for one in results], [one.uri for one in results], names)))
     for ensemble in together:
-        print(ensemble_line(ensemble))
+        print(redacted(ensemble_line(ensemble)))
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
             line = redacted(f"compress: {source.name}: {' '.join(str(one).split())}")
@@ -77,7 +78,8 @@ def main(arguments: list[str]) -> int:
         )
     if failed:
         return max(error.exit_code for error in failed) if len(failed) == len(found) else 1
-    return 0 if all(one.kept for one in results) else 1
+    unscored = any("error" in one for one in together)
+    return 0 if all(one.kept for one in results) and not unscored else 1
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from clipq_ray import claims
+from clipq_ray import claims, connections
 from clipq_ray.claims import Claim, Holder, claim
-from clipq_ray.errors import RunError, StorageError
+from clipq_ray.errors import HeldError, StorageError
 from clipq_ray.storage import Store
 
 pytest_plugins = ["s3_server"]
@@ -66,11 +66,26 @@ def test_a_claim_that_is_not_kept_alive_expires_by_the_stores_clock(
     work: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = taken(work)
-    aged(monkeypatch, claims.EXPIRED_SECONDS - 5)
+    aged(monkeypatch, claims.lifetime() - 5)
     assert isinstance(claim(work), Holder)
     aged(monkeypatch, 10)
     second = taken(work)
     assert work.names() == ["claim-000001.json", "claim-000002.json"]
+    first.give_back()
+    second.give_back()
+
+
+def test_a_claim_outlives_every_outage_that_its_own_job_waits_for(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert claims.lifetime() > connections.PATIENCE_SECONDS + 2 * claims.BEAT_SECONDS
+    monkeypatch.setenv("CLIPQ_S3_PATIENCE_SECONDS", "900")
+    first = taken(work)
+    monkeypatch.delenv("CLIPQ_S3_PATIENCE_SECONDS")  # another job need not be as patient
+    aged(monkeypatch, 900 + 2 * claims.BEAT_SECONDS)
+    assert isinstance(claim(work), Holder)
+    aged(monkeypatch, 2 * claims.BEAT_SECONDS)  # beside the time above
+    second = taken(work)
     first.give_back()
     second.give_back()
 
@@ -98,7 +113,7 @@ def test_who_was_away_for_too_long_learns_it_and_leaves_the_new_owners_claim(
     limit = time.monotonic() + 10
     while not first._lost and time.monotonic() < limit:
         time.sleep(0.01)
-    with pytest.raises(RunError, match="another job took over"):
+    with pytest.raises(HeldError, match="another job took over"):
         first.check()
     first.give_back()
     assert "claim-000002.json" in work.names()
@@ -136,7 +151,7 @@ def test_where_machines_cannot_be_told_a_claim_counts_by_its_age(
 def test_a_damaged_claim_counts_by_its_age(work: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     work.write("claim-000007.json", b"{")
     assert claim(work) == Holder(7, "somebody")
-    aged(monkeypatch, claims.EXPIRED_SECONDS + 1)
+    aged(monkeypatch, claims.lifetime() + 1)
     second = taken(work)
     assert work.names() == ["claim-000007.json", "claim-000008.json"]
     second.give_back()

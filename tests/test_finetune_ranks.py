@@ -11,8 +11,8 @@ import torch
 from test_finetune import PLAN, TwoHeads, kept, network, run, schedule, trainer
 
 from clipq_ray.errors import RunError
-from clipq_ray.finetune import Rank
 from clipq_ray.operator import make_plan
+from clipq_ray.ranks import Rank
 from clipq_ray.rates import Held
 
 
@@ -56,7 +56,11 @@ def test_ranks_with_other_codes_are_found_after_one_epoch(differing: bool, tmp_p
     on_two_ranks(tmp_path, one_of_two, differing)
     for rank in range(2):
         said = (tmp_path / f"rank-{rank}").read_text()
-        assert ("layer head.weight after epoch 1" in said) if differing else (said == "ended")
+        assert (
+            ("epoch 1: workers hold different codes in layer head.weight" in said)
+            if differing
+            else (said == "ended")
+        )
 
 
 def one_of_two_with_two_heads(rank: int, folder: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clipq_ray
-from clipq_ray import manifest, models, pipeline, tables
+from clipq_ray import manifest, models, pipeline, stages, tables
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
@@ -32,9 +32,10 @@ from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run
+from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import CURVE, WEIGHTS, Source, write_state
+from clipq_ray.work import CURVE, Source
 
 pytest_plugins = ["s3_server"]
 
@@ -168,7 +169,7 @@ def judge(
     given: Any = SimpleNamespace(
         config=make(**options), data=SimpleNamespace(classes=2), reporter=Reporter(quiet=True)
     )
-    pipeline._refuse_bad_baseline(given, {"validation": validation, "test": test}, origin)
+    stages.refuse_bad_baseline(given, {"validation": validation, "test": test}, origin)
 
 
 def test_a_network_that_is_right_about_the_few_images_there_are_goes_on() -> None:

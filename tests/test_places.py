@@ -124,3 +124,19 @@ def test_the_operator_steps_on_what_was_divided_as_on_the_weights_themselves() -
         after = model[0].weight.detach() * places.divisors
     assert torch.allclose(after, before - 0.01 * gradient, atol=1e-6)
     assert not torch.allclose(places.divisors, torch.ones_like(places.divisors), atol=0.01)
+
+
+def test_a_layer_that_is_not_trained_is_left_as_it_is() -> None:
+    """Nothing would train back what dividing its weights changes."""
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 10))
+    with torch.no_grad():
+        model[0].weight.copy_(uneven((30, 40)))
+        model[1].weight.copy_(uneven((10, 30)))
+    model[0].requires_grad_(False)
+    plan = make_plan(model, {"0.weight": Theta(0.9, 2), "1.weight": Theta(0.9, 2)})
+    operator = Operator(model, plan, costs=Costs(0.5))
+    first, second = (model[index].weight.detach().clone() for index in (0, 1))
+    for _ in range(4):
+        operator.follow_costs()
+    assert torch.equal(model[0].weight, first)
+    assert not torch.equal(model[1].weight, second)

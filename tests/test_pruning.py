@@ -185,12 +185,12 @@ def test_a_job_that_begins_while_things_are_removed_finds_a_stage_whole_or_not_a
 
 
 def test_the_ends_of_stages_are_those_of_the_pipeline() -> None:
-    from clipq_ray import pruning, searching, work
+    from clipq_ray import pruning, searching, states, work
 
     assert all(
         pruning._is_end(f"_stages/x/{name}") for name in (work.CURVE, searching.DONE, "group-0007.json")
     )
-    assert not pruning._is_end(f"_stages/x/{work.WEIGHTS}")
+    assert not pruning._is_end(f"_stages/x/{states.WEIGHTS}")
 
 
 def test_what_a_later_job_writes_while_things_are_removed_stays(

@@ -264,6 +264,7 @@ def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> No
         engine="local",
         parallel=2,
         epochs=None,
+        threads=None,
     )
     with pytest.raises(
         SystemExit, match="resnet20-cifar10-noloss seed 7, resnet20-cifar10-small seed 8: not made"

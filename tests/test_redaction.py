@@ -187,6 +187,22 @@ def test_a_url_with_a_password_is_said_without_it_wherever_it_stands(
         assert_clean(str(path), data)
 
 
+def test_what_a_job_would_do_is_said_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    from data_files import numbered
+    from test_jobs import imported
+
+    place = f"memory://me:{PLANTED}-password-333@host"
+    for name, first in (("train", 0), ("test", 60)):
+        Store(f"{place}/data").write(f"{name}-0.parquet", numbered(first, 60, (32, 32)))
+    given = ["--engine=local", "--dry-run", "--model=resnet20", "--weights=random", "--search-images=8"]
+    main = imported("compress").main
+    assert main([*given, f"--data={place}/data", f"--storage={place}/runs"]) == 0
+    said = capsys.readouterr()
+    assert "memory://***@host/data" in said.out
+    assert "memory://***@host/runs" in said.out
+    assert_clean("a dry run", (said.out + said.err).encode())
+
+
 def test_an_endpoint_with_a_password_and_the_keys_of_a_profile_are_not_said(
     tmp_path: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

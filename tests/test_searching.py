@@ -15,8 +15,9 @@ from clipq_ray.groups import grouped
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import Search, planned, scoring_images
 from clipq_ray.stages import Run
+from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import WEIGHTS, Source, write_state
+from clipq_ray.work import Source
 
 
 def search(storage: Path, **options: Any) -> Search:

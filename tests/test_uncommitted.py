@@ -15,7 +15,7 @@ from s3_faults import FaultyProxy, faulty
 from clipq_ray import codec, manifest
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
-from clipq_ray.config import make
+from clipq_ray.config import Config, make
 from clipq_ray.errors import RunError
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
@@ -39,12 +39,12 @@ def place(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
         yield f"s3://{make_bucket(s3_server)}/runs", proxy
 
 
-def run(storage: str) -> Result:
+def run(storage: str, engine: LocalEngine | None = None) -> Result:
     options = {
         "engine": "local", "epochs": 1, "batch_size": 32, "search_evaluations": 4, "search_start": 3, "search_images": 60, "control": "never",
         "target_ratio": 15, "rounds": 1, "weights": "random",
     }  # fmt: skip
-    return compress(Source(make(**options, storage=storage)), LocalEngine(), Reporter(quiet=True))
+    return compress(Source(make(**options, storage=storage)), engine or LocalEngine(), Reporter(quiet=True))
 
 
 def before_commit(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
@@ -115,6 +115,48 @@ def test_a_store_that_goes_away_in_the_middle_ends_the_run_and_says_what_is_kept
     ):
         run(storage)
     monkeypatch.undo()
+
+
+class GoneAtTheClaim(LocalEngine):
+    """Of a store that goes away once it was seen that it can be written, before the run is claimed."""
+
+    proxy: FaultyProxy
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        self.proxy.gone = True
+
+
+def test_a_store_that_goes_away_before_a_run_is_claimed_is_no_mistake_of_the_input(
+    place: tuple[str, FaultyProxy],
+) -> None:
+    storage, proxy = place
+    engine = GoneAtTheClaim()
+    engine.proxy = proxy
+    with pytest.raises(RunError, match=f"what is finished is kept in {storage}: the same command again"):
+        run(storage, engine)
+
+
+def test_a_committed_run_that_cannot_be_read_is_not_called_damaged(
+    place: tuple[str, FaultyProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, proxy = place
+    result, real = run(storage), manifest.checked
+
+    def checked(data: bytes, stated: Mapping[str, Any], origin: str) -> bytes:
+        proxy.gone = True  # behind the first of its files
+        return real(data, stated, origin)
+
+    with monkeypatch.context() as away:
+        away.setattr(manifest, "checked", checked)
+        with pytest.raises(RunError, match=f"what is finished is kept in {storage}") as caught:
+            run(storage)
+        assert "damaged" not in str(caught.value)
+        proxy.gone = False
+        # who verifies everything is told of each file that could not be read
+        assert len(manifest.verify(Store(result.uri))) == len(result.manifest["files"]) - 1
+    proxy.gone = False
+    assert run(storage).reused
 
 
 def test_a_manifest_whose_answer_got_lost_is_this_runs_own(

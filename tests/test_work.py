@@ -20,24 +20,22 @@ from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.errors import ConfigError, FormatError, ModelError
-from clipq_ray.finetune import Rank
 from clipq_ray.groups import grouped
 from clipq_ray.optimizers import Schedule
+from clipq_ray.ranks import Rank
 from clipq_ray.search import Settings, Trial
+from clipq_ray.states import WEIGHTS, read_state, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask, train
 from clipq_ray.work import (
     CURVE,
     LATE,
-    WEIGHTS,
     Searcher,
     SearchTask,
     Source,
     partial_name,
-    read_state,
     read_trials,
     search_images,
-    write_state,
 )
 
 

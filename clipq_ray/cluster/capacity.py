@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,25 +116,32 @@ def refuse_beyond_machine(each: Resources, count: int) -> None:
 
 
 def refuse_too_large(config: Config, each: Resources) -> None:
-    """`ConfigError` where `config.workers` that need `each`, or one trial of the search, can never run at a time."""
+    """`ConfigError` where the fewest workers of `config` that need `each`, or one trial of the search, can never run at a time."""
+    fewest = config.fewest_workers
     if not os.environ.get("RAY_ADDRESS"):  # a Ray of our own on this machine
-        refuse_beyond_machine(each, config.workers)
+        refuse_beyond_machine(each, fewest)
         return
-    found = _enough(each, config.workers)
-    if (room := found.room(each)) < config.workers:
+    found = _enough(each, fewest)
+    if (room := found.room(each)) < fewest:
         gpu = ", 1 GPU" if each.get("GPU") else ""
+        option = "--workers" if fewest == config.workers else "--min-workers"
         raise ConfigError(
-            f"--workers: expected at most {room}, which is what the cluster has room for, got {config.workers} of {each['CPU']:.0f} CPUs{gpu} each "
+            f"{option}: expected at most {room}, which is what the cluster has room for, got {fewest} of {each['CPU']:.0f} CPUs{gpu} each "
             f"(--threads-per-worker); there are {found.words()}; lower one of them, or add nodes"
         )
 
 
 def _enough(each: Resources, count: int) -> Capacity:
-    """The capacity as soon as it has room for `count`, or no node is missing any more, or `JOIN_SECONDS` are over."""
+    """The capacity as `joined` gives it, enough being room for `count`."""
+    return joined(lambda found: found.room(each) >= count)
+
+
+def joined(enough: Callable[[Capacity], bool]) -> Capacity:
+    """The capacity as soon as it is `enough`, or no node is missing any more, or `JOIN_SECONDS` are over."""
     limit, said = time.monotonic() + JOIN_SECONDS, False
     while True:
         found = look()
-        if found.room(each) >= count or not found.coming or time.monotonic() > limit:
+        if enough(found) or not found.coming or time.monotonic() > limit:
             return found
         if not said:
             log.warning(

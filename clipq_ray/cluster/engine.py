@@ -16,8 +16,9 @@ import torch
 from clipq_ray import logs
 from clipq_ray.config import Config
 from clipq_ray.errors import ClipqError
-from clipq_ray.finetune import Progress, Rank
+from clipq_ray.finetune import Progress
 from clipq_ray.memory import OutOfMemory
+from clipq_ray.ranks import Rank
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask, train
 from clipq_ray.work import Searcher, SearchTask

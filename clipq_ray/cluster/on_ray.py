@@ -1,11 +1,11 @@
 """The Ray engine: the search as trials of Ray Tune, trainings on Ray Train.
 
 Training: one TorchTrainer (Train V2, DDP; NCCL on GPUs, gloo on CPUs), restarted from the last checkpoint in the store when a worker or a node is
-lost. The search is `ray_search`.
+lost, and another one where Ray gives it up and `failures` does not. The search is `ray_search`.
 
 Without a running cluster, Ray starts on this machine and ends with the job; its logs are kept where something failed. Ray's own storage is a temporary folder on one machine, and on a
-cluster `_work` of the run for trainings and `_ray` in the stage for a search, removed at its
-end; nothing that must last lies there, since Tune pickles. Not covered: several searches at a time on one cluster; the
+cluster `_work` of the run for trainings and `_ray` in a stage for a search, removed at its
+end or before the next one; nothing that must last lies there, since Tune pickles. Not covered: several searches at a time on one cluster; the
 next job's waits.
 """
 
@@ -41,16 +41,18 @@ from clipq_ray.cluster import capacity, privacy, ray_data, ray_search, sight
 from clipq_ray.cluster.apart import Apart
 from clipq_ray.cluster.connection import connect, forget, handlers_kept
 from clipq_ray.cluster.engine import Done
+from clipq_ray.cluster.failures import Restarts, UnstartedWorkers, low_memory, reason
 from clipq_ray.cluster.handout import PLACED_BY
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.cluster.metrics import Meter, TrainingSpeed
 from clipq_ray.cluster.room import Amount, Group, Room
-from clipq_ray.cluster.talk import ERROR, Watch, last_line, low_memory, tell, told
+from clipq_ray.cluster.talk import ERROR, Watch, tell, told
 from clipq_ray.config import Config, make
 from clipq_ray.errors import ClipqError, ConfigError, RunError, StorageError
-from clipq_ray.finetune import Progress, Rank
+from clipq_ray.finetune import Progress
 from clipq_ray.memory import Attempts
+from clipq_ray.ranks import Rank
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask, train
 from clipq_ray.work import SearchTask
@@ -193,8 +195,9 @@ class RayEngine:
             self._reached.add(storage)
 
     def check(self, config: Config) -> None:
-        """`ConfigError` where the cluster has no GPU that is asked for, or no room for the workers, now or when it has grown."""
+        """`ConfigError` where the cluster has no GPU that is asked for, or no room for the workers, now or when it has grown, or the job may not take so much."""
         worker = self._worker(config)
+        self._refuse_beyond_limit(worker.times(config.workers))
         capacity.refuse_too_large(config, worker.resources)
 
     def committed(self, network: str, bytes_before: int, bytes_after: int) -> None:
@@ -223,14 +226,25 @@ class RayEngine:
         return Amount(math.inf if cpus is None else cpus, math.inf if gpus is None else gpus)
 
     def trainings(self, configs: Sequence[Config]) -> int:
-        """How many trainings fit at a time, of those that take least, when the cluster has grown; at least 1."""
-        there, fitting = capacity.look(), []
+        """How many trainings fit at a time, of those that take least, when the cluster has grown and hosts of its file have joined; at least 1. A network that
+        can never run here counts for none: `check` names it."""
+        able: list[tuple[Config, Amount]] = []
         for config in configs:
-            worker = self._worker(config)
-            room = there.room(worker.resources) // config.workers
-            least = worker.times(config.workers) + Amount(config.least_decode_cpus)
-            fitting.append(min(room, self._limit.count(least)))
-        return max(1, *fitting)
+            with suppress(ConfigError):
+                able.append((config, self._worker(config)))
+        limits = [
+            self._limit.count(worker.times(config.workers) + Amount(config.least_decode_cpus))
+            for config, worker in able
+        ]
+
+        def fitting(there: capacity.Capacity) -> int:
+            rooms = [there.room(worker.resources) // config.workers for config, worker in able]
+            return max((min(pair) for pair in zip(rooms, limits, strict=True)), default=1)
+
+        wanted = min(len(able), max(limits, default=1))
+        # at_once is settled here for the whole job, so hosts that come with `ray up` are to be counted; a network alone has no use for that
+        there = capacity.joined(lambda found: fitting(found) >= wanted) if wanted > 1 else capacity.look()
+        return max(1, fitting(there))
 
     def _ray_storage(self, near: Store) -> dict[str, Any]:
         """Where Ray keeps what it wants to keep: a temporary folder while there is one node, `near` on a cluster."""
@@ -251,12 +265,12 @@ class RayEngine:
         """One Tuner (`ray_search`); of several threads one at a time, since Ray runs one at a time."""
         amounts = [self._trial(task.source.config) for task in tasks]
         for amount in amounts:
-            self._refuse_impossible(amount, 1)
+            self._refuse_impossible(amount, 1, 1)
 
         def run() -> None:
-            with self._searching:
+            with ray_search.turn(self._searching, tasks) as later:
                 self._apart.check()
-                ray_search.search(tasks, amounts, self._room, self._ray_storage, progress, done, self._apart)
+                ray_search.search(later, amounts, self._room, self._ray_storage, progress, done, self._apart)
 
         with self._noting():
             if self._own:  # what goes on when this process leaves ends with its Ray
@@ -268,7 +282,7 @@ class RayEngine:
         """One TorchTrainer; gives the seconds that it waited to be let in."""
         config = task.source.config
         worker = self._worker(config)
-        self._refuse_impossible(worker, config.fewest_workers)
+        self._refuse_impossible(worker, config.workers, config.fewest_workers)
         ray_data.refuse_without_cpus(config)
         decoding = ray_data.counted(config, self.at_once)
         self._room.trainings, rank = self.at_once, (-task.source.priority,)
@@ -285,38 +299,49 @@ class RayEngine:
             self._failed = True
             raise
 
-    def _refuse_impossible(self, amount: Amount, count: int) -> None:
-        """What could never be let in would wait for ever; with an autoscaler the cluster may still grow, so only our own Ray is checked."""
-        wanted = amount.times(count)
-        if not self._limit.holds(wanted):
-            raise ConfigError(
-                f"expected --workers x --threads-per-worker at most --limit-cpus ({self._limit.cpus:g}) and their GPUs at most --limit-gpus "
-                f"({self._limit.gpus:g}), got {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs; lower one of them"
-            )
+    def _refuse_impossible(self, amount: Amount, most: int, fewest: int) -> None:
+        """What could never be let in would wait for ever, `most` of `amount` within the limit, as `Room` counts them, and `fewest` there; with an autoscaler the
+        cluster may still grow, so only our own Ray is checked."""
+        self._refuse_beyond_limit(amount.times(most))
         if not os.environ.get("RAY_ADDRESS"):
-            capacity.refuse_beyond_machine(amount.resources, count)
+            capacity.refuse_beyond_machine(amount.resources, fewest)
+
+    def _refuse_beyond_limit(self, wanted: Amount) -> None:
+        """`ConfigError` where the workers of one training, all of them, take more than the job may at a time."""
+        limit = self._limit
+        if wanted.cpus > limit.cpus:
+            raise ConfigError(
+                f"expected --workers x --threads-per-worker at most --limit-cpus ({limit.cpus:g}), got {wanted.cpus:g}; lower one of them, or raise --limit-cpus"
+            )
+        if wanted.gpus > limit.gpus:
+            raise ConfigError(
+                f"expected --workers, which take a GPU each, at most --limit-gpus ({limit.gpus:g}), got {wanted.gpus:g}; lower --workers, or raise --limit-gpus"
+            )
 
     def _trained(self, task: TrainTask, worker: Amount, decoding: int, progress: Progress) -> None:
         config = task.source.config
         hosts = Hosts(task.stage, config.fewest_workers, worker.resources)
         attempts = Attempts(Store(task.checkpoints), task.stage)
         attempts.afresh()
+        restarts = Restarts(config.max_failures, _last_checkpoint(task))
         with Watch(self._apart, progress, Limits.of([config]), hosts) as watch:
-            for left in reversed(range(1 + config.max_failures)):
-                failure = self._fitted(task, worker, decoding, watch.board)
-                if failure is None:
-                    return
+            while (failure := self._fitted(task, worker, decoding, watch.board)) is not None:
                 watch.release()
-                event = low_memory(failure)
-                if event is None or not left:
-                    why = watch.hangs.error(task.stage) or f"{last_line(failure)}; run again to continue"
+                if not restarts.allowed(failure, _last_checkpoint(task)):
+                    why = watch.hangs.error(task.stage) or f"{reason(failure)}; run again to continue"
                     raise RunError(f"{task.stage} failed: {why}") from failure
-                # Ray's memory monitor has ended actors of Ray Train's own, without which it gives up
-                attempts.heard(event)
-                attempts.most()
-                log.warning(
-                    "%s: %s; the next attempt takes fewer images at a time", task.stage, event.rstrip(".")
-                )
+                self._before_again(task.stage, attempts, failure)
+
+    def _before_again(self, stage: str, attempts: Attempts, failure: Exception) -> None:
+        """Say why a training is begun again; where memory was short, the next attempt takes less."""
+        event = low_memory(failure)
+        if event is None:
+            log.warning("%s: %s; it is begun again behind its last checkpoint", stage, reason(failure))
+            return
+        # Ray's memory monitor has ended actors of Ray Train's own, without which it gives up
+        attempts.heard(event)
+        attempts.most()
+        log.warning("%s: %s; the next attempt takes fewer images at a time", stage, event.rstrip("."))
 
     def _fitted(self, task: TrainTask, worker: Amount, decoding: int, board: Any) -> Exception | None:
         """One TorchTrainer, and its failure where no worker has named an error."""
@@ -331,7 +356,7 @@ class RayEngine:
             run_config=ray.train.RunConfig(
                 name=_run_name(task),
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                callbacks=[_LowMemory(task.checkpoints, task.stage)],
+                callbacks=[_LowMemory(task.checkpoints, task.stage), UnstartedWorkers()],
                 **self._ray_storage(Store(task.checkpoints)),
             ),
         )
@@ -355,6 +380,11 @@ def _run_name(task: TrainTask) -> str:
     """What Ray's own logs and its dashboard call a training."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", task.source.name)
     return f"{plain}-{task.stage}-{uuid.uuid4().hex}"
+
+
+def _last_checkpoint(task: TrainTask) -> str | None:
+    """The name of a training's last checkpoint by now (`Checkpoints`), None where there is none."""
+    return max(Store(task.checkpoints).names("epoch-"), default=None)
 
 
 def _world(config: Config) -> int | tuple[int, int]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -18,11 +20,12 @@ from ray import tune
 from clipq_ray import logs
 from clipq_ray.cluster.apart import Apart
 from clipq_ray.cluster.engine import Done
+from clipq_ray.cluster.failures import reason
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.metrics import Meter
 from clipq_ray.cluster.room import Amount, Room
-from clipq_ray.cluster.talk import ERROR, Watch, last_line, tell, told, visible_device
+from clipq_ray.cluster.talk import ERROR, Watch, tell, told, visible_device
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
 from clipq_ray.redaction import redacted
@@ -133,6 +136,15 @@ class _Steps(tune.Callback):  # type: ignore[misc]
         )
 
 
+@contextmanager
+def turn(lock: threading.Lock, tasks: Sequence[SearchTask]) -> Iterator[list[SearchTask]]:
+    """While nobody else of this job searches; gives `tasks`, which had to wait for that and take their share of the time that is left then."""
+    asked = time.monotonic()
+    with lock:
+        waited = time.monotonic() - asked
+        yield [task.after(waited) for task in tasks]
+
+
 def search(
     tasks: Sequence[SearchTask],
     amounts: Sequence[Amount],
@@ -167,6 +179,7 @@ def search(
     began = time.monotonic()
     with Watch(apart, progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
         tasks = [task.after(time.monotonic() - began) for task in tasks]
+        _remove_leftovers(tasks)  # behind the lease, so that it is of no search that goes on
         places = left()  # another job's search of the same network may have gone before
         if not places:
             return
@@ -175,12 +188,20 @@ def search(
         apart.check()
         _begin(tasks, places, watch.board)
         steps = _Steps(tasks, places, apart)
-        _tuner(tasks, places, handout, steps, watch.board, storage(Store(tasks[0].output))).fit()
-        try:
-            Store(tasks[0].output).child(_RAY).remove_tree()
-        except StorageError as error:  # all is searched
-            log.warning("what Ray has left could not be removed: %s", redacted(str(error)))
+        # the last one's stage: a job that is killed leaves it open, so whoever makes it next removes what is there
+        last = tasks[places[-1][0]]
+        _tuner(tasks, places, handout, steps, watch.board, storage(Store(last.output))).fit()
+        _remove_leftovers([last])
         handout.tell_rest()
+
+
+def _remove_leftovers(tasks: Sequence[SearchTask]) -> None:
+    """What Tune keeps in the stages of these; it is of use to no search but its own."""
+    for task in tasks:
+        try:
+            Store(task.output).child(_RAY).remove_tree()
+        except StorageError as error:  # a search need not fail of it
+            log.warning("what Ray has left could not be removed: %s", redacted(str(error)))
 
 
 def _why(watch: Watch, places: Sequence[tuple[int, int]], place: int, error: Exception) -> Exception:
@@ -232,7 +253,7 @@ def ended(task: SearchTask, lost: Sequence[Exception]) -> ClipqError | None:
     error = told(Store(task.output))
     if error is None and lost:
         return RunError(
-            f"the search of {len(lost)} layers or groups failed: {last_line(lost[0])}; run again to continue"
+            f"the search of {len(lost)} layers or groups failed: {reason(lost[0])}; run again to continue"
         )
     if error is None and (missing := len(task.open_groups())):
         return RunError(

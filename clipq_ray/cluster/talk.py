@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import threading
 import time
 from typing import Any, Self
@@ -209,17 +208,3 @@ def told(output: Store) -> ClipqError | None:
 def visible_device(wanted: str) -> torch.device:
     """The device of a worker: what Ray gave it."""
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def low_memory(error: BaseException) -> str | None:
-    """What Ray's memory monitor says of a node where it ended workers, the same for all that it ended at a time; None for other failures."""
-    found = re.search(r"[^\n]*running low on memory\.[^\n]*", str(error))
-    return None if found is None else found[0].strip()
-
-
-def last_line(error: BaseException) -> str:
-    """What Ray says of a failure, in one line."""
-    if (low := low_memory(error)) is not None:
-        return low
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -6,6 +6,7 @@ is decided here. Not covered: one intent for an ensemble as a whole (`shares`).
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,20 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from clipq_ray import loading
+from clipq_ray import loading, logs
 from clipq_ray.data import Split, batches
 from clipq_ray.errors import ClipqError, DataError
 from clipq_ray.evaluate import Forward, evaluating
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import Drop
 from clipq_ray.pipeline import Result
+from clipq_ray.redaction import redacted
+from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store, stage_store
-from clipq_ray.work import Source, prepare_process, read_state
+from clipq_ray.work import Source, prepare_process
 
 Votes = npt.NDArray[np.float64]
+log = logs.logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _original(member: Member) -> nn.Module:
     (key,) = (one["key"] for one in member.result.manifest["stages"] if one["stage"] == "baseline")
     store = stage_store(Store(member.source.config.storage), "baseline", key)
     model = member.source.network()
-    model.load_state_dict(read_state(store))
+    put_state(model, read_state(store))
     return model
 
 
@@ -122,16 +126,23 @@ def all_scored(
     for ensemble in ensembles:
         missing = [name for name in ensemble.members if not isinstance(by_name[name][1], Result)]
         if missing:
-            found.append(
-                {
-                    "name": ensemble.name,
-                    "members": list(ensemble.members),
-                    "error": f"{', '.join(missing)} failed",
-                }
-            )
+            found.append(_unscored(ensemble, f"{', '.join(missing)} failed"))
             continue
         try:
             found.append(scored(ensemble, [Member(*by_name[name]) for name in ensemble.members]))
-        except ClipqError as error:  # the fleet is written whatever becomes of a vote
-            found.append({"name": ensemble.name, "members": list(ensemble.members), "error": str(error)})
+        except Exception as error:  # the fleet is written whatever becomes of a vote, of anybody's networks
+            found.append(_unscored(ensemble, _why(error)))
     return found
+
+
+def _unscored(ensemble: Ensemble, why: str) -> dict[str, Any]:
+    return {"name": ensemble.name, "members": list(ensemble.members), "error": why}
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, in one line without secrets; of what nobody expected the traceback is logged too."""
+    words = redacted(" ".join(str(error).split()))
+    if isinstance(error, ClipqError):
+        return words
+    log.error("unexpected: %s", redacted("".join(traceback.format_exception(error))))
+    return f"unexpected {type(error).__name__}: {words[:300]}; please report it"

@@ -44,6 +44,7 @@ _OF_OWN_SIZES = {"rungs": 1, "search_again": False, "hold_size": False}
 """Options that are ways to a size of one network, and their values without."""
 _SAME_IMAGES = ("data", "data_root", "validation_data", "validation_images", "limit_images", "seed")
 """What members of an ensemble with one intent must have in common: their votes on validation images decide."""
+_MERGE = "tag:yaml.org,2002:merge"
 _TOO_DEEP = "lists or mappings nested too deep; take levels out"
 
 
@@ -124,27 +125,28 @@ class _Reading:
 
     def __init__(self) -> None:
         self.mistakes: list[tuple[int, str]] = []
-        self.wrong: set[str] = (
-            set()
-        )  # networks whose options are wrong: they are there, whatever else is said
+        self.wrong = set[str]()  # networks whose options are wrong: they are there, whatever else is said
 
     def say(self, line: int, text: str) -> None:
         if (line, text) not in self.mistakes:  # what the defaults say is said for every network
             self.mistakes.append((line, text))
 
     def part(self, node: yaml.Node | None, what: str) -> _Part:
-        """A mapping; anything else is a mistake and taken as empty."""
+        """A mapping, with what it merges by `<<`; anything else is a mistake and taken as empty."""
+        line = node.start_mark.line + 1 if node else 1
         if not isinstance(node, yaml.MappingNode):
-            line = node.start_mark.line + 1 if node else 1
             self.say(line, f"expected {what} as 'name: value' lines, got {_kind(node)}")
             return _Part(line)
-        result = _Part(node.start_mark.line + 1)
-        for key_node, value_node in node.value:
-            key = str(key_node.value).replace("-", "_")
-            line = key_node.start_mark.line + 1
-            if key in result.values:
-                self.say(line, f"{key}: is there twice in {what}; leave one out")
-            result.values[key], result.lines[key] = value_node, line
+        result, own = _Part(line), [key for key, _ in node.value if key.tag != _MERGE]
+        for number, key in enumerate(own):
+            if _key(key) in map(_key, own[:number]):
+                self.say(key.start_mark.line + 1, f"{_key(key)}: is there twice in {what}; leave one out")
+        try:
+            SafeConstructor().flatten_mapping(node)
+        except (ConstructorError, RecursionError) as error:
+            self.say(line, f"<<: {error.problem if isinstance(error, ConstructorError) else _TOO_DEEP}")
+        for key, value in node.value:  # what is merged comes first: its own lines count more
+            result.values[_key(key)], result.lines[_key(key)] = value, key.start_mark.line + 1
         return result
 
     def known(self, part: _Part, names: tuple[str, ...], what: str) -> None:
@@ -170,14 +172,18 @@ class _Reading:
         return _Part(part.line, values, part.lines)
 
     def each(self, node: yaml.Node | None, what: str, one: str) -> Iterator[_Part]:
-        """The mappings of a list."""
+        """The mappings of a list; an entry that is none is one mistake, and what it may have meant by its name is there."""
         if node is None:
             return
         if not isinstance(node, yaml.SequenceNode):
             self.say(node.start_mark.line + 1, f"{what}: expected a list, got {_kind(node)}")
             return
         for entry in node.value:
-            yield self.plain(self.part(entry, one))
+            part = self.part(entry, one)
+            if isinstance(entry, yaml.MappingNode):
+                yield self.plain(part)
+            elif isinstance(entry, yaml.ScalarNode):
+                self.wrong.add(entry.value)
 
     def fleet(self, root: yaml.Node | None, options: Mapping[str, Any]) -> Fleet | None:
         """The whole file."""
@@ -189,9 +195,8 @@ class _Reading:
         ).values.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name):
             self.say(top.at("name"), f"name: expected a name of {NAME_WORDS}, got {name!r}")
-        defaults = (
-            self.plain(self.part(sections["defaults"], "defaults")) if "defaults" in sections else _Part(1)
-        )
+        shared = sections.get("defaults")
+        defaults = _Part(1) if shared is None else self.plain(self.part(shared, "defaults"))
         limited = self.limits(sections.get("limits"), defaults)
         ensembles = self.ensembles(sections.get("ensembles"))
         configs = self.models(sections.get("models"), defaults, {**limited, **options}, ensembles)
@@ -327,26 +332,19 @@ class _Reading:
             if str(name) in seen:
                 self.say(part.line, f"expected names that differ, got {name!r} as in line {seen[str(name)]}")
             seen[str(name)] = part.line
-            if (
-                not isinstance(members, tuple)
-                or len(set(map(str, members))) < 2
-                or len(set(map(str, members))) != len(members)
-            ):
+            names = tuple(map(str, members)) if isinstance(members, tuple) else ()
+            if len(names) < 2 or len(set(names)) != len(names):
                 self.say(
                     part.at("members"),
                     f"members: expected a list of at least two different networks, got {members!r}",
                 )
-                members = ()
-            wants = [
-                (option, part.values[option])
-                for option in _OF_ENSEMBLES
-                if part.values.get(option) is not None
-            ]
+                names = ()
+            wants = [(one, value) for one in _OF_ENSEMBLES if (value := part.values.get(one)) is not None]
             if not self.one_intent(part, "an ensemble"):
                 for option, value in wants:
                     for _, text in checked({option: value})[1]:
                         self.say(part.at(option), text)
-            found.append((part, Ensemble(str(name), tuple(map(str, members)), wants[0] if wants else None)))
+            found.append((part, Ensemble(str(name), names, wants[0] if wants else None)))
         return found
 
     def members(self, ensembles: Sequence[tuple[_Part, Ensemble]], networks: Mapping[str, Config]) -> None:
@@ -396,6 +394,10 @@ def _merged(
             result = {name: value for name, value in result.items() if name not in INTENTS}
         result.update(layer)
     return result
+
+
+def _key(node: yaml.Node) -> str:
+    return str(node.value).replace("-", "_")
 
 
 def _kind(node: yaml.Node | None) -> str:

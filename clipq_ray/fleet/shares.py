@@ -36,7 +36,8 @@ from clipq_ray.intent import (
 )
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
 from clipq_ray.rounds import STEPS, Making, Rounds, Shared, harmless
-from clipq_ray.work import prepare_process, read_state
+from clipq_ray.states import put_state, read_state
+from clipq_ray.work import prepare_process
 
 T = TypeVar("T")
 
@@ -248,7 +249,7 @@ class _Vote:
         for one in self._opened:
             source = one.prepared.run.source
             model = source.network()
-            model.load_state_dict(read_state(one.reference))
+            put_state(model, read_state(one.reference))
             vote, found = probabilities(source, model, source.data().validation)
             votes.append(vote)
             if labels is not None and not np.array_equal(labels, found):

@@ -14,6 +14,7 @@ pytest.importorskip("ray")
 
 from clipq_ray.cluster import capacity
 from clipq_ray.cluster.capacity import Capacity
+from clipq_ray.cluster.on_ray import RayEngine
 from clipq_ray.config import make
 from clipq_ray.errors import ConfigError
 
@@ -131,6 +132,60 @@ def test_a_ray_of_our_own_refuses_what_the_machine_lacks(
     capacity.refuse_too_large(make(workers=workers - 1), each)
     with pytest.raises(ConfigError, match=words):
         capacity.refuse_too_large(make(workers=workers), each)
+
+
+def test_fewer_hosts_than_workers_are_refused_only_below_the_fewest(
+    there: Callable[..., list[Capacity]],
+) -> None:
+    there(Capacity((HEAD, CPUS)))
+    capacity.refuse_too_large(make(workers=8, min_workers=4), {"CPU": 1.0, "GPU": 0})
+    with pytest.raises(ConfigError, match=r"--min-workers: expected at most 4, .*got 5 of 1 CPUs"):
+        capacity.refuse_too_large(make(workers=8, min_workers=5), {"CPU": 1.0, "GPU": 0})
+
+
+@pytest.mark.parametrize("fewest", [None, 1])
+def test_more_gpus_than_the_job_may_take_are_refused_before_anything_runs(
+    there: Callable[..., list[Capacity]], fewest: int | None
+) -> None:
+    """Also where fewer workers would do: whoever waits for its turn waits for all of them."""
+    there(Capacity((HEAD, {"CPU": 8.0, "GPU": 4.0})))
+    for device, workers in (("cpu", 4), ("auto", 2)):
+        fits = make(workers=workers, min_workers=fewest, limit_gpus=2, device=device)
+        RayEngine(fits).check(fits)
+    beyond = make(workers=4, min_workers=fewest, limit_gpus=2)
+    with pytest.raises(ConfigError, match=r"expected --workers, .*at most --limit-gpus \(2\), got 4"):
+        RayEngine(beyond).check(beyond)
+
+
+def test_a_network_that_can_never_run_here_does_not_keep_others_from_being_counted(
+    there: Callable[..., list[Capacity]],
+) -> None:
+    there(Capacity((HEAD, CPUS)))
+    wants = make(device="cuda")
+    assert RayEngine().trainings([wants, make(), make(workers=2)]) == 4
+    assert RayEngine().trainings([wants]) == 1
+    with pytest.raises(ConfigError, match="--device: expected a GPU"):
+        RayEngine().check(wants)
+
+
+def test_trainings_at_a_time_are_counted_once_the_hosts_of_the_cluster_file_have_joined(
+    there: Callable[..., list[Capacity]],
+) -> None:
+    one = {"CPU": 1.0}
+    two_join = (
+        Capacity((HEAD, one), coming=2),
+        Capacity((HEAD, one, one), coming=1),
+        Capacity((HEAD, one, one, one)),
+    )
+    there(*two_join)
+    assert RayEngine().trainings([make(device="cpu")] * 3) == 3
+    looks = there(*two_join)
+    assert RayEngine().trainings([make(device="cpu")]) == 1  # alone it does not wait
+    assert len(looks) == 1
+    limited = make(device="cpu", limit_cpus=2)
+    looks = there(*two_join)
+    assert RayEngine(limited).trainings([limited] * 3) == 2
+    assert len(looks) == 2
 
 
 def test_what_a_cluster_may_grow_to_is_the_limit_and_is_said(there: Callable[..., list[Capacity]]) -> None:

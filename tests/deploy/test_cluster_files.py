@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -261,6 +262,56 @@ def test_what_is_wrong_on_demand_too_is_said_by_its_name(
         with pytest.raises(NodeLaunchException, match="VcpuLimitExceeded"):
             started(aws, cluster, kind)
     assert {"InstanceMarketOptions" in asked for asked in refused} == {True, False}
+
+
+def allowed(policy: dict[str, Any], action: str, resource: str, context: dict[str, str]) -> bool:
+    """What IAM says of a request, as far as the policy of the head goes: statements that allow, with `StringEquals` alone as condition."""
+    for one in policy["Statement"]:
+        listed = {
+            key: one[key] if isinstance(one[key], list) else [one[key]] for key in ("Action", "Resource")
+        }
+        condition = dict(one.get("Condition", {}))
+        wanted = condition.pop("StringEquals", {})
+        assert one["Effect"] == "Allow"
+        assert not condition
+        if (
+            any(fnmatch.fnmatchcase(action, pattern) for pattern in listed["Action"])
+            and any(fnmatch.fnmatchcase(resource, pattern) for pattern in listed["Resource"])
+            and all(
+                context.get(key) in (values if isinstance(values, list) else [values])
+                for key, values in wanted.items()
+            )
+        ):
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_a_head_may_tag_and_end_the_nodes_of_its_cluster_and_no_other_instance(
+    aws: Any, cluster: tuple[Any, dict[str, Any]]
+) -> None:
+    iam = boto3.client("iam", region_name="us-west-2")
+    (role,) = [one["RoleName"] for one in iam.list_roles()["Roles"] if "HeadRole" in one["RoleName"]]
+    said = iam.get_role_policy(RoleName=role, PolicyName="workers")["PolicyDocument"]
+    policy = yaml.safe_load(str(said))  # moto has it as Python writes it
+    node = started(aws, cluster, "gpu")
+    assert node["InstanceId"] in cluster[0].non_terminated_nodes({})
+    cluster[0].set_node_tags(node["InstanceId"], {"ray-node-status": "setting-up"})  # as the autoscaler does
+    (page,) = aws.describe_instances(InstanceIds=[node["InstanceId"]])["Reservations"]
+    tags = {f"ec2:ResourceTag/{one['Key']}": one["Value"] for one in page["Instances"][0]["Tags"]}
+    assert tags["ec2:ResourceTag/ray-node-status"] == "setting-up"
+    account = page["OwnerId"]
+    (instance, volume) = (f"arn:aws:ec2:us-west-2:{account}:{kind}/x" for kind in ("instance", "volume"))
+    foreign = {**tags, "ec2:ResourceTag/ray-cluster-name": "of-another-team"}
+    for action in ("ec2:CreateTags", "ec2:TerminateInstances", "ec2:StopInstances"):
+        assert allowed(policy, action, instance, tags)
+        assert not allowed(policy, action, instance, foreign)
+        assert not allowed(policy, action, instance, {})
+        assert not allowed(policy, action, volume, {})
+    for kind in (instance, volume):
+        assert allowed(policy, "ec2:CreateTags", kind, {"ec2:CreateAction": "RunInstances"})
+        assert not allowed(policy, "ec2:CreateTags", kind, {"ec2:CreateAction": "CreateVolume"})
+    assert allowed(policy, "ec2:RunInstances", instance, {})
 
 
 def test_what_ray_looks_up_is_all_there_although_a_provider_with_a_module_has_no_defaults() -> None:

@@ -146,6 +146,49 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, words: str) 
     assert words in mistakes(tmp_path, text)
 
 
+def test_what_is_merged_from_another_place_is_as_if_it_stood_there(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        """\
+name: night
+defaults: &all {data: digits, epochs: 3}
+models:
+  - &base {model: lenet5, keep: [fc3.weight], target-ratio: 25}
+  - {<<: *base, name: small, target_ratio: 30}
+  - {epochs: 7, <<: [{epochs: 5, seed: 2}, *base], model: resnet20}
+limits: {<<: {trainings: 2}}
+""",
+    )
+    same: dict[str, Any] = {"data": "digits", "keep": ("fc3.weight",), "trainings": 2}
+    assert found.configs == (
+        make(model="lenet5", epochs=3, target_ratio=25, **same),
+        make(model="lenet5", name="small", epochs=3, target_ratio=30, **same),
+        make(model="resnet20", epochs=7, seed=2, target_ratio=25, **same),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nmodels:\n  - &b {model: lenet5, epoch: 3}\n  - {<<: *b, name: x}\n", "1 mistake: line 3: unknown option 'epoch'"),
+        ("name: a\nmodels: [{model: lenet5, <<: 3}]\n", "1 mistake: line 2: <<: expected a mapping or list of mappings for merging, but found scalar"),
+        ("name: a\nmodels: [{model: lenet5, model: vgg16, <<: {model: vgg11}}]\n", "1 mistake: line 2: model: is there twice in a network; leave one out"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_what_is_merged_are_named_where_they_stand(tmp_path: Path, text: str, words: str) -> None:
+    assert words in mistakes(tmp_path, text)
+
+
+def test_names_alone_are_one_mistake_each_and_nothing_else_is_said_of_them(tmp_path: Path) -> None:
+    said = mistakes(
+        tmp_path,
+        "name: a\nmodels:\n  - lenet5\n  - vgg16\nensembles:\n  - {name: v, members: [lenet5, vgg16]}\n",
+    )
+    for line, name in ((3, "lenet5"), (4, "vgg16")):
+        assert f"line {line}: expected a network as 'name: value' lines, got {name!r}" in said
+    assert "2 mistakes: " in said
+
+
 def test_ways_to_a_size_of_one_network_are_refused_in_an_ensemble_with_one_intent_and_nothing_else_is_said(
     tmp_path: Path,
 ) -> None:
