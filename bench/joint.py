@@ -7,7 +7,7 @@ ResNet-20 on CIFAR-10 from the given weights, one (p, b) for every layer, the sa
   quantized (p = 0 on what is left, the same b), the zeros still fixed, for the second half (another cosine).
 
 Test accuracy of both at the end; nothing is selected on it. One (variant, seed) is one unit: its JSON is stored when it ends and is not
-measured again.
+measured again, unless it was made with other settings. Not covered: other data or weights behind the same settings.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from clipq_ray.plan import Theta
 from clipq_ray.quantizer import thresholds
 
 VARIANTS = ("joint", "two-stage")
+BATCH_SIZE = 128
+"""Images per batch by default, and of units that do not say it: those stored before they did were made with it."""
 
 
 def trained(weights: str) -> nn.Module:
@@ -105,6 +107,19 @@ def pruned_masks(model: nn.Module, p: float) -> dict[str, torch.Tensor]:
     return masks
 
 
+def settings(given: argparse.Namespace) -> dict[str, Any]:
+    """What decides a unit besides variant and seed, as it stands in its JSON."""
+    return {name: getattr(given, name) for name in ("p", "b", "epochs", "learning_rate", "batch_size")}
+
+
+def stored(path: Path, given: argparse.Namespace) -> dict[str, Any] | None:
+    """The unit at `path`, None where there is none or other settings made it."""
+    if not path.exists():
+        return None
+    found: dict[str, Any] = {"batch_size": BATCH_SIZE, **json.loads(path.read_text(encoding="utf-8"))}
+    return found if settings(given).items() <= found.items() else None
+
+
 def unit(variant: str, seed: int, data: Data, given: argparse.Namespace) -> dict[str, Any]:
     """Train one variant with one seed; accuracy, zeros and recovery."""
     started = time.time()
@@ -135,7 +150,7 @@ def unit(variant: str, seed: int, data: Data, given: argparse.Namespace) -> dict
     weights = [model.get_parameter(name).detach() for name in layers_of(model)]
     recovery = operator.recovery()
     return {
-        "variant": variant, "seed": seed, "p": given.p, "b": given.b, "epochs": given.epochs, "learning_rate": given.learning_rate,
+        "variant": variant, "seed": seed, **settings(given),
         "test_top1_percent": 100 * found.top1, "test_loss": found.loss,
         "zeros_percent": 100 * sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights),
         "clipped_first": sum(one.clipped_first for one in recovery.values()),
@@ -154,7 +169,7 @@ def main() -> int:
     parser.add_argument("--b", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--learning-rate", type=float, default=0.03)
     given = parser.parse_args()
     torch.set_num_threads(2)
@@ -165,12 +180,12 @@ def main() -> int:
     for seed in range(given.seeds):
         for variant in VARIANTS:
             path = units / f"{variant}-p{given.p}-b{given.b}-e{given.epochs}-seed{seed}.json"
-            if not path.exists():
+            one = stored(path, given)
+            if one is None:
                 print(f"{variant}, seed {seed}", flush=True)
-                path.write_text(
-                    json.dumps(unit(variant, seed, data, given), indent=1) + "\n", encoding="utf-8"
-                )
-            found[variant].append(json.loads(path.read_text(encoding="utf-8")))
+                one = unit(variant, seed, data, given)
+                path.write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
+            found[variant].append(one)
     place = f"joint/resnet20-cifar10/p{given.p}-b{given.b}-{given.epochs}epochs"
     rows: list[Row] = []
     for variant, runs in found.items():
