@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -13,6 +18,7 @@ from clipq_ray.config import Config, make
 from clipq_ray.data import from_loaders
 from clipq_ray.errors import ConfigError
 from clipq_ray.pipeline import Result
+from clipq_ray.precision import own_float32
 from clipq_ray.progress import Reporter
 from clipq_ray.work import Source
 
@@ -40,7 +46,8 @@ def compress(
     data is opened are refused beside them.
     `options`: the fields of `clipq_ray.config.Config`, e.g. `target_ratio=15, epochs=10, storage="runs", engine="local"`.
 
-    Returns the run's URI and manifest. Errors: those of `clipq_ray.errors`.
+    Returns the run's URI and manifest. torch's threads, cudnn's settings, the precision of float32 and all global random states are the caller's own again
+    afterwards. Errors: those of `clipq_ray.errors`.
     """
     if train_loader is None and (validation_loader is not None or test_loader is not None):
         raise ConfigError(
@@ -71,8 +78,40 @@ def compress(
             validation_images=config.validation_images,
         )
     source = Source(config, model, own_data)
-    with make_engine(config) as engine:
+    with _own_process(), make_engine(config) as engine:
         return run_pipeline(source, engine, Reporter(quiet=quiet))
+
+
+@contextmanager
+def _own_process() -> Iterator[None]:
+    """What a run sets for the whole process (`work.prepare_process`, `seeds.everywhere`) is afterwards what it was before."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    try:
+        with own_float32(), _own_random_states():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+
+
+@contextmanager
+def _own_random_states() -> Iterator[None]:
+    """Python's, numpy's and torch's global random states afterwards as before, on GPUs too."""
+    python, numbers, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    # a process that has not used its GPUs yet holds no state of them, and to ask for one would take their memory
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    seed = torch.random.initial_seed()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        if on_gpus is None:
+            torch.cuda.manual_seed_all(seed)  # as they would begin
+        else:
+            torch.cuda.set_rng_state_all(on_gpus)
+        torch.random.set_rng_state(tensors)
 
 
 def make_engine(config: Config) -> Engine:

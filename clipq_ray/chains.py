@@ -1,6 +1,6 @@
 """Layers that follow each other and nothing else: whose units may be changed without any other part of a network seeing it.
 
-A linear layer or a convolution leads to a next one through nothing but modules and functions of given kinds, as `torch.fx` sees it: in a straight line, with
+A linear layer or a convolution leads to a next one through nothing but modules and functions of given kinds, as `torch.fx` sees it in eval mode: in a straight line, with
 no other user of what lies between, each called once, and no weight shared. Not covered: branches and residual sums; networks that cannot be traced have no chains.
 """
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from clipq_ray.evaluate import evaluating, logits
+from clipq_ray.prefix import traced
 
 _CLOSE = 1e-4  # of the largest output
 _UNITS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,10 +64,10 @@ def changed(model: nn.Module, sample: Tensor, change: Callable[[], bool]) -> boo
 def chains(model: nn.Module, through: Collection[Any], weights: Collection[str]) -> list[Chain]:
     """All pairs of layers whose weights (parameter names) are among `weights` and that follow each other through kinds in `through` only; none in a network
     that cannot be traced."""
-    try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception:  # control flow on values, and whatever else a network does
+    graph_module = traced(model)  # as in use: what only a training reaches sees no units
+    if graph_module is None:  # control flow on values, and whatever else a network does
         return []
+    graph = graph_module.graph
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     often = {node.target for node in calls if sum(one.target == node.target for one in calls) > 1}

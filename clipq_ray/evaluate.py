@@ -8,7 +8,7 @@ noise). Not covered: evaluation over many devices; one process evaluates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -215,8 +215,10 @@ def reestimate_batch_norm(
     (`--cutout-pixels`), which no image has where the network is used.
 
     Only batch norms are in training mode; modes and momenta are restored. Batches are of nearly equal size, `batch_size` at most and
-    2 at least (one image has no variance), since the average counts each alike. A batch norm that is never reached keeps its statistics,
-    and all do if this fails on the way. `DataError` for fewer than 2 images; False, and nothing happens, without batch norm.
+    2 at least (one image has no variance), since the average counts each alike. Where they do not fit the device's memory, all is done again with half as
+    many images at a time, said once: an average over batches of several sizes would count their images otherwise. A batch norm that is never reached keeps
+    its statistics, and all do if this fails on the way. `DataError` for fewer than 2 images; `RunError` where 2 do not fit; False, and nothing happens,
+    without batch norm.
     """
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
@@ -226,13 +228,41 @@ def reestimate_batch_norm(
     order = split.order(seeds.generator(seed, "batch norm", "order"))[:images]
     if len(order) < 2:
         raise DataError(f"expected at least 2 images for batch norm, got {len(order)}; give more images")
-    parts = order.tensor_split(min(math.ceil(len(order) / batch_size), len(order) // 2))
+    most = batch_size
+    while True:
+        parts = order.tensor_split(min(math.ceil(len(order) / most), len(order) // 2))
+        try:
+            _average(model, norms, split, parts, seed, device)
+            return True
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            if len(parts) == len(order) // 2:
+                raise RunError(
+                    f"{len(parts[0])} images, the fewest for batch norm, do not fit the device's memory; use a larger device"
+                ) from error
+            if most == batch_size:
+                log.warning(
+                    "batch norm: %d images do not fit the device's memory; beginning again with less",
+                    len(parts[0]),
+                )
+            most = math.ceil(len(parts[0]) / 2)
+
+
+def _average(
+    model: nn.Module,
+    norms: list[nn.modules.batchnorm._BatchNorm],
+    split: Split,
+    parts: Sequence[Tensor],
+    seed: int,
+    device: torch.device | str,
+) -> None:
+    """The statistics of `norms` over batches of the images `parts`, each int64 (B,); as they were if this fails."""
     with evaluating(model), _collecting(norms):
         for pixels, _ in batches(
             split, parts, lambda step: seeds.generator(seed, "batch norm", "augment", step)
         ):
             model(pixels.to(device))
-    return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Not covered: how they are trained (`levels`), what is packed (`packing`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from clipq_ray.network import Inventory
 from clipq_ray.plan import Plan
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
+from clipq_ray.work import CURVE, read_record
 
 
 def packed(
@@ -29,8 +31,10 @@ def packed(
         with run.reporter.stage(f"pack round {number}"):
             return packing.pack(run.source, tuned, plan, inventory, run.data, source_sha256, fitted)
 
+    began = time.monotonic()
     made, trained, taken = [pack(None)], list[Store](), 0
-    for fitted in _tries(run, tuned, plan, work, number, held) if further else ():
+    spent = time.monotonic() - began
+    for fitted in _tries(run, tuned, plan, work, number, held, spent) if further else ():
         trained.append(fitted)
         made.append(pack(fitted))
         taken = packing.best(made, most_bytes)
@@ -41,8 +45,11 @@ def packed(
     return trained[taken - 1] if taken else None, made[taken], tuple(trained)
 
 
-def _tries(run: Run, tuned: Store, plan: Plan, work: Store, number: int, held: bool) -> Iterator[Store]:
-    """The weights of a round with levels and codes that were trained, its clipped weights as they are; the next ones are trained when they are asked for, before a deadline."""
+def _tries(
+    run: Run, tuned: Store, plan: Plan, work: Store, number: int, held: bool, pack_seconds: float
+) -> Iterator[Store]:
+    """The weights of a round with levels and codes that were trained, its clipped weights as they are; the next ones are trained when they are asked for, and
+    while a deadline leaves time for an epoch and for packing what it made, which takes `pack_seconds`."""
     config = run.config
     # a decay would draw levels towards zero, which no clipping needs any more
     schedule = replace(
@@ -50,9 +57,21 @@ def _tries(run: Run, tuned: Store, plan: Plan, work: Store, number: int, held: b
         warmup_epochs=0.0,
         weight_decay=0.0,
     )
-    yield stages.trained(
-        run, "levels", schedule, tuned, plan, work, number, bit_price=0.0 if held else levels.PRICE
-    )
     # where bytes were left for codes they could take them; where they took more, or were not better, their bits get a price
-    if held and (run.seconds_left is None or run.seconds_left > 0):
-        yield stages.trained(run, "levels", schedule, tuned, plan, work, number, bit_price=levels.PRICE)
+    for price in (0.0, levels.PRICE) if held else (levels.PRICE,):
+        if not _has_time(run, tuned, number, pack_seconds):
+            return
+        yield stages.trained(run, "levels", schedule, tuned, plan, work, number, bit_price=price)
+
+
+def _has_time(run: Run, tuned: Store, number: int, pack_seconds: float) -> bool:
+    """Whether a deadline leaves time for one epoch, as long as the last one of the round in `tuned`, and for packing; a note where it does not."""
+    if run.seconds_left is None:
+        return True
+    epoch: float = read_record(tuned, CURVE)["curve"][-1]["seconds"]
+    needed, left = epoch + pack_seconds, run.seconds_left
+    if left < needed:
+        run.notes.append(
+            f"levels: not trained behind round {number} by --deadline-hours, which leaves {max(left, 0):.0f} s for an epoch and packing ({needed:.0f} s)"
+        )
+    return left >= needed

@@ -23,7 +23,7 @@ from clipq_ray.precision import autocast_dtype
 from clipq_ray.storage import MANIFEST, Store, run_store
 from clipq_ray.work import Source
 
-STAGE_VERSIONS = {"baseline": 3, "search": 9, "finetune": 6, "levels": 4, "control": 3}
+STAGE_VERSIONS = {"baseline": 4, "search": 10, "finetune": 7, "levels": 5, "control": 4}
 """Raised when a change of the code changes what a stage makes of the same inputs; where a size is held, "finetune" depends on how a file is packed too."""
 
 _DECIDES_NOTHING = {
@@ -42,6 +42,7 @@ _VERSIONED = (
     "bayesian-optimization",
     "ray",
     "pyarrow",
+    "pillow",
 )
 
 
@@ -54,8 +55,9 @@ _COMPUTES = (
     "scikit-learn",
     "constriction",
     "bayesian-optimization",
+    "pillow",
 )
-"""What computes a stage's outputs."""
+"""What computes a stage's outputs, and the pixels that it sees."""
 
 
 def versions() -> dict[str, str]:

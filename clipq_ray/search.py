@@ -59,8 +59,6 @@ RATES = (
 """In steps of 0.01, and finer ones above 0.95, where a hundredth is a fifth of the weights that are left and more."""
 _COARSE = 0.95
 
-GRID = tuple(Theta(p, b) for b in range(BITS_MIN, BITS_MAX + 1) for p in RATES)
-
 ANCHORS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
 """The p at which size and distortion of a layer are computed for every b, from about `SAMPLE` weights; between them they are interpolated."""
 

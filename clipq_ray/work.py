@@ -23,6 +23,7 @@ from clipq_ray import codec, models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Preprocessing, Split, open_data
 from clipq_ray.data.resident import placed
+from clipq_ray.data.sampling import stratified
 from clipq_ray.errors import ConfigError, DataError, FormatError, ModelError
 from clipq_ray.evaluate import scores
 from clipq_ray.groups import Group
@@ -395,6 +396,15 @@ def layer_bytes(config: Config, layer: codec.CodedLayer) -> int:
 
 
 def search_images(train_split: Split, images: int, seed: int, *, shuffled: bool = False) -> Split:
-    """The seeded subset of the training images that scores the search, in the order of the files, or `shuffled`, so that the first speak for all."""
-    order = torch.randperm(len(train_split), generator=seeds.generator(seed, "search images"))[:images]
+    """The seeded subset of the training images that scores the search, in the order of the files, or `shuffled`, so that the first speak for all.
+
+    Where images are read in groups it lies in as few as can be: every evaluation that does not find them in memory reads these whole.
+    """
+    draw = seeds.generator(seed, "search images")
+    if train_split.groups is None:
+        order = torch.randperm(len(train_split), generator=draw)[:images]
+    else:
+        n = min(images, len(train_split))
+        rows = torch.from_numpy(stratified(train_split.labels, n, seed, "search images", train_split.groups))
+        order = rows[torch.randperm(n, generator=draw)]
     return train_split.subset(order if shuffled else order.sort().values)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
@@ -15,8 +18,9 @@ import clipq_ray
 from clipq_ray import api, codec
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
-from clipq_ray.errors import ConfigError, DataError, UserError
+from clipq_ray.errors import ConfigError, DataError, RunError, UserError
 from clipq_ray.pipeline import Result
+from clipq_ray.precision import own_float32
 
 QUICK: dict[str, Any] = {
     "engine": "local", "epochs": 2, "batch_size": 20, "search_evaluations": 4, "search_start": 3, "search_images": 60,
@@ -126,6 +130,49 @@ def test_the_same_call_again_gives_the_same_run(compressed: Compressed) -> None:
     again = clipq_ray.compress(trained(), loader(), test_loader=loader(100, 1), storage=storage, **QUICK)
     assert again.reused
     assert again.uri == result.uri
+
+
+def state_of_the_process() -> dict[str, Any]:
+    """What a run sets for a whole process, as far as Python can see."""
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+    return {
+        "threads": torch.get_num_threads(),
+        "cudnn": [
+            getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")
+        ],
+        "float32": [torch.get_float32_matmul_precision(), *(part.fp32_precision for part in parts)],
+        "random": [
+            random.getstate(),
+            str(np.random.get_state()),
+            torch.get_rng_state().tolist(),
+            torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else [],
+        ],
+    }
+
+
+@pytest.fixture
+def own_settings() -> Iterator[None]:
+    """A caller's own, put back for other tests."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    with own_float32():
+        torch.set_num_threads(threads + 1)
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = True, False, True
+        torch.set_float32_matmul_precision("medium")
+        yield
+    torch.set_num_threads(threads)
+    cudnn.benchmark, cudnn.deterministic = before
+
+
+@pytest.mark.usefixtures("own_settings")
+def test_the_callers_process_is_left_as_it_was_also_after_an_error(tmp_path: Path) -> None:
+    model, fresh = trained(), Tied()
+    before = state_of_the_process()
+    clipq_ray.compress(model, loader(), storage=str(tmp_path), **QUICK)
+    assert state_of_the_process() == before
+    with refused(RunError, match="expected a trained network"):
+        clipq_ray.compress(fresh, loader(), model_name="untrained", storage=str(tmp_path), **QUICK)
+    assert state_of_the_process() == before
 
 
 def test_a_name_may_be_given(tmp_path: Path) -> None:

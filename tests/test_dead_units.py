@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clipq_ray import codec, dead_units, models
+from clipq_ray.chains import RELU, chains
 from clipq_ray.operator import bake, make_plan
 from clipq_ray.plan import Share, Theta
 
@@ -138,6 +139,42 @@ class Untraceable(Branched):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.first(images.flatten(1))
         return self.second(x if x.sum() > 0 else -x)
+
+
+class Auxiliary(Branched):
+    """The first layer's output is used twice in training, once in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(6, 6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = self.first(images.flatten(1)).relu()
+        return (self.second(x), self.aux(x)) if self.training else self.second(x)
+
+
+class Shortcut(Branched):
+    """The first layer's output is used once in training, twice in use."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.first(images.flatten(1)).relu()
+        return self.second(x) if self.training else self.second(x) + x
+
+
+@pytest.mark.parametrize(("kind", "units"), [(Auxiliary, 1), (Shortcut, 0)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_is_followed_as_it_is_used(
+    kind: Callable[[], nn.Module], units: int, training: bool
+) -> None:
+    model, layers, images = made(kind())
+    silence(model, "first", outgoing="second")
+    layers, before = layers_of(model), model.eval()(images)
+    assert len(chains(model.train(training), RELU, layers)) == units
+    found, gone = dead_units.drop(model, layers, images)
+    assert model.training is training
+    assert gone == units
+    assert torch.allclose(model.eval()(images), before, atol=1e-5)
+    assert not found["first.weight"].codes[2].any() or not units
 
 
 @pytest.mark.parametrize("kind", [Branched, Twice, Untraceable])

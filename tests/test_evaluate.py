@@ -397,3 +397,43 @@ def test_statistics_momenta_and_modes_come_back_when_it_fails_on_the_way(trainin
     assert models.weights_sha256(model.state_dict()) == weights
     assert model[1].momentum == 0.1
     assert modes(model) == before
+
+
+class Roomy(nn.BatchNorm2d):
+    """A batch norm of a device with room for `room` images."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(3)
+        self.room = room
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(input) > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(input)
+
+
+@pytest.mark.parametrize(("room", "batch_size", "sizes"), [(5, 16, [5] * 4), (2, 20, [2] * 10)])
+def test_a_re_estimation_that_does_not_fit_is_done_again_with_less_and_says_so_once(
+    room: int, batch_size: int, sizes: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, split = nn.Sequential(Roomy(room), nn.Flatten()), colour(20)
+    with caplog.at_level(logging.WARNING, "clipq_ray"):
+        assert reestimate_batch_norm(model, split, images=20, batch_size=batch_size, seed=0)
+    assert split.sizes[-len(sizes) :] == sizes
+    assert len(caplog.records) == 1
+    small, alone = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), colour(20)
+    reestimate_batch_norm(small, alone, images=20, batch_size=sizes[0], seed=0)
+    # nothing is left of the batches that came before the one that did not fit
+    assert models.weights_sha256(model.state_dict()) == models.weights_sha256(small.state_dict())
+    assert model[0].momentum == 0.1
+
+
+@pytest.mark.parametrize(("images", "fewest"), [(8, 2), (3, 3)])
+def test_where_the_fewest_images_for_batch_norm_do_not_fit_the_statistics_stay(
+    images: int, fewest: int
+) -> None:
+    model = nn.Sequential(Roomy(1), nn.Flatten())
+    before = models.weights_sha256(model.state_dict())
+    with refused(RunError, match=f"^{fewest} images, the fewest for batch norm"):
+        reestimate_batch_norm(model, colour(8), images=images, batch_size=8, seed=0)
+    assert models.weights_sha256(model.state_dict()) == before

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clipq_ray import precision
 from clipq_ray.config import make
 from clipq_ray.data import Data, from_loaders
-from clipq_ray.identity import of_network, of_run, of_start, stage_key
+from clipq_ray.identity import of_network, of_run, of_start, stage_key, versions
 from clipq_ray.work import Source
 
 DATA = from_loaders(DataLoader(TensorDataset(torch.rand(20, 1, 2, 2), torch.arange(20) % 2)))
@@ -69,6 +69,15 @@ def test_what_auto_means_here_and_which_libraries_compute_are_in_the_key(
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: real(name) + "1" * (name == "scipy"))
     assert key(precision="auto") not in {without, before}
+
+
+def test_another_release_of_what_decodes_images_is_another_stage_and_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, real = key(), importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: real(name) + "1" * (name == "pillow"))
+    assert key() != before
+    assert versions()["pillow"] == real("pillow") + "1"
 
 
 def test_a_callers_module_that_computes_something_else_is_another_one() -> None:

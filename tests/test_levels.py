@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from clipq_ray.progress import Reporter
 from clipq_ray.quantizer import Quantized
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
+from clipq_ray.work import CURVE, Source
 
 FITTING: dict[str, Any] = {
     "bit_price": levels.PRICE, "stage": "levels",
@@ -189,8 +190,8 @@ class Round:
         self.trained: dict[float, Store] = {}
         monkeypatch.setattr(fitting.stages, "trained", lambda *given, bit_price: self.trained[bit_price])
         self.run: Any = SimpleNamespace(
-            source=source, data=DIGITS, config=source.config, reporter=Reporter(quiet=True), seconds_left=None
-        )
+            source=source, data=DIGITS, config=source.config, reporter=Reporter(quiet=True), seconds_left=None, notes=[],
+        )  # fmt: skip
 
     def store(self, name: str, *, factor: float = 1.0, spoilt: bool = False, large: bool = False) -> Store:
         """The quantized weights times `factor`; `spoilt`: the bias of one class out of all proportion; `large`: with a level that float16 does not hold."""
@@ -261,6 +262,56 @@ def test_free_codes_that_break_the_promise_of_a_size_give_way_to_priced_ones(a_r
     assert len(trained) == 2
     assert taken in (priced, None)
     assert len(found.file) < most
+
+
+def a_last_epoch_of(tuned: Store, seconds: float) -> Store:
+    """`tuned` with the curve of a training whose last epoch took so long."""
+    rows = [{"seconds": 0.0}, {"seconds": seconds}]
+    tuned.write(CURVE, json.dumps({"curve": rows, "notes": []}).encode())
+    return tuned
+
+
+@pytest.mark.parametrize(
+    ("left", "epoch", "tries"), [(-5.0, 0.0, 0), (20.0, 30.0, 0), (1000.0, 30.0, 1), (None, 30.0, 1)]
+)
+def test_levels_are_trained_where_a_deadline_leaves_time_for_an_epoch_and_packing(
+    left: float | None, epoch: float, tries: int, a_round: Round
+) -> None:
+    a_round.trained[levels.PRICE] = a_round.store("fitted", factor=1.2)
+    a_round.run.seconds_left = left
+    taken, made, trained = a_round.packed(a_last_epoch_of(a_round.tuned(spoilt=True), epoch), held=False)
+    assert len(trained) == tries
+    assert made.levels == ("fitted" if tries else "means")
+    assert (taken is not None) == (tries == 1)
+    assert [note.split(",")[0] for note in a_round.run.notes] == [
+        "levels: not trained behind round 1 by --deadline-hours"
+    ] * (1 - tries)
+
+
+def test_packing_counts_before_a_deadline_too(a_round: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_round.trained[levels.PRICE] = a_round.store("fitted", factor=1.2)
+    a_round.run.seconds_left = 100.0
+    times = iter((1000.0, 1080.0))  # packing took 80 s
+    monkeypatch.setattr(fitting, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    assert a_round.packed(a_last_epoch_of(a_round.tuned(spoilt=True), 30.0), held=False)[2] == ()
+    assert "leaves 100 s for an epoch and packing (110 s)" in a_round.run.notes[0]
+
+
+def test_of_two_tries_the_second_one_is_left_out_where_the_first_took_the_time(
+    a_round: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = a_round.store("free", large=True)
+    a_round.run.seconds_left = 1000.0
+
+    def trained(*given: Any, bit_price: float) -> Store:
+        assert bit_price == 0.0
+        a_round.run.seconds_left = 10.0
+        return free
+
+    monkeypatch.setattr(fitting.stages, "trained", trained)
+    tuned = a_last_epoch_of(a_round.tuned(spoilt=True), 30.0)
+    assert a_round.packed(tuned, held=True, most=10)[2] == (free,)  # which no file keeps
+    assert len(a_round.run.notes) == 1
 
 
 def test_within_chance_the_loss_says_which_network_is_better() -> None:

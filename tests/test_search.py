@@ -19,10 +19,9 @@ from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.evaluate import evaluate
 from clipq_ray.groups import Group
 from clipq_ray.operator import bake_keeping, make_plan
-from clipq_ray.plan import Theta
+from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.search import (
-    GRID,
     LADDER,
     RATES,
     START,
@@ -36,6 +35,7 @@ from clipq_ray.search import (
     suggest,
 )
 
+GRID = tuple(Theta(p, b) for b in range(BITS_MIN, BITS_MAX + 1) for p in RATES)
 SETTINGS = Settings(evaluations=9, start=4, tradeoffs=(2.0, 8.0, 32.0), seed=5)
 BASE = Trial("a", 0, "start", 0.5, 3, 100, 0.25, 1.0, 1000, 0.125, 2.0, 0.0, "here")
 

@@ -76,6 +76,11 @@ class EncodedSplit(Split):
         self.labels = source.labels[rows]
         self.fingerprint = subset_hash(source.fingerprint, rows)
 
+    @property
+    def groups(self) -> Rows | None:
+        """As `Split.groups`."""
+        return None if self.source.groups is None else self.source.groups[self.rows]
+
     def order(self, generator: torch.Generator) -> Tensor:
         """As `Split.order`; where rows are read in groups, shuffled groups first, then rows inside windows of groups."""
         return self.source.shares(self.rows, [len(self)], generator)[0]

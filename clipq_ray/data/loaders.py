@@ -1,10 +1,11 @@
 """A user's own data: map-style datasets of torch `DataLoader`s, with their own transforms and collate functions.
 
 A dataset's transforms draw from the global random states of torch, Python and numpy; each item is read with these set from (the batch's
-generator, its position), or from its index where no generator is given, and put back afterwards. So batches repeat exactly, and nothing
-is prepared in another thread, which would disturb the network's own randomness. The transforms of the training dataset also apply to
-images held out of it. The fingerprint hashes the datasets' types and lengths, all labels and 32 evenly spaced items, collated, read
-that way. Not covered: iterable datasets, samplers (the training loop has its own order), the loaders' workers.
+generator, its position), or from its index where no generator is given, and put back afterwards. So does a collate function, from one more
+number of the generator, or from the indices of all items of the batch. So batches repeat exactly, and nothing is prepared in another
+thread, which would disturb the network's own randomness. The transforms of the training dataset also apply to images held out of it.
+The fingerprint hashes the datasets' types and lengths, all labels and 32 evenly spaced items, collated, read that way. Not covered:
+iterable datasets, samplers (the training loop has its own order), the loaders' workers.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ class LoaderSplit(Split):
             return self.dataset[row]
 
     def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """As `Split.batch`, with the dataset's own transforms; without a generator each image is always prepared the same way."""
+        """As `Split.batch`, with the dataset's own transforms; without a generator each image is always prepared the same way, unless the collate function draws
+        something, which is then the same for the same images together."""
         seeds: list[int | None] = [None] * len(indices)
         if augment is not None:
             seeds = [int(one) for one in torch.randint(_SEEDS, (len(indices),), generator=augment)]
         items = [self.item(int(index), seed) for index, seed in zip(indices, seeds, strict=True)]
-        batch = self.collate(items)
+        with _seeded(self._collate_seed(indices, augment)):
+            batch = self.collate(items)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(
                 f"expected a collate function that gives (images, labels), got {type(batch).__name__}; wrap the dataset"
@@ -71,6 +74,11 @@ class LoaderSplit(Split):
                 f"expected images as float tensors (B, c, h, w), got {what}; add ToTensor and normalisation"
             )
         return images.float().contiguous(), torch.as_tensor(labels).long()
+
+    def _collate_seed(self, indices: Tensor, augment: torch.Generator | None) -> int:
+        if augment is not None:  # behind those of the items, which are what they would be without it
+            return int(torch.randint(_SEEDS, (), generator=augment))
+        return derive(0, "collate", *self._rows[indices.numpy()].tolist())
 
     def subset(self, indices: Tensor) -> LoaderSplit:
         """As `Split.subset`."""

@@ -65,6 +65,11 @@ class Split(ABC):
         """The images at `indices` int64 (m,) in that order, without copying any."""
 
     @property
+    def groups(self) -> NDArray[np.int64] | None:
+        """int64 (n,): which images are read together, whole, however few of them are wanted; None: each by itself."""
+        return None
+
+    @property
     def unreadable(self) -> tuple[str, ...]:
         """Names of the images that could not be read so far (see `decoding.BadImages`)."""
         return ()

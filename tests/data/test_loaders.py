@@ -115,6 +115,44 @@ def test_the_fingerprint_is_that_of_what_the_collate_function_makes() -> None:
         assert getattr(plain, split).fingerprint != getattr(other, split).fingerprint
 
 
+def jittered(items: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """As MixUp and the like: draws from all three global random states for a batch as a whole."""
+    images, labels = negated(items)
+    return images + random.random() + np.random.rand() + torch.rand(len(items), 1, 1, 1), labels
+
+
+def test_a_collate_function_that_draws_repeats_and_leaves_the_global_states_alone() -> None:
+    one, again = (from_loaders(loader(Noisy(), collate_fn=jittered)) for _ in range(2))
+    assert one.train.fingerprint == again.train.fingerprint
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    indices = torch.arange(6)
+    for seed in (None, 1, 2):
+        generators = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
+        first, second = (one.train.batch(indices, generator)[0] for generator in generators)
+        assert torch.equal(first, second)
+    drawn = {
+        float(one.train.batch(indices, torch.Generator().manual_seed(seed))[0].sum()) for seed in range(5)
+    }
+    assert len(drawn) == 5
+    # of the same images in a subset the same is made, and of others something else
+    part = one.train.subset(torch.arange(10, 16))
+    assert torch.equal(part.batch(indices, None)[0], one.train.batch(10 + indices, None)[0])
+    noise = [one.train.batch(10 * k + indices, None)[0] for k in range(2)]
+    assert not torch.equal(noise[0].diff(dim=0), noise[1].diff(dim=0))
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_a_collate_function_that_draws_nothing_changes_no_draw_of_the_items() -> None:
+    plain, negative = (from_loaders(loader(Noisy(), **options)) for options in ({}, {"collate_fn": negated}))
+    seeds = torch.randint(2**32, (4,), generator=torch.Generator().manual_seed(3)).tolist()
+    items = [plain.train.item(index, seed)[0] for index, seed in enumerate(seeds)]
+    for data, sign in ((plain, 1), (negative, -1)):
+        found = data.train.batch(torch.arange(4), torch.Generator().manual_seed(3))[0]
+        assert torch.equal(found, sign * torch.stack(items))
+
+
 def test_images_that_decide_are_none_that_train_or_judge() -> None:
     with refused(DataError, match="other than the training images, got the same"):
         from_loaders(loader(Noisy()), loader(Noisy()))

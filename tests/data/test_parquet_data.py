@@ -16,6 +16,7 @@ from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
 from clipq_ray.storage import Store
+from clipq_ray.work import search_images
 
 pytest_plugins = ["s3_server"]
 
@@ -93,6 +94,20 @@ def test_validation_images_come_from_few_row_groups(tmp_path: Path) -> None:
     assert isinstance(data.validation, EncodedSplit)
     assert len(set(data.validation.source.groups[data.validation.rows])) <= 3
     assert np.bincount(data.validation.labels).tolist() == [4, 4, 4]
+
+
+def test_images_of_the_search_come_from_few_row_groups_in_the_order_of_the_files_or_shuffled(
+    tmp_path: Path,
+) -> None:
+    data = opened(write(tmp_path, {"train.parquet": numbered(0, 300)}), memory_limit_bytes=1000)
+    found, shuffled = (search_images(data.train, 24, 0, shuffled=flag) for flag in (False, True))
+    assert isinstance(found, EncodedSplit)
+    assert isinstance(shuffled, EncodedSplit)
+    assert found.groups is not None
+    assert len(set(found.groups)) <= 4
+    assert np.bincount(found.labels).tolist() == [8, 8, 8]
+    assert found.rows.tolist() == sorted(found.rows) == sorted(shuffled.rows) != shuffled.rows.tolist()
+    assert len(search_images(data.train, 10**6, 0)) == len(data.train)
 
 
 def test_fingerprints_follow_content_and_not_the_place(tmp_path: Path) -> None:
