@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,11 @@ def test_nodes_come_into_the_network_of_the_closed_group_whatever_others_there_a
     assert open_to_all == []
 
 
-def refusing(provider: Any, code: str, when: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """EC2 refuses requests for which `when` holds with `code`; returns the list into which those go."""
+@contextlib.contextmanager
+def refusing(
+    provider: Any, code: str, when: Callable[[dict[str, Any]], bool]
+) -> Iterator[list[dict[str, Any]]]:
+    """EC2 refuses requests for which `when` holds with `code` inside; gives the list into which those go. Ray keeps its clients for the whole process."""
     from botocore.exceptions import ClientError
 
     refused: list[dict[str, Any]] = []
@@ -226,28 +230,28 @@ def refusing(provider: Any, code: str, when: Callable[[dict[str, Any]], bool]) -
             refused.append(params)
             raise ClientError({"Error": {"Code": code, "Message": "none left"}}, "RunInstances")
 
-    provider.ec2_fail_fast.meta.client.meta.events.register("provide-client-params.ec2.RunInstances", answer)
-    return refused
+    events, name = provider.ec2_fail_fast.meta.client.meta.events, "provide-client-params.ec2.RunInstances"
+    events.register(name, answer)
+    try:
+        yield refused
+    finally:
+        events.unregister(name, answer)
 
 
 @pytest.mark.slow
 def test_a_worker_comes_on_demand_where_no_zone_has_spot_and_the_next_one_tries_spot_again(
     aws: Any, cluster: tuple[Any, dict[str, Any]]
 ) -> None:
-    empty = [True]
-    refused = refusing(
-        cluster[0],
-        "InsufficientInstanceCapacity",
-        lambda asked: empty[0] and "InstanceMarketOptions" in asked,
-    )
-    instance = started(aws, cluster, "gpu")
+    with refusing(
+        cluster[0], "InsufficientInstanceCapacity", lambda asked: "InstanceMarketOptions" in asked
+    ) as refused:
+        instance = started(aws, cluster, "gpu")
     assert "InstanceLifecycle" not in instance
     assert (instance["InstanceType"], instance["SecurityGroups"][0]["GroupName"]) == (
         "g6.2xlarge",
         "clipq-nodes",
     )
     assert len({asked["SubnetId"] for asked in refused}) > 1, "other zones were not asked for spot"
-    empty[0] = False
     assert started(aws, cluster, "gpu")["InstanceLifecycle"] == "spot"
 
 
@@ -257,10 +261,10 @@ def test_what_is_wrong_on_demand_too_is_said_by_its_name(
 ) -> None:
     from ray.autoscaler.node_launch_exception import NodeLaunchException
 
-    refused = refusing(cluster[0], "VcpuLimitExceeded", lambda asked: True)
-    for kind in ("gpu", "head"):
-        with pytest.raises(NodeLaunchException, match="VcpuLimitExceeded"):
-            started(aws, cluster, kind)
+    with refusing(cluster[0], "VcpuLimitExceeded", lambda asked: True) as refused:
+        for kind in ("gpu", "head"):
+            with pytest.raises(NodeLaunchException, match="VcpuLimitExceeded"):
+                started(aws, cluster, kind)
     assert {"InstanceMarketOptions" in asked for asked in refused} == {True, False}
 
 
