@@ -22,7 +22,7 @@ from clipq_ray.loading import from_bytes, read_file
 from clipq_ray.precision import exact_float32
 from clipq_ray.summary import bytes_before
 
-_VALUES = 1 << 28  # of the images of a batch: 1 GiB
+_VALUES = 1 << 28  # of a batch as the network takes it: 1 GiB; a split bounds what it crops that from
 UNFIT = "the file states that size; fetch it again or make it anew"
 
 

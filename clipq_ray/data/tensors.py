@@ -7,6 +7,7 @@ threads. The fingerprint hashes every pixel and label. Not covered: images of di
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from clipq_ray.data.split import Labels, Split, content_hash, subset_hash
 from clipq_ray.errors import DataError
 
 Images = NDArray[np.uint8]
+_RESIZED = 1 << 26
+"""Values of resized images that are held at once, before they are cropped: 256 MiB, since they are resized as float32."""
 
 
 class TensorSplit(Split):
@@ -77,9 +80,15 @@ class TensorSplit(Split):
         mode = InterpolationMode(self.preprocessing.interpolation)
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         if augment is None:
-            shorter = functional.resize(tensor, [resize], mode, antialias=True)
-            centre: Tensor = functional.center_crop(shorter, [height, width])
-            return centre
+            # in pieces: a file may state a `resize` whose squares are many thousand times what is cropped from them
+            return torch.cat(
+                [
+                    functional.center_crop(
+                        functional.resize(part, [resize], mode, antialias=True), [height, width]
+                    )
+                    for part in tensor.split(resized_at_once(images.shape[1:], resize))
+                ]
+            )
         crops = []
         for image, numbers in zip(tensor, draws(len(tensor), augment), strict=True):
             (left, top, right, bottom), mirrored = crop_box(numbers, image.shape[1], image.shape[2])
@@ -102,6 +111,13 @@ class TensorSplit(Split):
     def unreadable(self) -> tuple[str, ...]:
         """The images that were left out when these were decoded."""
         return self._unreadable
+
+
+def resized_at_once(shape: Sequence[int], resize: int) -> int:
+    """How many images of `shape` (c, h, w) are resized together, 1 at least; `resize`: pixels of the shorter side then."""
+    channels, height, width = shape
+    longer = resize * max(height, width) // max(1, min(height, width))
+    return max(1, _RESIZED // (channels * resize * longer))
 
 
 def with_channels(images: Images, channels: int) -> Images:

@@ -66,7 +66,7 @@ def export(
             f"{output}: {len(exported.data):,} bytes, outputs of {' and '.join(map(str, onnx.CHECKED_BATCHES))} random images by "
             f"onnxruntime differ by {exported.difference:.1e} of the largest at most"
         )
-    source = Source.read(uri)
-    data = source.safetensors(source.stored())
+    state = Source.read(uri).stored()
+    data = Source.safetensors(state)
     store.write(name, data)
-    return f"{output}: {len(source.stored())} tensors, {len(data):,} bytes"
+    return f"{output}: {len(state)} tensors, {len(data):,} bytes"

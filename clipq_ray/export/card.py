@@ -148,19 +148,29 @@ def _with_clipq(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _with_torch(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     architecture = metadata.get("architecture") or {}
-    # Auxiliary heads are not stored, and inference does not read them.
-    strict = ", strict=False" if metadata.get("dropped") else ""
-    load = f'network.load_state_dict(load_file("model.safetensors"){strict})'
+    # Upon the network's own state: safetensors holds no versions of modules' state, which MNASNet asks for, and no auxiliary heads, which
+    # inference does not read.
+    load = (
+        "state = network.state_dict()",
+        'state.update(load_file("model.safetensors"))',
+        "network.load_state_dict(state)",
+    )
     if _of_torchvision(architecture.get("name")):
         options = "".join(f", {key}={value!r}" for key, value in architecture.get("kwargs", {}).items())
         build = (
             f'network = torchvision.models.get_model("{architecture["name"]}", weights=None{options}).eval()'
         )
-        return ("import torchvision", "from safetensors.torch import load_file", "", build, load)
+        return ("import torchvision", "from safetensors.torch import load_file", "", build, *load)
     named = (
         f" a {architecture['name']} as in clipq_ray/models" if architecture else " the network it was made of"
     )
-    return ("from safetensors.torch import load_file", "", f"{load}  # network:{named}, in eval mode")
+    first, *others = load
+    return (
+        "from safetensors.torch import load_file",
+        "",
+        f"{first}  # network:{named}, in eval mode",
+        *others,
+    )
 
 
 def _of_torchvision(name: str | None) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ TOLERANCE = 1e-4
 """Outputs by onnxruntime differ from torch's by at most this part of torch's largest output (float32; 1e-6 is usual, measured)."""
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # a terminal's colours, in which the exporter writes
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,17 @@ def _exported(network: nn.Module, shape: tuple[int, ...], properties: dict[str, 
             model.metadata_props.add(key=key, value=value)
         data: bytes = model.SerializeToString(deterministic=True)
     except Exception as error:  # the exporter raises whatever it likes
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(
-            f"this network cannot be exported to ONNX: {reason}; export safetensors instead"
+            f"this network cannot be exported to ONNX: {_reason(error)}; export safetensors instead"
         ) from error
     return data
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in one line of 200 characters at most: the exporter wraps that in pages of advice to its own authors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(_ANSI.sub("", str(error)).split())[:200] or type(error).__name__
 
 
 def _strip(model: Any) -> None:

@@ -11,8 +11,12 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from clipq_ray import codec, loading, manifest
-from clipq_ray.errors import ModelError
+from clipq_ray.codec.header import ELEMENTS_FREE, ELEMENTS_PER_BYTE
+from clipq_ray.errors import ArtifactError, ModelError
 from clipq_ray.storage import Store
+
+_RESERVED = "__metadata__"
+"""The key of a safetensors header that is no tensor: a tensor of that name makes a file that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,16 @@ class Source:
         return loading.from_bytes(self.data)
 
     def stored(self) -> dict[str, Tensor]:
-        """The file's tensors, tied ones under each name."""
-        return loading.state_dict(self.data)
+        """The file's tensors, tied ones under each name; `ArtifactError` where these would be larger than a file of its bytes may be."""
+        state = loading.state_dict(self.data)
+        # Tied tensors share memory here and cost the header nothing, but take memory for each name in what is written.
+        elements = sum(value.numel() for value in state.values())
+        if elements > (most := ELEMENTS_FREE + ELEMENTS_PER_BYTE * len(self.data)):
+            raise ArtifactError(
+                f"expected at most {most} elements in a file of {len(self.data)} bytes, got {elements} with tied tensors under each name; "
+                "fetch the file again or make it anew"
+            )
+        return state
 
     def complete(self) -> dict[str, Tensor]:
         """What the network's `load_state_dict` takes: counters that inference does not read are zero, dropped parameters left out."""
@@ -57,7 +69,11 @@ class Source:
 
     @staticmethod
     def safetensors(state: Mapping[str, Tensor]) -> bytes:
-        """The tensors as a safetensors file."""
+        """The tensors as a safetensors file; `ModelError` where one has a name that the format keeps for itself."""
+        if _RESERVED in state:
+            raise ModelError(
+                f"expected tensors with names that safetensors can hold, got {_RESERVED}; rename it in the network and compress that"
+            )
         # Copies: the format refuses tensors that share memory, as tied weights do.
         copies = {name: value.detach().clone().contiguous() for name, value in state.items()}
         data: bytes = safetensors.save(copies, metadata={"format": "pt"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from spec_coders import Refused
 
 from clipq_ray import codec
 from clipq_ray.data import Preprocessing
-from clipq_ray.errors import ArtifactError
+from clipq_ray.data.preprocessing import Interpolation
+from clipq_ray.errors import ArtifactError, FormatError
 
 ROOT = Path(__file__).resolve().parents[2]
 RGB = {"shape": [3, 224, 200], "resize": 256, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
@@ -122,3 +123,16 @@ def test_an_error_does_not_say_control_characters_of_a_file(content: dict[str, A
     with pytest.raises(ArtifactError) as caught:
         codec.decode(crafted(content, *blobs))
     assert "\x1b" not in str(caught.value)
+
+
+def test_the_prose_says_what_a_reader_takes_as_classes_and_as_interpolation() -> None:
+    prose = (ROOT / "clipq_ray" / "codec" / "SPEC.md").read_text(encoding="utf-8")
+    assert "`classes`, a whole number, 0 or more" in prose
+    assert codec.metadata(crafted({"m": {"classes": 0}}))["classes"] == 0
+    for value in (10.0, -1, True):
+        with pytest.raises(ArtifactError):
+            codec.metadata(crafted({"m": {"classes": value}}))
+    assert f"takes {' and '.join(f'`{one}`' for one in get_args(Interpolation))};" in prose
+    other = crafted({"m": {"input": RGB | {"interpolation": "lanczos"}}})
+    with pytest.raises(FormatError, match="expected interpolation bilinear or bicubic"):
+        Preprocessing.from_json(codec.metadata(other)["input"])

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from clipq_ray.data import Preprocessing, open_data
+from clipq_ray.data import Preprocessing, open_data, tensors
 from clipq_ray.data.preprocessing import Interpolation
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, FormatError
@@ -96,6 +96,34 @@ def test_images_are_resized_cropped_and_normalised_as_torchvisions_weights_want_
     torch.testing.assert_close(
         split.batch(torch.tensor([0]), None)[0][0], wanted(torch.from_numpy(decoded[0]))
     )
+
+
+def test_images_in_memory_are_resized_in_pieces_of_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.transforms import functional
+
+    assert tensors.resized_at_once((1, 28, 28), 8192) == 1  # 250 of them were 67 GB
+    assert tensors.resized_at_once((3, 32, 32), 256) >= 250  # usual batches stay whole
+    assert tensors.resized_at_once((1, 1, 28), 64) * 64 * 64 * 28 <= 1 << 26  # longer sides grow as well
+    images = np.random.default_rng(0).integers(0, 256, (7, 1, 10, 12), dtype=np.uint8)
+    split = TensorSplit(
+        images, np.arange(7, dtype=np.int64), Preprocessing((1, 16, 16), 20, (0.5,), (0.5,), "bicubic")
+    )
+    whole, labels = split.batch(torch.arange(7), None)
+    pieces: list[int] = []
+    resize = functional.resize
+
+    def watching(part: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+        pieces.append(len(part))
+        resized: torch.Tensor = resize(part, *given, **more)
+        return resized
+
+    monkeypatch.setattr(functional, "resize", watching)
+    monkeypatch.setattr(tensors, "_RESIZED", 3 * 20 * 24)
+    in_pieces, same_labels = split.batch(torch.arange(7), None)
+    assert pieces == [3, 3, 1]
+    assert torch.equal(in_pieces, whole)
+    assert torch.equal(same_labels, labels)
+    assert split.batch(torch.arange(0), None)[0].shape == (0, 1, 16, 16)
 
 
 def test_what_is_given_comes_over_what_is_usual() -> None:

@@ -45,10 +45,10 @@ def committed(storage: Path, description: str = "cifar10") -> str:
     return run.uri
 
 
-def torchvision_file(path: Path) -> Path:
-    """squeezenet1_1 with five classes, its state stored as it is."""
+def torchvision_file(path: Path, name: str = "squeezenet1_1") -> Path:
+    """A network with five classes, its state stored as it is."""
     torch.manual_seed(0)
-    architecture = models.architecture("squeezenet1_1", 5, {})
+    architecture = models.architecture(name, 5, {})
     state = {name: value.numpy() for name, value in models.build(architecture).state_dict().items()}
     images = {"shape": [3, 64, 64], "resize": 72, "mean": [0.5] * 3, "std": [0.25] * 3}
     metadata = {"architecture": architecture.to_json(), "classes": 5, "input": images, "source": "ab" * 32}
@@ -173,8 +173,9 @@ def test_the_card_tells_no_path_of_the_data(tmp_path: Path) -> None:
     assert "secret" not in text
 
 
-def test_the_cards_snippets_run_and_agree(tmp_path: Path) -> None:
-    file = torchvision_file(tmp_path / "a.clq")
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mnasnet0_5"])  # the latter asks for its state's version
+def test_the_cards_snippets_run_and_agree(tmp_path: Path, name: str) -> None:
+    file = torchvision_file(tmp_path / "a.clq", name)
     export(file, f"{tmp_path}/out/")
     ours, plain = snippets(tmp_path / "out" / "README.md")
     program = "\n".join(
@@ -182,6 +183,55 @@ def test_the_cards_snippets_run_and_agree(tmp_path: Path) -> None:
          "assert torch.equal(one(images), network(images)) and not network.training"]
     )  # fmt: skip
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "out", check=True, timeout=120)
+
+
+@pytest.mark.parametrize("output", ["a.safetensors", "folder/"])
+def test_tied_tensors_count_under_each_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    side = 1024  # 2^20 elements: three of them may be in any file, five not in one of some hundred bytes
+    layer = codec.CodedLayer(np.zeros((side, side), np.int16), np.zeros(1, np.float32), 0)
+    file = tmp_path / "a.clq"
+    codes = []
+    for aliases in (2, 4):
+        ties = {f"a{number}": "w" for number in range(aliases)}
+        file.write_bytes(codec.encode(codec.Packed({"ties": ties}, {"w": layer})))
+        codes.append(main(["export", str(file), f"{tmp_path}/{aliases}-{output}"]))
+    assert codes == [0, 2]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("clipq: expected at most ")
+    assert f"got {5 * side * side} with tied tensors under each name" in line
+    assert not (tmp_path / f"4-{output}").exists()
+
+
+@pytest.mark.parametrize("output", ["a.safetensors", "folder/"])
+def test_a_name_that_safetensors_reserves_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    file = tmp_path / "a.clq"
+    file.write_bytes(codec.encode(codec.Packed({}, {"__metadata__": np.ones(3, np.float32)})))
+    assert main(["export", str(file), f"{tmp_path}/{output}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("clipq: expected tensors with names that safetensors can hold, got __metadata__;")
+    assert not (tmp_path / output).exists()
+
+
+def test_an_onnx_error_says_what_went_wrong_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: Any, **more: Any) -> None:
+        try:
+            try:
+                raise ValueError("no rule for\n\x1b[1;31mroll\x1b[0m")
+            except ValueError as error:
+                raise TypeError("half way") from error
+        except TypeError as error:
+            raise RuntimeError("\x1b[96mFailed to export the model.\x1b[0m " + "Advice. " * 50) from error
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    with pytest.raises(ModelError) as raised:
+        onnx.convert(Source.read(RECORD))
+    assert str(raised.value) == (
+        "this network cannot be exported to ONNX: no rule for roll; export safetensors instead"
+    )
 
 
 def test_a_folder_that_holds_files_is_written_only_by_force(
