@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from clipq_ray.consistency import INTENTS, PAPER, problem
 from clipq_ray.errors import ConfigError
 
+MOST = 1_000_000
+"""Of epochs, images of a step and GiB: what is larger is a slip, and would end in an overflow."""
+
 
 class Config(BaseModel):
     """Everything that decides a run; one field is one option."""
@@ -32,6 +35,7 @@ class Config(BaseModel):
     )
     weights: str | None = Field(
         None,
+        min_length=1,
         description="URI of trained weights (.safetensors, .pt); 'torchvision' for its published ones; 'train' to train them first; "
         "'random' for none (trials). Default: torchvision's for its networks, 'train' for built-in ones",
     )
@@ -48,7 +52,9 @@ class Config(BaseModel):
         default_factory=lambda: os.environ.get("CLIPQ_DATA") or "digits",
         description="digits, a torchvision set by name, or URI of Parquet files or of an image folder; CLIPQ_DATA in the environment takes the place of the default",
     )
-    data_root: str | None = Field(None, description="folder that holds the files of a torchvision set")
+    data_root: str | None = Field(
+        None, min_length=1, description="folder that holds the files of a torchvision set"
+    )
     validation_data: str | None = Field(
         None, description="URI of validation images that the network has not seen"
     )
@@ -80,7 +86,7 @@ class Config(BaseModel):
         description="standard deviation per channel; default: that of torchvision's weights, else the data's usual",
     )
     memory_limit_gib: float = Field(
-        4.0, gt=0, description="decoded images are held in memory up to this size [GiB]"
+        4.0, gt=0, le=MOST, description="decoded images are held in memory up to this size [GiB]"
     )
     bad_image_limit: int = Field(
         0, ge=0, description="unreadable images that are skipped before the run stops"
@@ -198,13 +204,14 @@ class Config(BaseModel):
     search_cache_gib: float = Field(
         2.0,
         ge=0,
+        le=MOST,
         description="of a network's values before the layer that is searched, kept by each search trial, at most half of the memory over the CPUs, or half of its share of a GPU's [GiB]; "
         "images beyond it are evaluated whole",
     )
 
     # Fine-tuning
-    epochs: int = Field(20, ge=1, description="epochs of fine-tuning with the operator in the loop")
-    batch_size: int = Field(128, ge=1, description="images per step, over all workers")
+    epochs: int = Field(20, ge=1, le=MOST, description="epochs of fine-tuning with the operator in the loop")
+    batch_size: int = Field(128, ge=1, le=MOST, description="images per step, over all workers")
     learning_rate: float = Field(0.02, gt=0, description="peak of the cosine schedule, per step")
     warmup_epochs: float = Field(0.5, ge=0, description="epochs of linear warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD (Nesterov)")
@@ -242,7 +249,7 @@ class Config(BaseModel):
     )
     level_learning_rate: float = Field(0.01, gt=0, description="peak rate of these epochs")
     baseline_epochs: int = Field(
-        10, ge=1, description="epochs of training when the weights are trained first"
+        10, ge=1, le=MOST, description="epochs of training when the weights are trained first"
     )
     baseline_learning_rate: float = Field(
         0.1, gt=0, description="peak rate when the weights are trained first"
@@ -408,6 +415,7 @@ def _one(detail: Any) -> str:
     option = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return unknown(option, list(Config.model_fields))
+    message = message.replace("String should have at least 1 character", "expected a text, or no such option")
     wanted = message.replace("Input should be", "expected").replace("Field required", "expected a value")
     return f"--{option.replace('_', '-')}: {wanted}, got {detail['input']!r}"
 

@@ -60,6 +60,13 @@ def test_a_configuration_is_frozen() -> None:
         ({"name": "../up"}, "--name"),
         ({"name": "_stages"}, "--name"),
         ({"name": ""}, "--name"),
+        ({"weights": ""}, "--weights"),
+        ({"data_root": ""}, "--data-root"),
+        ({"memory_limit_gib": 1e308}, "--memory-limit-gib"),
+        ({"search_cache_gib": 1e308}, "--search-cache-gib"),
+        ({"epochs": 10**400}, "--epochs"),
+        ({"baseline_epochs": 10**400}, "--baseline-epochs"),
+        ({"batch_size": 10**22}, "--batch-size"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, Any], words: str) -> None:
