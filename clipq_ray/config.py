@@ -17,7 +17,7 @@ from clipq_ray.consistency import INTENTS, PAPER, problem
 from clipq_ray.errors import ConfigError
 
 MOST = 1_000_000
-"""Of epochs, images of a step and GiB: what is larger is a slip, and would end in an overflow."""
+"""Of epochs, images of a step, GiB, hours and minutes: what is larger is a slip, and would end in an overflow."""
 
 
 class Config(BaseModel):
@@ -133,7 +133,7 @@ class Config(BaseModel):
         description="rounds of fine-tuning that may be needed to keep the promise with the smallest file",
     )
     round_epochs: int | None = Field(
-        None, ge=1, description="epochs of each further round; default: half of --epochs"
+        None, ge=1, le=MOST, description="epochs of each further round; default: half of --epochs"
     )
     rungs: int = Field(
         1,
@@ -142,7 +142,7 @@ class Config(BaseModel):
         description="with a size: rounds of fine-tuning on the way to it, each asked for a file that is smaller by the same factor; 1: the size at once, as published",
     )
     rung_epochs: int | None = Field(
-        None, ge=1, description="epochs of each of them but the last; default: half of --epochs"
+        None, ge=1, le=MOST, description="epochs of each of them but the last; default: half of --epochs"
     )
     search_again: bool = Field(
         False,
@@ -245,6 +245,7 @@ class Config(BaseModel):
     level_epochs: int = Field(
         0,
         ge=0,
+        le=MOST,
         description="further epochs in which clipped weights stay clipped, and levels, codes, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept; --hold-size leaves 4 % of the size for their codes",
     )
     level_learning_rate: float = Field(0.01, gt=0, description="peak rate of these epochs")
@@ -269,6 +270,7 @@ class Config(BaseModel):
     deadline_hours: float | None = Field(
         None,
         gt=0,
+        le=MOST,
         description="the run commits its best within this time, with fewer evaluations and epochs if it must; of several networks each takes its share of "
         "what is left when its turn comes [h]",
     )
@@ -319,7 +321,7 @@ class Config(BaseModel):
         description="CPUs that decode for each worker, at most; default: its share of what the workers leave",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    evaluation_batch_size: int = Field(250, ge=1, description="images per batch without gradients")
+    evaluation_batch_size: int = Field(250, ge=1, le=MOST, description="images per batch without gradients")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
         description="of training's forward and backward passes (autocast); auto: bfloat16 where the device computes in it, float32 where it would only "
@@ -333,11 +335,13 @@ class Config(BaseModel):
     stall_minutes: float = Field(
         30.0,
         gt=0,
+        le=MOST,
         description="a worker that makes no step for so long hangs: it is ended and started again [min]",
     )
     attempt_hours: float | None = Field(
         None,
         gt=0,
+        le=MOST,
         description="a training, or one search of a layer, that takes longer is ended and goes on behind its last checkpoint, as often as "
         "--max-failures; default: no limit [h]",
     )

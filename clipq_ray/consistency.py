@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 INTENTS = ("max_drop", "target_ratio", "target_bytes", "tradeoff")
 """What the user wants of the result: one of these options."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-NAME_WORDS = "letters, digits, '.', '_' and '-' that begins with a letter or digit"
-"""What a result may be called: it is a hive partition, which every reader takes as it is."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+NAME_WORDS = "letters, digits, '.', '_' and '-' that begins with a letter or digit, at most 200 in all"
+"""What a result may be called: it is a hive partition, which every reader takes as it is, and part of the name of a folder, which may have 255 bytes."""
 
 PAPER: dict[str, Any] = {
     "ramp_share": 0.0, "rungs": 1, "search_again": False, "search_loss_share": 0.0, "search_early_stop": False,
@@ -31,6 +31,8 @@ _NEEDS = {
     "level_learning_rate": ("level_epochs", 0),
 }
 """Options that say how something is done, and the option with which it is not done at all."""
+_OF_RAY = ("search_parallel", "limit_cpus", "limit_gpus")
+"""What a job may take of a cluster, or of this machine, by Ray alone."""
 
 
 def idle(config: Config) -> Iterator[str]:
@@ -47,6 +49,9 @@ def idle(config: Config) -> Iterator[str]:
     for name in _OF_THE_FIRST_TRAINING if config.weights not in (None, "train") else ():
         if said(name):
             yield f"--{name.replace('_', '-')} has nothing to do with --weights, which are not trained first"
+    for name in _OF_RAY if config.engine == "local" else ():
+        if said(name):
+            yield f"--{name.replace('_', '-')} has nothing to do with --engine local, which does one thing at a time"
     if config.search_start > config.search_evaluations:
         yield f"--search-start has nothing to do beyond --search-evaluations {config.search_evaluations}, which all lie where it says: nothing is proposed"
 

@@ -1,7 +1,8 @@
 """The command line of a configuration: every field of `Config` is one option, and `--config FILE` holds the same ones as YAML.
 
 argparse, since its errors can be one line with exit code 2; the generators that were tried (tyro, pydantic-settings) print boxes or
-tracebacks for a value out of range. Precedence: command line, then file, then default.
+tracebacks for a value out of range. Precedence: command line, then file, then default. An option stands once on a command line, as in a
+file: of two the user would not know which one counts. `--model`, `--keep` and `--groups` may be repeated, since they name several.
 """
 
 from __future__ import annotations
@@ -27,6 +28,45 @@ _SECTIONS = {
 }  # fmt: skip
 """The titles in the help, each before the option that it begins with."""
 
+_REPEATED = ("model", "keep", "groups")
+"""Options that may be given again: each adds to those before."""
+
+
+class _Once(argparse.Action):
+    """Takes an option's value, and refuses a second one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        _refuse_again(namespace, self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class _SwitchOnce(argparse.BooleanOptionalAction):
+    """`--force` or `--no-force`, one of them, once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        _refuse_again(namespace, self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _refuse_again(namespace: argparse.Namespace, name: str) -> None:
+    """`ConfigError` where the option is there already; defaults are suppressed, so what is there was given."""
+    if hasattr(namespace, name):
+        raise ConfigError(
+            f"--{name.replace('_', '-')}: expected it once on the command line, got it again; leave one out"
+        )
+
 
 def parser(description: str) -> OneLineParser:
     """The parser for `Config`; options keep the fields' order, help shows unit and default."""
@@ -37,11 +77,17 @@ def parser(description: str) -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument(
-        "--config", metavar="FILE", help="YAML file that holds the same options, e.g. target_ratio: 20"
+        "--config",
+        metavar="FILE",
+        action=_Once,
+        default=argparse.SUPPRESS,
+        help="YAML file that holds the same options, e.g. target_ratio: 20",
     )
     result.add_argument(
         "--fleet",
         metavar="FILE",
+        action=_Once,
+        default=argparse.SUPPRESS,
         help="YAML file that names many networks with their options, see clipq_ray/fleet/file.py; options of the command line take the place of its defaults",
     )
     section: argparse._ArgumentGroup | None = None
@@ -58,19 +104,15 @@ def _add(result: argparse._ActionsContainer, name: str, field: FieldInfo) -> Non
     shown = "" if default in (None, (), {}) else f" (default: {default})"
     text = ((field.description or "") + shown).replace("%", "%%")  # argparse takes one for a format
     if field.annotation is bool:
-        result.add_argument(
-            option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-        )
+        result.add_argument(option, action=_SwitchOnce, default=argparse.SUPPRESS, help=text)
         return
     kinds = set(typing.get_args(field.annotation)) or {field.annotation}
-    if name == "model":  # may be given again
-        result.add_argument(option, metavar="TEXT", action="append", default=argparse.SUPPRESS, help=text)
-        return
     choices = (
         typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else None
     )
     metavar = "|".join(choices) if choices else _metavar(kinds)
-    result.add_argument(option, metavar=metavar, default=argparse.SUPPRESS, help=text)
+    action: Any = "append" if name in _REPEATED else _Once
+    result.add_argument(option, metavar=metavar, action=action, default=argparse.SUPPRESS, help=text)
 
 
 def _metavar(kinds: set[Any]) -> str:
@@ -86,12 +128,12 @@ def parse_all(arguments: Sequence[str], description: str) -> Fleet:
     if rest:
         raise ConfigError(unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
     given = vars(known)
-    path, fleet = given.pop("config"), given.pop("fleet")
-    filed = read_yaml(path) if path else {}
+    path, fleet = given.pop("config", None), given.pop("fleet", None)
+    filed = {} if path is None else read_yaml(path)
     if any(name in given for name in INTENTS):  # an intent of the command line replaces that of the file
         filed = {name: value for name, value in filed.items() if name not in INTENTS}
     options = {**filed, **{name: _value(name, text) for name, text in given.items() if name != "model"}}
-    if fleet:
+    if fleet is not None:
         if "model" in given or options.get("model"):
             raise ConfigError(
                 "--fleet: expected its file to name the networks, got --model as well; leave one out"
@@ -141,6 +183,8 @@ def _several(names: Sequence[str], options: Mapping[str, Any], places: Mapping[s
 def _value(name: str, text: Any) -> Any:
     """Lists and JSON objects from their text; the rest is converted by the configuration itself."""
     annotation = str(Config.model_fields[name].annotation)
+    if name in _REPEATED:
+        text = ",".join(text)
     if isinstance(text, str) and "tuple" in annotation:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if isinstance(text, str) and annotation.startswith("dict"):

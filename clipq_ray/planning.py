@@ -7,6 +7,7 @@ Not covered: the time that Ray takes to start (about twenty seconds a stage).
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from clipq_ray import identity, network, stages
+from clipq_ray.config import Config
 from clipq_ray.consistency import idle
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
@@ -87,13 +89,15 @@ def _planned(source: Source) -> Plan:
     its_trainings = trainings(source)
     searches = 1 + config.search_again * sum(one.times for one in its_trainings if one.searched)
     evaluations = config.search_evaluations * len(groups) * searches
-    search_seconds = evaluations * min(config.search_images, images) * forward / (config.search_parallel or 1)
+    trials, bound = at_a_time(config, len(groups), on_gpu=device.type == "cuda")
+    search_seconds = evaluations * min(config.search_images, images) * forward / trials
     called = f"{config.name} ({config.model})" if config.name else config.model
     lines = [
         f"network     {called}: {found.parameters:,} parameters, {len(found.layers)} layers to compress"
         + (f" in {len(groups)} groups" if config.groups else ""),
         f"data        {data.description}: {images:,} training, {held:,} validation images",
-        f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: about {_clock(search_seconds)}",
+        f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: {bound} {_clock(search_seconds)}"
+        + (f", {trials} at a time" if trials > 1 else ""),
     ]
     total = search_seconds
     for one in its_trainings:
@@ -104,7 +108,7 @@ def _planned(source: Source) -> Plan:
         )
         total += seconds
     lines.append(
-        f"time        about {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads"
+        f"time        {bound} {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads"
     )
     disk = found.bytes_before * (2 + 6 * sum(one.times for one in its_trainings))
     lines.append(
@@ -114,6 +118,26 @@ def _planned(source: Source) -> Plan:
         [*lines, *(f"note        {note}" for note in (*idle(config), *data.notes, *found.notes))]
     )
     return Plan(words, total, disk)
+
+
+def at_a_time(config: Config, groups: int, *, on_gpu: bool) -> tuple[int, str]:
+    """Trials of the search at a time, each of one of `groups`, and what their time is then: "about", or a bound where a cluster is joined, whose size is not
+    known here: "at least" with as many trials as the job may make, "at most" with one where nothing caps them."""
+    if config.engine == "local":
+        return 1, "about"
+    cap = min(config.search_parallel or groups, groups)
+    if os.environ.get("RAY_ADDRESS"):
+        return (1, "at most") if config.search_parallel is None else (cap, "at least")
+    return max(1, min(cap, _room(config, on_gpu=on_gpu))), "about"
+
+
+def _room(config: Config, *, on_gpu: bool) -> int:
+    """How many trials of a search this machine holds within the job's limits."""
+    cpus = min(os.cpu_count() or 1, config.limit_cpus or math.inf) // config.threads_per_worker
+    if not on_gpu:
+        return int(cpus)
+    gpus = min(torch.cuda.device_count(), config.limit_gpus or math.inf)
+    return int(min(cpus, gpus / config.search_gpu_share))
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def test_a_configuration_is_frozen() -> None:
         ({"name": "../up"}, "--name"),
         ({"name": "_stages"}, "--name"),
         ({"name": ""}, "--name"),
+        ({"name": "a" * 201}, "at most 200 in all"),
         ({"weights": ""}, "--weights"),
         ({"data_root": ""}, "--data-root"),
         ({"memory_limit_gib": 1e308}, "--memory-limit-gib"),
@@ -67,6 +68,14 @@ def test_a_configuration_is_frozen() -> None:
         ({"epochs": 10**400}, "--epochs"),
         ({"baseline_epochs": 10**400}, "--baseline-epochs"),
         ({"batch_size": 10**22}, "--batch-size"),
+        *[
+            ({name: 10**400}, f"--{name.replace('_', '-')}")
+            for name in ("round_epochs", "rung_epochs", "level_epochs", "evaluation_batch_size")
+        ],
+        *[
+            ({name: 1e308}, f"--{name.replace('_', '-')}")
+            for name in ("deadline_hours", "stall_minutes", "attempt_hours")
+        ],
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, Any], words: str) -> None:
@@ -117,6 +126,7 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
         {"target_ratio": 10_000.0},
         {"momentum": 0.0, "weight_decay": 0.0},
         {"expect_top1_percent": 100.0},
+        {"name": "a" * 200},
     ],
 )
 def test_values_on_the_border_are_taken(options: dict[str, Any]) -> None:
@@ -150,6 +160,10 @@ def test_what_has_nothing_to_do_is_said() -> None:
             {"search_start": 8, "search_evaluations": 8},
             "--search-start has nothing to do beyond --search-evaluations 8, which all lie where it says: nothing is proposed",
         ),
+        *[
+            ({"engine": "local", name: 2}, {name: 2}, f"--{name.replace('_', '-')} has nothing to do with --engine local, which does one thing at a time")
+            for name in ("search_parallel", "limit_cpus", "limit_gpus")
+        ],
     ],
 )  # fmt: skip
 def test_a_part_that_other_options_leave_no_work_is_said(

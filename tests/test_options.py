@@ -215,6 +215,39 @@ def test_a_fleet_names_its_networks_itself(tmp_path: Path) -> None:
             options.parse_all(["--fleet", str(path), option, "lenet5"], "")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "3", "--epochs", "5"],
+        ["--epochs=3", "--epochs=3"],
+        ["--model-args", "{}", "--model-args", "{}"],
+        ["--engine", "ray", "--engine", "local"],
+        ["--force", "--no-force"],
+        ["--config", "/a.yaml", "--config", "/b.yaml"],
+        ["--fleet", "/a.yaml", "--fleet", "/b.yaml"],
+    ],
+)
+def test_an_option_that_is_given_twice_is_refused_by_name_in_one_line(arguments: list[str]) -> None:
+    name = arguments[0].split("=")[0]
+    with refused(ConfigError, match=f"^{name}: expected it once on the command line, got it again"):
+        parsed(arguments)
+
+
+@pytest.mark.parametrize("name", ["keep", "groups"])
+def test_a_list_that_is_given_again_grows_and_takes_the_place_of_the_files(name: str, tmp_path: Path) -> None:
+    file = written(tmp_path, f"{name}: fc2.*\n")
+    found = parsed([*file, f"--{name}", "conv1.*,fc1.*", f"--{name}=conv2.*"])
+    assert getattr(found, name) == ("conv1.*", "fc1.*", "conv2.*")
+    assert getattr(parsed([*file, f"--{name}="]), name) == ()
+
+
+@pytest.mark.parametrize("option", ["--config", "--fleet"])
+def test_a_file_without_a_name_is_no_file(option: str) -> None:
+    """Of a shell's variable that is not set: the job would go on without its recipe."""
+    with refused(ConfigError, match=f"{option}: expected a readable YAML file, got ''"):
+        parsed([option, ""])
+
+
 def test_a_list_of_words_may_be_one_text_in_a_file(tmp_path: Path) -> None:
     found = parsed(written(tmp_path, "groups: blocks\nkeep: fc.*, conv1.weight\n"))
     assert (found.groups, found.keep) == (("blocks",), ("fc.*", "conv1.weight"))
