@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from clipq_ray import seeds
 from clipq_ray.batch import compress as run_pipeline
 from clipq_ray.cluster.engine import Engine, LocalEngine
 from clipq_ray.config import Config, make
@@ -98,20 +97,17 @@ def _own_process() -> Iterator[None]:
 @contextmanager
 def _own_random_states() -> Iterator[None]:
     """Python's, numpy's and torch's global random states afterwards as before, on GPUs too."""
-    python, numbers, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     # a process that has not used its GPUs yet holds no state of them, and to ask for one would take their memory
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     seed = torch.random.initial_seed()
     try:
-        yield
+        with seeds.kept():
+            yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
         if on_gpus is None:
             torch.cuda.manual_seed_all(seed)  # as they would begin
         else:
             torch.cuda.set_rng_state_all(on_gpus)
-        torch.random.set_rng_state(tensors)
 
 
 def make_engine(config: Config) -> Engine:

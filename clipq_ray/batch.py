@@ -9,7 +9,6 @@ import functools
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import finish_ensemble, without
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
 from clipq_ray.progress import Reporter
-from clipq_ray.redaction import redacted
 from clipq_ray.searching import search_all
 from clipq_ray.stages import Run, stopped
 from clipq_ray.work import Source
@@ -283,9 +281,7 @@ class _Job:
         """What is told of an error that is no mistake of the input, beside its traceback; of a network alone the error itself is raised."""
         if self._alone:
             raise error
-        log.error("unexpected: %s", redacted("".join(traceback.format_exception(error))))
-        words = redacted(" ".join(str(error).split()))[:300]
-        return RunError(f"unexpected {type(error).__name__}: {words}; please report it")
+        return RunError(logs.unexpected(error))
 
     def _whose(self, numbers: Sequence[int]) -> str:
         """What log lines call these networks; empty where there is no other."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from clipq_ray import problems
 from clipq_ray.consistency import INTENTS, PAPER, problem
 from clipq_ray.errors import ConfigError
 
@@ -397,9 +398,9 @@ class Config(BaseModel):
 
 def make(**options: Any) -> Config:
     """A validated configuration; `ConfigError` in one line names every option that is wrong."""
-    found, problems = checked(options)
+    found, wrong = checked(options)
     if found is None:
-        raise ConfigError("; ".join(text for _, text in problems))
+        raise ConfigError("; ".join(text for _, text in wrong))
     return found
 
 
@@ -408,30 +409,7 @@ def checked(options: Mapping[str, Any]) -> tuple[Config | None, list[tuple[str |
     try:
         return Config(**options), []
     except ValidationError as error:
-        return None, [(str(d["loc"][0]) if d["loc"] else None, _one(d)) for d in error.errors()]
-
-
-def _one(detail: Any) -> str:
-    """One line for one error of pydantic's."""
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if not detail["loc"]:
-        return message
-    option = str(detail["loc"][0])
-    if detail["type"] == "extra_forbidden":
-        return unknown(option, list(Config.model_fields))
-    message = message.replace("String should have at least 1 character", "expected a text, or no such option")
-    wanted = message.replace("Input should be", "expected").replace("Field required", "expected a value")
-    return f"--{option.replace('_', '-')}: {wanted}, got {detail['input']!r}"
-
-
-def unknown(name: str, known: list[str]) -> str:
-    """One line for a name that is not known, with the nearest ones."""
-    import difflib
-
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.5)
-    hint = (
-        f"; did you mean {' or '.join('--' + word.replace('_', '-') for word in near)}?"
-        if near
-        else "; see --help"
-    )
-    return f"unknown option {name!r}{hint}"
+        return None, [
+            (str(d["loc"][0]) if d["loc"] else None, problems.line(d, list(Config.model_fields)))
+            for d in error.errors()
+        ]

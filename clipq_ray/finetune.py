@@ -246,11 +246,12 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.rate(self._done(epoch, step / steps), epoch + step / steps)
             self._move_rates(self._done(epoch, (step + 1) / steps))
-            seeds.everywhere(self.seed, self.drawn, "step", epoch, step, self.rank.rank)
+            draws = seeds.everywhere(self.seed, self.drawn, "step", epoch, step, self.rank.rank)
             masks = seeds.generator(self.seed, self.drawn, "cutout", epoch, step, self.rank.rank)
             try:
                 images = cut_out(sent(images, self.rank.device), self.schedule.cutout_pixels, masks)
-                total += self._step(images, sent(labels, self.rank.device))
+                with draws:
+                    total += self._step(images, sent(labels, self.rank.device))
             except _NotFinite as error:
                 raise self._diverged(epoch, "weights NaN or infinite") from error
             except Exception as error:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+from clipq_ray.redaction import redacted
 
 T = TypeVar("T")
 _about = contextvars.ContextVar("about", default="")
@@ -42,3 +45,11 @@ def _named(record: logging.LogRecord) -> bool:
     if name := _about.get():
         record.msg, record.args = f"{name}: {record.getMessage()}", ()
     return True
+
+
+def unexpected(error: BaseException) -> str:
+    """Logs the traceback of an error that is no mistake of the input, and says it in one line; both without secrets."""
+    logger(__name__).error("unexpected: %s", redacted("".join(traceback.format_exception(error))))
+    return (
+        f"unexpected {type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}; please report it"
+    )

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from clipq_ray.config import Config, checked, unknown
+from clipq_ray import problems
+from clipq_ray.config import Config, checked
 from clipq_ray.consistency import INTENTS
 from clipq_ray.console import OneLineParser
 from clipq_ray.errors import ConfigError
@@ -36,11 +37,7 @@ class _Once(argparse.Action):
     """Takes an option's value, and refuses a second one."""
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         _refuse_again(namespace, self.dest)
         setattr(namespace, self.dest, values)
@@ -49,15 +46,9 @@ class _Once(argparse.Action):
 class _SwitchOnce(argparse.BooleanOptionalAction):
     """`--force` or `--no-force`, one of them, once."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *given: Any, **named: Any) -> None:
         _refuse_again(namespace, self.dest)
-        super().__call__(parser, namespace, values, option_string)
+        super().__call__(parser, namespace, *given, **named)
 
 
 def _refuse_again(namespace: argparse.Namespace, name: str) -> None:
@@ -126,7 +117,7 @@ def parse_all(arguments: Sequence[str], description: str) -> Fleet:
     """The networks of a command line: of its `--fleet`, or one for each `--model`; `ConfigError` for anything wrong in it or in its files."""
     known, rest = parser(description).parse_known_args(list(arguments))
     if rest:
-        raise ConfigError(unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
+        raise ConfigError(problems.unknown(rest[0].removeprefix("--"), list(Config.model_fields)))
     given = vars(known)
     path, fleet = given.pop("config", None), given.pop("fleet", None)
     filed = {} if path is None else read_yaml(path)

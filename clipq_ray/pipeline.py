@@ -298,7 +298,7 @@ def _files(opened: Opened, made: rounds.Rounds) -> tuple[dict[str, bytes], dict[
     with run.reporter.stage("verify"):
         scores = _scores(run, best, given.baseline, opened.dense)
     document = results.document(
-        name=run.source.name, run_id=given.own.run_id, run=stages.run_document(run), identity=given.inputs, inventory=given.inventory,
+        name=run.source.name, run_id=given.own.run_id, run=stages.run_document(run), identity=given.inputs, source_sha256=opened.given.source_sha256, inventory=given.inventory,
         choice=best.choice, packed=best.packed, scores=scores, curves=_curves(best, control),
         promise=made.document("control" if control else "original"),
         together=_together(given, best),

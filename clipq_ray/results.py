@@ -68,7 +68,7 @@ def _metrics(scores: Scores) -> dict[str, Any]:
 
 
 def document(
-    *, name: str, run_id: str, run: Mapping[str, Any], identity: Mapping[str, Any], inventory: Inventory,
+    *, name: str, run_id: str, run: Mapping[str, Any], identity: Mapping[str, Any], source_sha256: str, inventory: Inventory,
     choice: Choice, packed: PackedNetwork, scores: Scores, curves: Mapping[str, Any], promise: Mapping[str, Any], together: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest without its list of files."""
@@ -79,7 +79,7 @@ def document(
         "model": name,
         **run,
         "architecture": identity["architecture"],
-        "source_sha256": identity["weights"],
+        "source_sha256": source_sha256,
         "tradeoff": choice.tradeoff,
         "metrics": {
             "parameters": inventory.parameters,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,9 +26,33 @@ def generator(seed: int, *place: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *place))
 
 
-def everywhere(seed: int, *place: str | int) -> None:
-    """Set Python's, numpy's and torch's global random states by `derive`: a network may draw from any of them."""
+@contextmanager
+def kept() -> Iterator[None]:
+    """Python's, numpy's and torch's CPU random states afterwards as before."""
+    python, numbers, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        torch.random.set_rng_state(tensors)
+
+
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """These states set from `seed`, for code of others that draws from any of them, and put back: what waits at random between tries of a store is not to do so
+    in step with other workers."""
+    with kept():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def everywhere(seed: int, *place: str | int) -> Iterator[None]:
+    """As `drawn`, by `derive`; the states of GPUs are set too, and stay."""
     derived = derive(seed, *place)
-    random.seed(derived)
-    np.random.seed(derived % 2**32)
     torch.manual_seed(derived)
+    with drawn(derived):
+        yield

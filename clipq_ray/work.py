@@ -95,10 +95,10 @@ class Source:
         """A new network with weights seeded by the run."""
         if self.module is not None:
             return copy.deepcopy(self.module).cpu()  # a caller may have trained it on a GPU
-        seeds.everywhere(self.config.seed, "initial weights")
         architecture = self.architecture()
         assert architecture is not None
-        return models.build(architecture, allow_import=":" in self.config.model)
+        with seeds.everywhere(self.config.seed, "initial weights"):
+            return models.build(architecture, allow_import=":" in self.config.model)
 
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width [pixels] of the network's input."""

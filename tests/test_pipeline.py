@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from manifest_fields import assert_described
 
 import clipq_ray
-from clipq_ray import manifest, tables
+from clipq_ray import codec, manifest, tables
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
@@ -52,6 +53,15 @@ def test_a_run_is_committed_whole_and_verifies(finished: tuple[Path, Result]) ->
 
 def test_every_field_of_the_manifest_is_described(finished: tuple[Path, Result]) -> None:
     assert_described(finished[1].manifest, "A run")
+
+
+def test_manifest_and_file_name_the_same_weights_where_the_job_trained_them(
+    finished: tuple[Path, Result],
+) -> None:
+    file = Store(finished[1].uri).read("model.clq")
+    named = finished[1].manifest["source_sha256"]
+    assert re.fullmatch("[0-9a-f]{64}", named)
+    assert named == codec.metadata(file)["source"]
 
 
 def test_every_row_of_a_layer_is_that_layers_where_a_group_has_no_neighbours(

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import torch
 
 from clipq_ray import seeds
@@ -48,3 +49,25 @@ def test_a_generator_draws_the_same_at_its_place_and_leaves_the_global_one() -> 
     assert torch.equal(first, torch.rand(5, generator=seeds.generator(3, "batch norm", 2)))
     assert not torch.equal(first, torch.rand(5, generator=seeds.generator(3, "batch norm", 3)))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_code_of_others_draws_the_same_at_the_same_place_and_nothing_else_does() -> None:
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def inside() -> tuple[float, float, float]:
+        with seeds.everywhere(7, "finetune", 3):
+            return draws()
+
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = draws()
+    random.seed(1)
+    np.random.seed(1)
+    first = inside()
+    assert first == inside()
+    # what waits at random between tries of a store is not to wait in step with other workers
+    assert draws()[:2] == expected[:2]
+    with seeds.everywhere(7, "finetune", 4):
+        assert draws() != first

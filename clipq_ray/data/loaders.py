@@ -10,9 +10,7 @@ iterable datasets, samplers (the training loop has its own order), the loaders' 
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from clipq_ray.data.preprocessing import Preprocessing
 from clipq_ray.data.sampling import hold_out
 from clipq_ray.data.split import Data, Labels, Split, content_hash, subset_hash
 from clipq_ray.errors import DataError
-from clipq_ray.seeds import derive
+from clipq_ray.seeds import derive, drawn
 
 SAMPLE_ITEMS = 32
 _SEEDS = 2**32
@@ -47,7 +45,7 @@ class LoaderSplit(Split):
     def item(self, index: int, seed: int | None = None) -> Any:
         """`dataset[index]` with all global random states set from `seed`, by default one made from the index."""
         row = int(self._rows[index])
-        with _seeded(derive(0, "item", row) if seed is None else seed):
+        with drawn(derive(0, "item", row) if seed is None else seed):
             return self.dataset[row]
 
     def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -57,7 +55,7 @@ class LoaderSplit(Split):
         if augment is not None:
             seeds = [int(one) for one in torch.randint(_SEEDS, (len(indices),), generator=augment)]
         items = [self.item(int(index), seed) for index, seed in zip(indices, seeds, strict=True)]
-        with _seeded(self._collate_seed(indices, augment)):
+        with drawn(self._collate_seed(indices, augment)):
             batch = self.collate(items)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(
@@ -211,18 +209,3 @@ def _fingerprint(split: LoaderSplit) -> str:
     some = np.unique(np.linspace(0, len(split) - 1, SAMPLE_ITEMS).astype(int))
     images = split.batch(torch.from_numpy(some), None)[0].numpy()  # as the collate function makes them
     return content_hash("loader", type(split.dataset).__qualname__, split.labels, images)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU random states set from `seed`, and put back."""
-    python, numbers, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed % _SEEDS)
-        torch.default_generator.manual_seed(seed % _SEEDS)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
-        torch.random.set_rng_state(tensors)

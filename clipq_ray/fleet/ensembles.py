@@ -6,7 +6,6 @@ is decided here. Not covered: one intent for an ensemble as a whole (`shares`).
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ from clipq_ray.storage import Store, stage_store
 from clipq_ray.work import Source, prepare_process
 
 Votes = npt.NDArray[np.float64]
-log = logs.logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,11 @@ def all_scored(
         try:
             found.append(scored(ensemble, [Member(*by_name[name]) for name in ensemble.members]))
         except Exception as error:  # the fleet is written whatever becomes of a vote, of anybody's networks
-            found.append(_unscored(ensemble, _why(error)))
+            known = isinstance(error, ClipqError)
+            words = redacted(" ".join(str(error).split())) if known else logs.unexpected(error)
+            found.append(_unscored(ensemble, words))
     return found
 
 
 def _unscored(ensemble: Ensemble, why: str) -> dict[str, Any]:
     return {"name": ensemble.name, "members": list(ensemble.members), "error": why}
-
-
-def _why(error: Exception) -> str:
-    """What went wrong, in one line without secrets; of what nobody expected the traceback is logged too."""
-    words = redacted(" ".join(str(error).split()))
-    if isinstance(error, ClipqError):
-        return words
-    log.error("unexpected: %s", redacted("".join(traceback.format_exception(error))))
-    return f"unexpected {type(error).__name__}: {words[:300]}; please report it"
