@@ -124,10 +124,23 @@ class Claim:
         self._thread = threading.Thread(target=logs.carried(self._beat), daemon=True, name="claim")
         self._thread.start()
 
-    def give_back(self) -> None:
-        """Others may make the run now."""
+    def _rest(self) -> None:
         self._end.set()
         self._thread.join()
+
+    def finish(self) -> None:
+        """The run is committed: its `_work` goes, with this claim, which is not written again behind that."""
+        self._rest()
+        try:
+            self._work.remove_tree()
+        except StorageError as failed:  # the next job that finds the run removes them
+            log.warning(
+                "the run is committed, but its checkpoints could not be removed: %s", redacted(str(failed))
+            )
+
+    def give_back(self) -> None:
+        """Others may make the run now."""
+        self._rest()
         try:
             if not self._lost:
                 self._work.remove(_name(self._number))

@@ -16,11 +16,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clipq_ray import logs
 from clipq_ray.consistency import NAME
 from clipq_ray.errors import FormatError, StorageError, UserError
-from clipq_ray.redaction import redacted
-from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, WORK, Store
+from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, Store
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -33,7 +31,6 @@ _SELF = "manifest_sha256"
 _DEPTH = 64  # as the header of a .clq file; those that are written have fewer than ten levels
 _REPLACED_AT_MOST = 5
 _RESTORE = "restore it, or make a new run with --force"
-_log = logs.logger(__name__)
 _Kinds = tuple[type[UserError], ...]
 
 
@@ -73,7 +70,7 @@ class CommittedRun(NamedTuple):
 
 
 def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Write all files, then the manifest; afterwards the run exists and never changes, and its `_work` is gone.
+    """Write all files, then the manifest; afterwards the run exists and never changes.
 
     `manifest` is JSON content; `files` and the hashes are added here. Raises `StorageError` if the run is committed already or cannot be
     written, `FormatError` if the manifest is no JSON (NaN included); until the end nobody sees anything.
@@ -97,12 +94,6 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
     ) in files.items():  # a job that was told that it had lost the run may have written its own meanwhile
         if run.read(name) != data:
             run.write(name, data)
-    try:
-        run.child(WORK).remove_tree()
-    except StorageError as error:
-        _log.warning(
-            "the run is committed, but its checkpoints could not be removed: %s", redacted(str(error))
-        )
 
 
 def replace(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:

@@ -258,6 +258,7 @@ def close_rounds(opened: Opened, made: rounds.Rounds) -> Result:
         if _is_there(target):
             return _of_another(given)
         raise _uncommitted(given, files, error) from error
+    given.own.claim.finish()
     run.engine.committed(run.source.name, given.inventory.bytes_before, made.best.outcome.bytes)
     return Result(target.uri, manifest.read_manifest(target), False)
 

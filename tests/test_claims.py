@@ -48,6 +48,28 @@ def test_the_second_sees_who_holds_the_run_until_it_is_given_back(work: Store) -
     assert work.names() == []
 
 
+def test_what_is_finished_leaves_nothing_though_its_claim_was_being_written(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
+    begun, write = threading.Event(), Store.write
+
+    def slow(store: Store, name: str, data: bytes) -> None:
+        begun.set()
+        time.sleep(0.1)
+        write(store, name, data)
+
+    run = work.child("run")
+    first = taken(run.child("_work"))
+    run.write("_work/checkpoint/0", b"1")
+    monkeypatch.setattr(Store, "write", slow)
+    assert begun.wait(30)
+    first.finish()
+    first.give_back()
+    assert run.names() == []
+    assert run.local is None or list(run.local.iterdir()) == []
+
+
 def test_of_many_at_once_one_gets_it(work: Store) -> None:
     barrier = threading.Barrier(8)
 

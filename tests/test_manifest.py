@@ -219,13 +219,6 @@ def test_files_that_come_back_other_than_written_are_not_committed(
     assert not run.exists(MANIFEST)
 
 
-def test_checkpoints_go_at_commit(storage: Store) -> None:
-    run = run_store(storage, "lenet5", "r-1")
-    run.write("_work/checkpoint/0", b"1")
-    commit(storage, "lenet5", "r-1")
-    assert [name for name in run.names() if name.startswith("_work")] == []
-
-
 @pytest.mark.parametrize("bad", [{"metrics": float("nan")}, {"metrics": {1, 2}}, {"format": 2}])
 def test_a_manifest_that_is_no_json_or_of_another_format_is_refused_before_anything_is_written(
     tmp_path: Path, bad: dict[str, Any]
