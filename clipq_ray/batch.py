@@ -18,7 +18,7 @@ from typing import Any
 from clipq_ray import identity, logs
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, Engine
-from clipq_ray.errors import ClipqError, RunError
+from clipq_ray.errors import ClipqError, HeldError, RunError
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import finish_ensemble, without
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
@@ -59,9 +59,9 @@ def compress_all(
         aside = job.set_aside()
         job.drop_incomplete()
         job.make(reporter)
-        for numbers in aside:  # nothing is held here that the other job could wait for
-            job.give_back()
-            job.ask_again(numbers)
+        while aside := aside + job.set_aside():  # those that other jobs have taken over meanwhile as well
+            job.give_back()  # nothing is held here that the other job could wait for
+            job.ask_again(aside.pop(0))
             job.drop_incomplete()
             job.make(reporter)
         return job.found
@@ -248,13 +248,19 @@ class _Job:
         for number in numbers:
             self.found[number].run.share_time(len(set(waiting) - set(numbers)), self._at_once)
 
-    def _finished(self, unit: tuple[int, ...]) -> dict[int, Result]:
-        """Everything behind the search of what is finished together."""
+    def _finished(self, unit: tuple[int, ...]) -> Mapping[int, Result | Taken]:
+        """Everything behind the search of what is finished together; `Taken` where another job has taken it over meanwhile."""
         whole = next((one for one in self._ensembles if set(unit) <= set(one)), None)
-        if whole is None:
-            return {number: finish(self.found[number]) for number in unit}
-        members = [self.found[number] for number in whole]
-        made = finish_ensemble(self._ensembles[whole], members, self._engine.parallel)
+        try:
+            if whole is None:
+                return {number: finish(self.found[number]) for number in unit}
+            members = [self.found[number] for number in whole]
+            made = finish_ensemble(self._ensembles[whole], members, self._engine.parallel)
+        except HeldError as lost:
+            if self._alone:
+                raise
+            self._reporters[unit[0]].say(f"{lost}; the other networks of this job come first")
+            return dict.fromkeys(unit, Taken())
         return dict(zip(whole, made, strict=True))
 
     @contextmanager

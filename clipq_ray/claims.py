@@ -169,7 +169,7 @@ class Claim:
         if self._lost:
             raise HeldError(
                 f"another job took over {self._work.uri}, since this one did not answer for {lifetime():.0f} s; "
-                "what is finished is stored; run again to see the result"
+                "what is finished is stored"
             )
 
 

@@ -127,14 +127,38 @@ def test_what_the_new_owner_commits_is_the_result(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_job_that_makes_others_too_leaves_the_run_to_its_new_owner(
+def test_a_job_that_makes_others_too_makes_them_first_and_waits_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds claims that the other job may wait for."""
     engine = Outage("control", monkeypatch)
-    sources = [source(tmp_path, name="a"), source(tmp_path, name="b")]
-    lost, made = compress_all(sources, engine, Reporter(quiet=True))
-    assert isinstance(lost, HeldError)
+    committed: list[str] = []
+
+    def give_back() -> None:
+        committed.extend(run.model for run in manifest.committed(Store(tmp_path)))
+        assert beating() == 1  # the other job's
+        engine.other[0].give_back()
+
+    reporter = Heard(give_back)
+    taken, made = compress_all(
+        [source(tmp_path, name="a"), source(tmp_path, name="b", seed=1)], engine, reporter
+    )
+    assert committed == ["b"]
+    assert any("the other networks of this job come first" in line for line in reporter.lines)
+    for one in (taken, made):
+        assert isinstance(one, Result)
+        assert not one.reused
+        assert manifest.verify(Store(one.uri)) == []
+    assert engine.trained == ["baseline", "baseline", "control", "control", "finetune", "finetune"]
+
+
+def test_a_job_that_is_not_to_wait_leaves_the_run_to_its_new_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Outage("control", monkeypatch)
+    sources = [source(tmp_path, name="a", on_claim="leave"), source(tmp_path, name="b", on_claim="leave")]
+    left, made = compress_all(sources, engine, Reporter(quiet=True))
+    assert isinstance(left, HeldError)
+    assert "--on-claim wait" in str(left)
     assert isinstance(made, Result)
-    assert engine.trained == ["baseline", "control", "finetune"]
     engine.other[0].give_back()
