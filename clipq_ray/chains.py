@@ -61,13 +61,31 @@ def changed(model: nn.Module, sample: Tensor, change: Callable[[], bool]) -> boo
     return False
 
 
-def chains(model: nn.Module, through: Collection[Any], weights: Collection[str]) -> list[Chain]:
+def chains(
+    model: nn.Module, through: Collection[Any], weights: Collection[str], kept: Collection[str] = ()
+) -> list[Chain]:
     """All pairs of layers whose weights (parameter names) are among `weights` and that follow each other through kinds in `through` only; none in a network
-    that cannot be traced."""
-    graph_module = traced(model)  # as in use: what only a training reaches sees no units
+    that cannot be traced. What only a training reaches sees no units, unless it is among `kept`, names of the state dict that a file holds beside them."""
+    graph_module = traced(model)
     if graph_module is None:  # control flow on values, and whatever else a network does
         return []
-    graph = graph_module.graph
+    found = _in_graph(graph_module.graph, model, through, weights)
+    if not found or all(_reached(name, graph_module.graph) for name in kept):
+        return found
+    trained = traced(model, training=True)
+    as_trained = [] if trained is None else _in_graph(trained.graph, model, through, weights)
+    return [one for one in found if one in as_trained]
+
+
+def _reached(name: str, graph: fx.Graph) -> bool:
+    """Whether a graph reads this entry of the state dict."""
+    targets = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    return any(name == target or name.startswith(f"{target}.") for target in targets)
+
+
+def _in_graph(
+    graph: fx.Graph, model: nn.Module, through: Collection[Any], weights: Collection[str]
+) -> list[Chain]:
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     often = {node.target for node in calls if sum(one.target == node.target for one in calls) > 1}

@@ -8,7 +8,7 @@ function of the network stays the same up to the rounding of sums. Not covered: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,12 @@ _THROUGH = (*RELU, *MAX_POOL, *NOTHING, *FLAT)
 
 @torch.no_grad()
 def drop(
-    model: nn.Module, layers: Mapping[str, codec.CodedLayer], sample: Tensor
+    model: nn.Module, layers: Mapping[str, codec.CodedLayer], sample: Tensor, kept: Collection[str] = ()
 ) -> tuple[dict[str, codec.CodedLayer], int]:
     """Take dead units out of `model`, whose weights are those of `layers` (by parameter name), in place; the layers then, and how many units went.
 
-    `sample`: float32 (n, c, h, w); where the outputs for it are not the same afterwards, everything is as it was."""
-    pairs = chains(model, _THROUGH, layers)
+    `kept`: what the file holds beside them, by name. `sample`: float32 (n, c, h, w); where the outputs for it are not the same afterwards, everything is as it was."""
+    pairs = chains(model, _THROUGH, layers, kept)
     if not pairs:
         return dict(layers), 0
     gone: set[tuple[str, int]] = set()

@@ -116,7 +116,7 @@ def _made(
         name: (float((weight - quantized[name].values.double()).norm()), float(weight.norm()))
         for name, weight in full.items()
     }
-    layers, gone = _coded(source, model, plan, quantized, data)
+    layers, gone = _coded(source, model, plan, quantized, data, inventory.kept)
     model.to(source.device())
     words, exact = _batch_norm(model, source, data)
     packed = codec.Packed(
@@ -129,7 +129,12 @@ def _made(
 
 
 def _coded(
-    source: Source, model: nn.Module, plan: Plan, quantized: Mapping[str, Quantized], data: Data
+    source: Source,
+    model: nn.Module,
+    plan: Plan,
+    quantized: Mapping[str, Quantized],
+    data: Data,
+    kept: Sequence[str],
 ) -> tuple[dict[str, codec.CodedLayer], int]:
     """The layers as the file has them, `model` with them; how many units went because they feed nothing."""
     config, shares = source.config, {layer.layer: layer.share for layer in plan.layers}
@@ -139,9 +144,11 @@ def _coded(
         for name, layer in layers.items():
             model.get_parameter(name).data.copy_(torch.from_numpy(layer.values()))
     sample = data.validation.batch(torch.arange(min(_SAMPLE, len(data.validation))), None)[0]
-    layers, gone = dead_units.drop(model, layers, sample) if config.dead_units == "drop" else (layers, 0)
+    gone = 0
+    if config.dead_units == "drop":
+        layers, gone = dead_units.drop(model, layers, sample, kept)
     if config.unit_order == "sorted":
-        layers = unit_order.sort(model, layers, sample)
+        layers = unit_order.sort(model, layers, sample, kept)
     return layers, gone
 
 
@@ -157,7 +164,7 @@ def file_bytes(
     """Bytes of the file that a network of these full-precision weights would make by now, with grids of `precision`: nothing is evaluated."""
     model = source.network()
     put_state(model, weights)
-    layers, _ = _coded(source, model, plan, bake(model, plan), data)
+    layers, _ = _coded(source, model, plan, bake(model, plan), data, inventory.kept)
     return _bytes(source, model, inventory, data, layers, precision)
 
 

@@ -35,9 +35,10 @@ class Cut:
     behind: Callable[[tuple[Any, ...]], Tensor]
 
 
-def traced(model: nn.Module) -> fx.GraphModule | None:
-    """The graph of `model` in eval mode, which shares its weights; None where torch.fx cannot trace it."""
+def traced(model: nn.Module, training: bool = False) -> fx.GraphModule | None:
+    """The graph of `model` in eval mode, or as it is trained, which shares its weights; None where torch.fx cannot trace it."""
     with evaluating(model):
+        model.train(training)
         try:
             return fx.symbolic_trace(model)
         except Exception:  # tracing runs the network's own code on stand-ins, which may raise anything

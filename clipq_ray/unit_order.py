@@ -8,7 +8,7 @@ residual sums, and units that belong to groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,14 +24,14 @@ _THROUGH = (*RELU, *MAX_POOL, *NOTHING, *FLAT, *NORM, *BY_CHANNEL)
 
 @torch.no_grad()
 def sort(
-    model: nn.Module, layers: Mapping[str, codec.CodedLayer], sample: Tensor
+    model: nn.Module, layers: Mapping[str, codec.CodedLayer], sample: Tensor, kept: Collection[str] = ()
 ) -> dict[str, codec.CodedLayer]:
     """Sort the units of `model`, whose weights are those of `layers` (by parameter name), in place; the layers then.
 
-    `sample`: float32 (n, c, h, w); where the outputs for it are not the same afterwards, everything is as it was."""
+    `kept`: what the file holds beside them, by name. `sample`: float32 (n, c, h, w); where the outputs for it are not the same afterwards, everything is as it was."""
     pairs = [
         one
-        for one in chains(model, _THROUGH, layers)
+        for one in chains(model, _THROUGH, layers, kept)
         if getattr(model.get_submodule(one.first), "groups", 1) == 1
     ]
     sorted_layers = dict(layers)

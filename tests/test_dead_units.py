@@ -195,3 +195,16 @@ def test_the_lenets_are_followed(name: str, first: str, second: str) -> None:
     gone, found = checked(model, images)
     assert gone == 1
     assert (found[f"{first}.weight"].codes[5] == 0).all()
+
+
+def test_units_that_a_kept_head_reads_in_training_stay() -> None:
+    model, layers, images = made(Auxiliary())
+    silence(model, "first", outgoing="second")
+    before = dict(model.state_dict())
+    layers = layers_of(model)
+    kept = ["first.bias", "second.bias", "aux.weight", "aux.bias"]
+    assert len(chains(model, RELU, layers, kept[:2])) == 1
+    assert chains(model, RELU, layers, kept) == []
+    assert dead_units.drop(model, layers, images, kept) == (layers, 0)
+    assert model.training
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
