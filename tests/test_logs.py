@@ -14,6 +14,7 @@ from data_files import parquet, png, write
 from clipq_ray import logs
 from clipq_ray.claims import claim
 from clipq_ray.data import batches, open_data
+from clipq_ray.errors import StorageError
 from clipq_ray.storage import Store
 from clipq_ray.summary import table
 
@@ -71,14 +72,16 @@ def test_a_claim_that_cannot_be_kept_alive_says_whose_it_is(
     work = Store(str(tmp_path / "work"))
     with logs.about("lenet5"):
         held = claim(work)
-    (tmp_path / "work").rename(tmp_path / "away")
-    (tmp_path / "work").write_text("no folder")
-    limit = time.monotonic() + 60
-    while not caplog.messages:
-        assert time.monotonic() < limit, "nothing was said"
-        time.sleep(0.01)
-    (tmp_path / "work").unlink()
-    (tmp_path / "away").rename(tmp_path / "work")
+
+    def full(store: Store, name: str, data: bytes) -> None:
+        raise StorageError(f"cannot write {len(data)} bytes to {store.uri}/{name}: No space left on device")
+
+    with monkeypatch.context() as later:
+        later.setattr(Store, "write", full)
+        limit = time.monotonic() + 60
+        while not caplog.messages:
+            assert time.monotonic() < limit, "nothing was said"
+            time.sleep(0.01)
     held.give_back()  # type: ignore[union-attr]
     assert caplog.messages[0].startswith("lenet5: the claim on ")
 

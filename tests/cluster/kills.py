@@ -331,7 +331,8 @@ class _Run:
 
     def kill(self, order: Order) -> bool:
         """Whether there was something to kill."""
-        before = rows_so_far(self.storage)
+        brief = order.stage not in WORKERS  # may be over before all that is stored is read
+        before = {} if brief else rows_so_far(self.storage)
         victim = self.victim(order)
         if victim is None:
             return False
@@ -349,6 +350,8 @@ class _Run:
                 os.kill(pid, signal.SIGKILL)
         if order.kind == "driver":
             self.job.process.wait()
+        if brief:
+            kill.before = rows_so_far(self.storage)
         self.pending.pop(0)
         if self.hit(order, len(others)):
             self.kills.append(kill)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,14 +220,19 @@ def test_what_tune_left_of_a_search_that_was_killed_is_removed_by_the_next(
 
 
 def test_a_search_that_waits_for_another_one_of_its_job_loses_only_its_share_of_that_time(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks, lock = [searching(tmp_path, 0, 1000.0), searching(tmp_path, 1)], threading.Lock()
+    asked_and_got = iter((5.0, 5.0, 10.0, 18.0))
+    monkeypatch.setattr(
+        "clipq_ray.cluster.ray_search.time", SimpleNamespace(monotonic=lambda: next(asked_and_got))
+    )
     with turn(lock, tasks) as at_once:
-        assert at_once[0].deadline == pytest.approx(1000.0, abs=0.01)
+        assert at_once[0].deadline == 1000.0
         assert lock.locked()
     lock.acquire()
-    threading.Timer(0.8, lock.release).start()
+    threading.Timer(0.2, lock.release).start()
     with turn(lock, tasks) as later:
-        assert later[0].deadline == pytest.approx(1000.2, abs=0.1)
+        assert lock.locked()
+        assert later[0].deadline == 1002.0
         assert later[1].deadline is None

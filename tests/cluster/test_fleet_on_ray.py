@@ -278,7 +278,7 @@ def test_the_second_of_two_jobs_waits_and_takes_the_result_or_leaves(
     storage = tmp_path / "s"
     arguments = submission(tmp_path, f"--storage={storage}", "--engine=local", data=images)
     with started(arguments, tmp_path / "first") as first:
-        first.until(lambda: list(storage.glob("model=lenet5/run=*/_work/claim-*")))
+        first.until(lambda: len(list(storage.glob("model=*/run=*/_work/claim-*"))) == 2)
         with (
             started([*arguments, "--on-claim=leave"], tmp_path / "leaving") as leaving,
             started(arguments, tmp_path / "second") as second,

@@ -173,7 +173,8 @@ def test_no_more_trainings_go_on_than_may_and_one_that_waits_for_that_holds_back
         until(lambda: trainings.let_in == ["t", "u"])
 
 
-def test_no_more_trials_leave_their_seats_than_a_training_needs() -> None:
+def test_no_more_trials_leave_their_seats_than_a_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipq_ray.cluster.room._PATIENCE_SECONDS", 1000.0)
     desk = Desk(3)
     room = Room(desk)
     for name in ("a", "b", "c"):
@@ -210,6 +211,7 @@ def test_the_first_in_rank_comes_first_and_nobody_overtakes_it() -> None:
         desk.place("first", ONE, ONE, training=True)
         trainings.start("low", ONE, 1, rank=1)
         trainings.start("high", ONE, 2, rank=0)
+        until(lambda: len(room._queue) == 2)
         trainings.end("first")
         time.sleep(0.5)
         assert trainings.let_in == ["first"]  # what has ended counts until Ray has it back

@@ -66,6 +66,7 @@ def midway(storage: Path) -> bool:
 
 
 def searchers(session: int) -> set[int]:
+    """Those that are in a step: between two steps an actor's process may have no title."""
     return {process.pid for process in processes(session) if "ResourceTrainable" in process.title}
 
 
@@ -96,9 +97,9 @@ def test_a_trial_that_is_killed_goes_on_behind_its_last_evaluation(
     storage = tmp_path / "s"
     with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
         job.until(lambda: midway(storage))
-        first = searchers(job.session)
+        searching = job.until(lambda: searchers(job.session))
         before = rows_so_far(storage)
-        os.kill(min(first), signal.SIGKILL)
+        os.kill(min(searching), signal.SIGKILL)
         job.until(lambda: searched(storage))
         assert "was lost; it goes on behind its last evaluation" in (tmp_path / "errors").read_text()
     assert_as_undisturbed(undisturbed, storage, before)
@@ -111,8 +112,9 @@ def test_a_trial_that_hangs_is_ended_and_where_it_may_not_fail_it_is_named(
     again = command(storage, weights, **SEARCHED)
     with started([*again, "--stall-minutes=0.3", "--max-failures=0"], tmp_path / "errors") as job:
         job.until(lambda: midway(storage))
+        searching = job.until(lambda: searchers(job.session))
         before = rows_so_far(storage)
-        os.kill(min(searchers(job.session)), signal.SIGSTOP)
+        os.kill(min(searching), signal.SIGSTOP)
         ended = job.wait()
     assert ended.code == 1
     *said, named = ended.lines
