@@ -38,7 +38,7 @@ class Config(BaseModel):
         None,
         min_length=1,
         description="URI of trained weights (.safetensors, .pt); 'torchvision' for its published ones; 'train' to train them first; "
-        "'random' for none (trials). Default: torchvision's for its networks, 'train' for built-in ones",
+        "'random': as the network is made, which keeps weights that your own function loads. Default: torchvision's for its networks, 'train' for all others",
     )
     model_args: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the network, as JSON"
@@ -87,7 +87,10 @@ class Config(BaseModel):
         description="standard deviation per channel; default: that of torchvision's weights, else the data's usual",
     )
     memory_limit_gib: float = Field(
-        4.0, gt=0, le=MOST, description="decoded images are held in memory up to this size [GiB]"
+        4.0,
+        gt=0,
+        le=MOST,
+        description="decoded images of the network's input size are held in memory up to this size [GiB]; those that are resized are decoded in every epoch",
     )
     bad_image_limit: int = Field(
         0, ge=0, description="unreadable images that are skipped before the run stops"
@@ -157,8 +160,8 @@ class Config(BaseModel):
     )
     vectors: Literal["auto", "exact"] = Field(
         "auto",
-        description="batch norm, biases and levels; auto: folded, on the coarsest grids that change nothing measured on validation images, levels as "
-        "float16; exact: not folded, float16 where that keeps a relative error of 2^-10, else float32",
+        description="batch norm, biases and levels; auto: folded, on the coarsest grids that cost at most 0.05 points and one standard error on validation images, "
+        "levels as float16 within a relative error of 2^-10; exact: not folded, float16 within that error, levels only where it is exact, else float32",
     )
 
     dead_units: Literal["drop", "keep"] = Field(
@@ -312,7 +315,7 @@ class Config(BaseModel):
     )
     decode: Literal["auto", "worker", "cluster"] = Field(
         "auto",
-        description="where images beyond --memory-limit-gib are read and decoded: by the training's worker, or by Ray Data on CPUs of any node; "
+        description="where images that are not held in memory (--memory-limit-gib) are read and decoded: by the training's worker, or by Ray Data on CPUs of any node; "
         "auto: there, where the cluster has CPUs beyond those of the workers and --limit-cpus is not given",
     )
     decode_cpus: int | None = Field(

@@ -47,9 +47,12 @@ def _named(record: logging.LogRecord) -> bool:
     return True
 
 
+def brief(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line without secrets."""
+    return redacted(" ".join(str(error).split()))[:300]
+
+
 def unexpected(error: BaseException) -> str:
     """Logs the traceback of an error that is no mistake of the input, and says it in one line; both without secrets."""
     logger(__name__).error("unexpected: %s", redacted("".join(traceback.format_exception(error))))
-    return (
-        f"unexpected {type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}; please report it"
-    )
+    return f"unexpected {type(error).__name__}: {brief(error)}; please report it"

@@ -142,6 +142,9 @@ def _claimed(run: Run, inputs: Mapping[str, Any], wait: bool) -> Own | Result | 
             return Result(target.uri, committed, True)
         found = claims.claim(target.child(WORK))
         if isinstance(found, claims.Claim):
+            if target.exists(MANIFEST):  # committed since it was looked for
+                found.give_back()
+                continue
             run.work, run.claim = target.child(WORK), found
             return Own(run_id, target, found, wait)
         words = f"run {run_id} is being made by another job ({found.words})"
@@ -265,6 +268,7 @@ def close_rounds(opened: Opened, made: rounds.Rounds) -> Result:
 
 def _of_another(given: Prepared) -> Result:
     target = given.own.target
+    given.own.claim.finish()
     given.run.reporter.say(
         f"run {given.own.run_id} was committed by another job meanwhile; this one's result is the same and is dropped"
     )

@@ -22,6 +22,9 @@ from clipq_ray.plan import Plan
 from clipq_ray.searching import Searched
 from clipq_ray.storage import LAYERS, MODEL, PREDICTIONS, REPORT, TRIALS
 
+_ELSEWHERE = ("architecture", "class_names", "config")
+"""What decides a run and has a field of its own."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -79,6 +82,7 @@ def document(
         "model": name,
         **run,
         "architecture": identity["architecture"],
+        "identity": {name: value for name, value in identity.items() if name not in _ELSEWHERE},
         "source_sha256": source_sha256,
         "tradeoff": choice.tradeoff,
         "metrics": {

@@ -1,6 +1,7 @@
 """Verify a claim from the file alone: `python jobs/evaluate.py FILE --data URI` prints bytes, ratio and top-1 of a .clq file.
 
-`FILE` is a .clq file or a run directory, local or any fsspec URI. Nothing but the file and the data is read.
+`FILE` is a .clq file or a run directory, local or any fsspec URI. Nothing but the file and the data is read, so the network must be a registered
+one; for one of your own there is `clipq_ray.load(uri, factory)`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from clipq_ray import claims, manifest, pipeline
+from clipq_ray import claims, identity, manifest, pipeline
 from clipq_ray.batch import compress, compress_all
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import LocalEngine
@@ -162,3 +162,24 @@ def test_a_job_that_is_not_to_wait_leaves_the_run_to_its_new_owner(
     assert "--on-claim wait" in str(left)
     assert isinstance(made, Result)
     engine.other[0].give_back()
+
+
+def test_a_run_that_is_committed_while_it_is_claimed_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look for its result and the claim another job may have ended."""
+    there = compress(source(tmp_path / "there"), LocalEngine(), Reporter(quiet=True))
+    (target,) = (tmp_path / "there").glob("model=*/run=*")
+    run_id, answers = identity.run_id, iter([None])
+
+    def before_the_commit(*given: Any, **more: Any) -> tuple[str, dict[str, Any] | None]:
+        found, committed = run_id(*given, **more)
+        return found, next(answers, committed)
+
+    monkeypatch.setattr(identity, "run_id", before_the_commit)
+    engine = Outage("none", monkeypatch)
+    found = compress(source(tmp_path / "there"), engine, Reporter(quiet=True))
+    assert found.reused
+    assert found.manifest == there.manifest
+    assert engine.trained == []
+    assert not (target / WORK).exists()

@@ -158,7 +158,9 @@ class RayEngine:
         self._gpus: dict[str, bool] = {}
         self._meter: Meter | None = None
         self._searching = threading.Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="clipq-ray-")
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="clipq-ray-", ignore_cleanup_errors=True
+        )  # where it is interrupted, Tune may still write there
 
     def __enter__(self) -> Self:
         self._before = {name: os.environ.get(name) for name in _SETTINGS}

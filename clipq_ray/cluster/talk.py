@@ -114,14 +114,24 @@ class Watch:
         self._apart, self._ended = apart, threading.Event()
 
     def _poll(self) -> None:
+        said = False
         while not self._end.wait(_POLL_SECONDS):
             self._apart.check()
-            self._show()
-            self._look()
-            if self._hosts is not None:
-                self._hosts.look()
-            if gone := self.hangs.look(ray.get(self.board.signs.remote())):
-                self.board.leave.remote(gone)
+            try:
+                self._pass_on()
+            except Exception as error:  # a thread that ended here would let everything hang from then on
+                self._apart.check()
+                if not (said or self._end.is_set()):
+                    log.warning("progress cannot be read, and is asked for again: %s", logs.brief(error))
+                said = True
+
+    def _pass_on(self) -> None:
+        self._show()
+        self._look()
+        if self._hosts is not None:
+            self._hosts.look()
+        if gone := self.hangs.look(ray.get(self.board.signs.remote())):
+            self.board.leave.remote(gone)
 
     def release(self) -> None:
         """Give back what workers held, where their work has failed: Ray Train leaves it behind where it cannot end in order."""

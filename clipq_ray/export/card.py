@@ -82,8 +82,8 @@ def _body(source: Source, dense_bytes: int, base_model: str | None) -> Iterator[
     yield f"# {source.name}, compressed by {_METHOD}"
     yield ""
     yield (
-        f"Weights were pruned and quantized jointly, in training{f', from {base_model}' if base_model else ''}. `model.clq` is the compressed file "
-        "(entropy-coded, lossless for what was trained); `model.safetensors` holds the same weights as dense float32."
+        f"Weights were pruned and quantized jointly, in training{f', from {base_model}' if base_model else ''}. `model.clq` is the compressed file; "
+        "`model.safetensors` holds exactly the numbers that it decodes to, as dense float32."
     )
     yield ""
     yield from _sizes(source, dense_bytes)

@@ -28,10 +28,14 @@ _CURVES = {"compressed": "finetune", "its levels": "levels", "control": "control
 """The lines of a curve, and what the manifest calls them."""
 _REFERENCES = {
     "original": "the original network",
-    "control": "the dense control (same network, images and schedule, without compression)",
+    "control": "the dense control (same network and images, trained without compression for the epochs of the first round and of those on the way to it)",
 }
 # All classes are drawn up to here; above, those that lost most and those that gained most.
 _CLASSES_DRAWN, _LOST_DRAWN, _GAINED_DRAWN = 40, 25, 10
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def page(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Table | None) -> str:
@@ -46,7 +50,7 @@ def page(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Tab
         "created": manifest.get("created_utc"),
         "headline": _headline(metrics),
         "verdict": _verdict(metrics, predictions),
-        "promise": promise_line(manifest["promise"]).capitalize() if manifest.get("promise") else None,
+        "promise": _sentence(promise_line(manifest["promise"])) if manifest.get("promise") else None,
         "accuracy": [
             _set(name, metrics.get(name), manifest.get("data") or {}) for name in ("test", "validation")
         ],
@@ -379,7 +383,7 @@ def _record(manifest: Json) -> list[dict[str, Any]]:
         [
             words.printable(stage.get("stage")),
             words.duration(stage.get("seconds")),
-            "taken from an earlier run" if stage.get("reused") else "run",
+            "was there already" if stage.get("reused") else "run",
             words.printable(stage.get("key")),
         ]
         for stage in manifest.get("stages") or ()

@@ -166,6 +166,23 @@ def test_a_training_that_is_interrupted_again_and_again_comes_to_its_end(
 
 
 @pytest.mark.slow
+def test_progress_that_cannot_be_told_once_is_told_from_then_on(
+    engine: RayEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What tells it also ends what hangs."""
+    told = list[int]()
+
+    def progress(done: int, total: int, words: str) -> None:
+        told.append(done)
+        if len(told) == 1:
+            raise OSError("no space left\nfor a line")
+
+    engine.train(training(tmp_path, 40), progress)
+    assert len(told) > 1
+    assert "progress cannot be read, and is asked for again: no space left for a line" in caplog.text
+
+
+@pytest.mark.slow
 def test_workers_that_die_while_they_start_are_started_so_often_and_named(
     engine: RayEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
