@@ -49,7 +49,7 @@ class Held:
 
 def looked_at(done: float, ramp: Ramp | None) -> bool:
     """Whether a size that is held is looked at when a part `done` of a schedule with this ramp is over."""
-    return max(BEGIN, ramp.share if ramp else 0.0) <= done + 1e-9 and done < END
+    return max(BEGIN, ramp.share if ramp else 0.0) <= done + 1e-9 and done < END - 1e-9
 
 
 class Rates:

@@ -50,6 +50,11 @@ lost, the point that saves the most; further ones are drawn at random."""
 START_AGAIN = (0.0, 0.25, 0.1, 0.5, 0.05, 0.75, 0.02, 0.9, 0.35, 0.17)
 """The same where a network is searched that is compressed already: the share is that of the weights as they are, and the first point moves them least."""
 
+TOO_FAR = 0.1
+"""A layer of which no start point is within so much of the original's error [fraction of images] has nowhere to begin from, and looks the same everywhere: it gets
+further start points, each of a `MILDER` share of what the mildest one lost, until one is."""
+MILDER = 0.1
+
 RATES = (
     *(step / 100 for step in range(96)),
     *(step / 1000 for step in range(952, 990, 2)),
@@ -169,6 +174,24 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings, known: Cand
     )
 
 
+def milder(
+    trials: Sequence[Trial], settings: Settings, known: Candidates, original: Callable[[], float]
+) -> Suggestion | None:
+    """A further start point for a layer whose points are all far from the `original` error; None where one is not, or where nothing milder is left."""
+    if settings.again or len(trials) < settings.start:  # one that is compressed already begins where it is
+        return None
+    least = min(trial.error for trial in trials)
+    if least < TOO_FAR or least < original() + TOO_FAR:
+        return None
+    place = {theta: index for index, theta in enumerate(known.thetas)}
+    lost = min(float(known.distortion[place[trial.theta]]) for trial in trials)
+    free = known.without({trial.theta for trial in trials})
+    chosen = start_point(free, MILDER * lost)
+    if free.distortion[chosen] >= lost:
+        return None
+    return Suggestion(free.thetas[chosen], "start", settings.tradeoffs[len(trials) % len(settings.tradeoffs)])
+
+
 def exhausted(suggestion: Suggestion, trials: Sequence[Trial], settings: Settings) -> bool:
     """Whether a layer ends before its last evaluation: what `suggestion` may gain is not worth measuring."""
     return suggestion.gain is not None and suggestion.gain * trials[0].images < settings.stop_gain
@@ -200,11 +223,18 @@ class LayerEvaluator:
         self._scores = LayerScores(model.to(device), images, batch_size, device, cache_bytes)
         self._model, self._images, self._network_bytes = model.to(device), images, network_bytes
         self._node = node
+        self._original: float | None = None
         self._known: dict[str, Candidates] = {}
 
     def release(self) -> None:
         """Keep nothing of the network until the next measurement."""
         self._scores.release()
+
+    def original(self, group: Group) -> float:
+        """The top-1 error of the network as it is; measured once. `group`: whose turn it is, before whose layers values are kept."""
+        if self._original is None:
+            self._original = 1.0 - self._scores.evaluate(group.layers).top1
+        return self._original
 
     def _weight(self, layer: str) -> torch.Tensor:
         """The layer's weights at full precision."""
@@ -331,7 +361,8 @@ def step_group(
     known = evaluator.known(group)
     if len(trials) >= len(known.thetas):
         return None
-    found = suggest(trials, group.name, settings, known)
+    found = milder(trials, settings, known, lambda: evaluator.original(group))
+    found = found or suggest(trials, group.name, settings, known)
     if exhausted(found, trials, settings):
         return None
     best = min((trial.objective(found.tradeoff) for trial in trials if not trial.bound), default=None)

@@ -31,6 +31,7 @@ from clipq_ray.search import (
     Trial,
     exhausted,
     ladder,
+    milder,
     step_group,
     suggest,
 )
@@ -228,6 +229,49 @@ def test_a_layer_that_is_exhausted_is_measured_no_more() -> None:
     made = [step_group(measures, alone("0.weight"), trials, settings) for _ in range(5)]
     assert made[:4] == trials
     assert made[4] is None
+
+
+def sensitive() -> LayerEvaluator:
+    """A network with nearly all of its weights' energy in one that no image reaches: of the shares that start points lose nothing is left that matters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 1, 4, 4), dtype=np.uint8)
+    pixels[:, 0, 0, 0] = 128
+    shown = Preprocessing((1, 4, 4), None, (128 / 255,), (0.3,))
+    split = TensorSplit(pixels, np.zeros(60, np.int64), shown)
+    with torch.no_grad():
+        labels = model(split.batch(torch.arange(60), None)[0]).argmax(1).numpy()
+        model[1].weight[0, 0] = 8.0
+    split = TensorSplit(pixels, labels, shown)
+    return LayerEvaluator(model, split, 4 * 51, batch_size=32, device=torch.device("cpu"), node="here")
+
+
+def test_a_layer_without_a_usable_start_point_gets_milder_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> list[Trial]:
+        measures, trials = sensitive(), list[Trial]()
+        while len(trials) < 12 and step_group(
+            measures, alone("1.weight"), trials, replace(SETTINGS, stop_gain=0.1)
+        ):
+            pass
+        return trials
+
+    trials = found()
+    assert min(t.error for t in trials[:4]) > 0.1
+    assert [t.origin for t in trials[:5]] == ["start"] * 5
+    assert min(t.error for t in trials) < 0.1
+    monkeypatch.setattr("clipq_ray.search.milder", lambda *given: None)
+    assert min(t.error for t in found()) > 0.1  # it ended with no point that a plan could take
+
+
+def test_a_layer_that_is_near_the_original_gets_no_milder_start_point() -> None:
+    trials = [replace(t, error=0.5 + t.error / 2) for t in searched("a", SETTINGS)[:4]]
+    least = min(t.error for t in trials)
+    assert milder(trials, SETTINGS, KNOWN, lambda: least - 0.09) is None
+    found = milder(trials, SETTINGS, KNOWN, lambda: least - 0.11)
+    assert found is not None
+    assert found.origin == "start"
+    assert milder(trials[:3], SETTINGS, KNOWN, lambda: 0.0) is None  # start points are left
+    assert milder(trials, replace(SETTINGS, again=True), KNOWN, lambda: 0.0) is None
 
 
 def test_measuring_leaves_the_weights_bit_for_bit() -> None:

@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 
 from clipq_ray.errors import ClipqError, ConfigError
 
-_FORGET_SECONDS = 5.0
+_FORGET_SECONDS, _LOOKS = 15.0, 3
 
 
 def connect(settings: dict[str, Any]) -> Path | None:
@@ -60,8 +60,9 @@ def handlers_kept() -> Iterator[None]:
 
 def forget(session: Path) -> None:
     """Remove what a Ray of our own that has ended keeps of itself on this machine."""
-    ended = time.monotonic() + _FORGET_SECONDS
-    while session.exists() and time.monotonic() < ended:  # its last processes may still write
+    ended, gone = time.monotonic() + _FORGET_SECONDS, 0
+    while gone < _LOOKS and time.monotonic() < ended:  # its last processes may still write
+        gone = 0 if session.exists() else gone + 1
         shutil.rmtree(session, ignore_errors=True)
         time.sleep(0.1)
     latest = session.parent / "session_latest"
