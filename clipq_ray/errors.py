@@ -8,8 +8,9 @@
     │   ├── StorageError     a URI cannot be read or written
     │   └── FormatError      a table or a manifest is damaged
     │       └── ArtifactError   a .clq file is damaged, or needs a newer version
-    └── RunError             the run itself failed, e.g. diverged: exit code 1
-        └── HeldError        another job makes the run, and this one does not wait
+    └── RunError             the run itself failed: exit code 1
+        ├── HeldError        another job makes the run, and this one does not wait
+        └── DivergedError    a training diverged; a note where a file is there without it
 
 A message says what was expected, what came and what to do, in one line. Foreign exceptions are translated once, where they enter
 (`raise ... from error`).
@@ -58,3 +59,7 @@ class RunError(ClipqError):
 
 class HeldError(RunError):
     """Another job makes the run, and this one was told not to wait for it."""
+
+
+class DivergedError(RunError):
+    """A training's weights or its loss became NaN or infinite, as they would again."""

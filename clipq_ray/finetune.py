@@ -25,7 +25,7 @@ from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Split, batches
 from clipq_ray.data.augment import cut_out
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.errors import ModelError, RunError
+from clipq_ray.errors import DivergedError, ModelError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.levels import Levels
 from clipq_ray.memory import most_that_fit, ran_out
@@ -273,7 +273,7 @@ class Trainer:
             raise self._diverged(epoch, f"loss {mean}")
         return mean
 
-    def _diverged(self, epoch: int, what: str) -> RunError:
+    def _diverged(self, epoch: int, what: str) -> DivergedError:
         option = {"baseline": "--baseline-learning-rate", "levels": "--level-learning-rate"}.get(
             self.stage, "--learning-rate"
         )
@@ -281,7 +281,7 @@ class Trainer:
         if self.stage == "finetune":
             rate += " in this training; a further round has half"
         warmup = " or raise --warmup-epochs" if self.schedule.warmup_epochs else ""
-        return RunError(
+        return DivergedError(
             f"{self.stage} diverged in epoch {epoch + 1} ({what}); lower {option} ({rate}){warmup}"
         )
 

@@ -1,4 +1,5 @@
 """The file of a round: with the levels and codes that training left, or with those trained behind it where validation images like these better.
+A training of these that diverges takes nothing away: the round is there without it.
 
 Not covered: how they are trained (`levels`), what is packed (`packing`).
 """
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from clipq_ray import levels, packing, stages
+from clipq_ray.errors import DivergedError
 from clipq_ray.network import Inventory
 from clipq_ray.plan import Plan
 from clipq_ray.stages import Run
@@ -34,14 +36,19 @@ def packed(
     began = time.monotonic()
     made, trained, taken = [pack(None)], list[Store](), 0
     spent = time.monotonic() - began
-    for fitted in _tries(run, tuned, plan, work, number, held, spent) if further else ():
-        trained.append(fitted)
-        made.append(pack(fitted))
-        taken = packing.best(made, most_bytes)
-        words = "taken" if taken == len(made) - 1 else "not taken, another file is better"
-        run.reporter.say(f"levels and codes that were trained: {len(made[-1].file):,} bytes, {words}")
-        if taken and packing.keeps(made[taken], most_bytes):
-            break
+    try:
+        for fitted in _tries(run, tuned, plan, work, number, held, spent) if further else ():
+            trained.append(fitted)
+            made.append(pack(fitted))
+            taken = packing.best(made, most_bytes)
+            words = "taken" if taken == len(made) - 1 else "not taken, another file is better"
+            run.reporter.say(f"levels and codes that were trained: {len(made[-1].file):,} bytes, {words}")
+            if taken and packing.keeps(made[taken], most_bytes):
+                break
+    except DivergedError as error:  # at the same rate the next ones would, too
+        kept = "those that were trained before" if taken else "its own"
+        run.notes.append(f"the levels and codes of round {number} are {kept}: {error}")
+        run.reporter.say(run.notes[-1])
     return trained[taken - 1] if taken else None, made[taken], tuple(trained)
 
 

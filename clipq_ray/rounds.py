@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from torch import nn
 
 from clipq_ray import fitting, packing, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
+from clipq_ray.errors import DivergedError
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group
 from clipq_ray.intent import (
-    LARGER,
-    SMALLER,
+    STEPS,
     Drop,
     Intent,
     Outcome,
     before_training,
     best,
+    codes_follow,
+    harmless,
     keeps,
     next_request,
     rung_sizes,
+    step_on,
     to_ask,
 )  # fmt: skip
 from clipq_ray.network import Inventory
@@ -46,12 +48,6 @@ from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
 from clipq_ray.together import added
 from clipq_ray.training import Size, epochs_in, plan_after
-
-T = TypeVar("T")
-STEPS = 40  # of a third or a quarter each: further than any network
-START_ERROR = 0.03
-"""A first plan may add so much one-shot error, summed over layers: on ResNet-20 that is a 15-fold smaller file, of which ten epochs recover all
-but 0.3 points; more by five times what may be lost. A start only: the rounds decide."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +197,7 @@ class Making:
         if requested is None or intent is None or intent.kind != "bytes" or not self.run.config.hold_size:
             return None
         precision = self.done[-1].packed.precision if self.done else packing.usual(self.run.source)
-        held = requested if rungs_left else min(requested, to_ask(intent, _codes_follow(self.run.config)))
+        held = requested if rungs_left else min(requested, to_ask(intent, codes_follow(self.run.config)))
         return Size(held, self.given.inventory, precision)
 
     def initial(self) -> nn.Module:
@@ -216,7 +212,7 @@ class Making:
 
 
 def run_rounds(run: Run, given: Given) -> Rounds:
-    """At least one round, and as many as the intent, `--rounds` and the deadline leave."""
+    """At least one round, and as many as the intent, `--rounds` and the deadline leave; one that diverges behind a finished one is the end, too."""
     intent = Intent.of(run.config, given.inventory.bytes_before)
     making = Making(run, given, intent)
     done = making.done
@@ -232,7 +228,13 @@ def run_rounds(run: Run, given: Given) -> Rounds:
             making.search_again(requested, 1 / (1 + len(rungs)))
         choice, requested = _other_choice(intent, making, requested, on_the_way=bool(rungs))
         if not making.made(choice, requested, len(rungs)):
-            making.make(choice, requested, len(rungs))
+            try:
+                making.make(choice, requested, len(rungs))
+            except DivergedError as error:
+                if not done:
+                    raise
+                _say_diverged(run, Rounds(intent, given.inventory, tuple(done)), error)
+                break
             seconds = time.monotonic() - started
             _say(run, intent, done, given.inventory.bytes_before)
         elif not rungs:
@@ -243,12 +245,21 @@ def run_rounds(run: Run, given: Given) -> Rounds:
             continue
         # rounds on the way to a size are none of those that look for the promise
         looked = [one.outcome for one in done if not one.on_the_way]
-        requested = next_request(intent, looked, run.config.rounds, _codes_follow(run.config))
+        requested = next_request(intent, looked, run.config.rounds, codes_follow(run.config))
         if requested is None:
             break
     made = Rounds(intent, given.inventory, tuple(done))
     _say_smallest(run, made)
     return made
+
+
+def _say_diverged(run: Run, made: Rounds, error: DivergedError) -> None:
+    """A note on the round behind those that were made, of which there is no file."""
+    lost, taken = len(made.all) + 1, 1 + made.all.index(made.best)
+    run.notes.append(
+        f"round {lost} came to nothing and no round follows it, the file is that of round {taken}: {error}"
+    )
+    run.reporter.say(run.notes[-1])
 
 
 def _say_smallest(run: Run, made: Rounds) -> None:
@@ -262,11 +273,6 @@ def _say_smallest(run: Run, made: Rounds) -> None:
         run.reporter.say(run.notes[-1])
 
 
-def _codes_follow(config: Config) -> bool:
-    """Whether codes that are trained behind a round may take bytes that it leaves."""
-    return config.hold_size and config.level_epochs > 0
-
-
 def _thetas(choice: Choice) -> list[Any]:
     return [trial.theta for trial in choice.trials.values()]
 
@@ -276,7 +282,7 @@ def _requests(intent: Intent, searched: Searched, other: int, config: Config) ->
     if intent.kind == "tradeoff":
         return (None,)
     if intent.kind == "bytes":
-        rungs, codes = config.rungs, _codes_follow(config)
+        rungs, codes = config.rungs, codes_follow(config)
         return (
             (to_ask(intent, codes),)
             if rungs < 2
@@ -301,17 +307,6 @@ def _mild(intent: Intent, searched: Searched, other: int) -> int:
     return found.bytes + other
 
 
-def harmless(intent: Intent, chosen: Callable[[float], T], error: Callable[[T], float]) -> T:
-    """What is `chosen` at the largest lambda whose one-shot `error` may do for a first round; where even the mildest has more, that."""
-    allowed = START_ERROR + 5 * intent.value / 100
-    mildest, *others = map(float, np.geomspace(1e-4, 1e6, 200))
-    found = chosen(mildest)
-    for tradeoff in others:
-        if error(one := chosen(tradeoff)) <= allowed:
-            found = one
-    return found
-
-
 def _choice(intent: Intent, making: Making, requested: int | None, on_the_way: bool = False) -> Choice:
     trials, planned = making.searched.trials, making.planned(requested)
     if planned is None:
@@ -325,10 +320,9 @@ def _other_choice(
 ) -> tuple[Choice, int | None]:
     """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
     choice = _choice(intent, making, requested, on_the_way)
-    sides = {keeps(intent, one.outcome) for one in making.done}
-    if requested is None or intent.kind != "max_drop" or len(sides) != 1:
+    step = step_on(intent, [one.outcome for one in making.done])
+    if requested is None or step is None:
         return choice, requested
-    step = SMALLER if True in sides else LARGER
     for _ in range(STEPS):
         if not making.made(choice, requested):
             break

@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipq_ray.config import make
-from clipq_ray.intent import Drop, Intent, Outcome, before_training, best, keeps, next_request, rung_sizes
+from clipq_ray.intent import (
+    LARGER,
+    SMALLER,
+    Drop,
+    Intent,
+    Outcome,
+    before_training,
+    best,
+    keeps,
+    next_request,
+    rung_sizes,
+    step_on,
+)
 
 
 def outcome(
@@ -156,3 +168,13 @@ def test_what_became_of_top1_is_said_with_one_sign() -> None:
     assert Drop(0.5, -0.25, 1.25, 400).words() == "-0.50 points (95 %: -1.25 to +0.25)"
     assert Drop(-0.5, -1.25, 0.25, 400).words() == "+0.50 points (95 %: -0.25 to +1.25)"
     assert Drop(0.0, -0.25, 0.25, 400).words() == "+0.00 points (95 %: -0.25 to +0.25)"
+
+
+def test_a_size_is_gone_on_from_only_while_all_sizes_lie_on_one_side_of_the_promise() -> None:
+    intent, kept, broken = Intent("max_drop", 0.5), outcome(900, 0.4), outcome(700, 0.6)
+    assert step_on(intent, [kept, kept]) == SMALLER
+    assert step_on(intent, [broken]) == LARGER
+    assert step_on(intent, [kept, broken]) is None
+    assert step_on(intent, [broken, kept]) is None
+    assert step_on(intent, []) is None
+    assert step_on(Intent("bytes", 800), [kept]) is None

@@ -17,6 +17,7 @@ from torch import nn
 
 from clipq_ray import codec, fitting, levels, packing
 from clipq_ray.config import make
+from clipq_ray.errors import DivergedError, HeldError, RunError
 from clipq_ray.levels import Levels
 from clipq_ray.network import inventory
 from clipq_ray.operator import bake, make_plan
@@ -372,3 +373,53 @@ def test_codes_behind_a_held_round_are_free_first_and_get_a_price_where_they_are
     assert [one["stage"] for one in held["stages"]].count("levels") == 2
     assert [one["epochs"] for one in held["promise"]["rounds"]] == [6]  # all that were trained
     assert held["metrics"]["bytes_after"] < 0.98 * 6000
+
+
+def test_levels_that_diverge_leave_the_round_as_it_is_without_them(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"target_ratio": 20.0, "rounds": 1, "epochs": 1}
+    hot = compressed(tmp_path, **given, level_epochs=1, level_learning_rate=1e30)
+    without = compressed(tmp_path, **given)
+    assert hot.manifest["metrics"]["levels"] == "means"
+    assert Store(hot.uri).read("model.clq") == Store(without.uri).read("model.clq")
+    assert hot.manifest["promise"] == without.manifest["promise"]
+    (said,) = [note for note in hot.manifest["notes"] if "diverged" in note]
+    assert said.startswith("the levels and codes of round 1 are its own: levels diverged in epoch 1 (")
+    assert said.endswith("; lower --level-learning-rate (now 1e+30)")
+
+
+@pytest.mark.parametrize(
+    ("free", "kept"),
+    [
+        ({"factor": 0.0}, "those that were trained before"),
+        ({"large": True}, "its own"),
+    ],  # a smaller file, a larger one
+)
+def test_priced_codes_that_diverge_leave_the_best_that_there_is_without_them(
+    free: dict[str, Any], kept: str, a_round: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, error = a_round.store("free", **free), DivergedError("levels diverged in epoch 1 (loss nan)")
+
+    def trained(*given: Any, bit_price: float) -> Store:
+        if bit_price:
+            raise error
+        return before
+
+    monkeypatch.setattr(fitting.stages, "trained", trained)
+    tuned = a_round.tuned(spoilt=False)
+    taken, _, tries = a_round.packed(tuned, held=True, most=10)  # which no file keeps
+    assert tries == (before,)
+    assert taken == (before if "factor" in free else None)
+    assert a_round.run.notes == [f"the levels and codes of round 1 are {kept}: {error}"]
+
+
+@pytest.mark.parametrize("kind", [HeldError, RunError])
+def test_levels_that_end_for_another_reason_end_the_round(
+    kind: type[RunError], a_round: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*given: Any, bit_price: float) -> Store:
+        raise kind("another job took over")
+
+    monkeypatch.setattr(fitting.stages, "trained", trained)
+    with pytest.raises(kind, match="another job took over"):
+        a_round.packed(a_round.tuned(spoilt=False), held=False)
+    assert a_round.run.notes == []

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,13 @@ from typing import Any, ClassVar
 import pytest
 
 import clipq_ray
-from clipq_ray import loading, manifest, rounds, tables
+from clipq_ray import loading, manifest, pipeline, rounds, tables
 from clipq_ray.batch import compress
 from clipq_ray.choice import choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
+from clipq_ray.errors import DivergedError, RunError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.intent import MOST_SHRUNK, SPARE, Drop, Intent, Outcome
 from clipq_ray.pipeline import Result
@@ -416,3 +418,64 @@ def test_a_size_that_the_search_did_not_have_is_said_where_the_plan_was_to_be_sm
         "asked for 1,000 bytes; the nearest that the search measured were taken, 900 bytes before training"
     )
     assert run.notes == [words] * said
+
+
+class Hot(LocalEngine):
+    """The fine-tunings of one number, of the network of this name where one is given, are at a rate at which none stays finite."""
+
+    def __init__(self, number: int, name: str | None = None) -> None:
+        self.number, self.name = number, name
+
+    def train(self, task: TrainTask, progress: Any) -> float:
+        if (task.stage, task.number) == ("finetune", self.number) and self.name in (None, task.source.name):
+            task = replace(task, schedule=replace(task.schedule, learning_rate=1e30))
+        return super().train(task, progress)
+
+
+def run_hot(storage: Path, number: int, **changes: Any) -> Result:
+    config = make(**{**QUICK, "storage": str(storage), "max_drop": 3.0, **changes})
+    return compress(Source(config), Hot(number), Reporter(quiet=True))
+
+
+def test_a_round_that_diverges_leaves_the_finished_one_before_it_also_where_the_job_is_run_again(
+    promised: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, whole = promised
+    given = {"round_epochs": 3}  # the first round is there, and the second is another than that
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(pipeline.manifest, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_hot(storage, 2, **given)
+    result = run_hot(storage, 2, **given)
+    promise = result.manifest["promise"]
+    assert promise["rounds"] == whole.manifest["promise"]["rounds"][:1]
+    assert promise["round"] == 1
+    assert promise["bytes"] == len(Store(result.uri).read("model.clq")) == promise["rounds"][0]["bytes"]
+    (said,) = [note for note in result.manifest["notes"] if "diverged" in note]
+    assert said.startswith(
+        "round 2 came to nothing and no round follows it, the file is that of round 1: finetune diverged in epoch 1 ("
+    )
+    assert manifest.verify(Store(result.uri)) == []
+
+
+def test_a_first_round_that_diverges_is_the_end_and_nothing_is_committed(
+    promised: tuple[Path, Result],
+) -> None:
+    runs = set(promised[0].glob("model=*/run=*/manifest.json"))
+    with pytest.raises(DivergedError, match=r"^finetune diverged in epoch 1 .*lower --learning-rate"):
+        run_hot(promised[0], 1, epochs=3)
+    assert set(promised[0].glob("model=*/run=*/manifest.json")) == runs
+
+
+def test_a_round_that_fails_for_another_reason_ends_the_job(promised: tuple[Path, Result]) -> None:
+    class Lost(LocalEngine):
+        def train(self, task: TrainTask, progress: Any) -> float:
+            raise RunError("finetune failed: workers were lost")
+
+    config = make(**{**QUICK, "storage": str(promised[0]), "max_drop": 3.0, "round_epochs": 4})
+    with pytest.raises(RunError, match="workers were lost"):
+        compress(Source(config), Lost(), Reporter(quiet=True))

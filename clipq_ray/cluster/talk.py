@@ -27,6 +27,7 @@ from clipq_ray.errors import (
     ClipqError,
     ConfigError,
     DataError,
+    DivergedError,
     FormatError,
     ModelError,
     RunError,
@@ -210,7 +211,8 @@ def told(output: Store) -> ClipqError | None:
     content = json.loads(output.read(ERROR))
     output.remove(ERROR)
     kind = {
-        one.__name__: one for one in (ArtifactError, ConfigError, ModelError, DataError, FormatError)
+        one.__name__: one
+        for one in (ArtifactError, ConfigError, ModelError, DataError, FormatError, DivergedError)
     }.get(content["kind"], RunError)
     return kind(content["error"])
 

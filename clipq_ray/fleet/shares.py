@@ -19,23 +19,24 @@ import numpy.typing as npt
 
 from clipq_ray import loading, logs, search, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
-from clipq_ray.errors import ClipqError, DataError, RunError
+from clipq_ray.errors import ClipqError, DataError, DivergedError, RunError
 from clipq_ray.fleet.ensembles import Votes, probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import (
-    LARGER,
-    SMALLER,
+    STEPS,
     Drop,
     Intent,
     Outcome,
     before_training,
     best,
+    harmless,
     keeps,
     next_request,
+    step_on,
     to_ask,
 )
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
-from clipq_ray.rounds import STEPS, Making, Rounds, Shared, harmless
+from clipq_ray.rounds import Making, Rounds, Shared
 from clipq_ray.states import put_state, read_state
 from clipq_ray.work import prepare_process
 
@@ -101,6 +102,11 @@ def _share(one: Curves, steps: Mapping[str, int], tradeoff: float) -> Share:
     return Share(mine, mine.bytes + one.other, added)
 
 
+def _stated(one: Curves, share: Mapping[str, Any], tradeoff: float) -> Share:
+    """The mirror of `Share.to_json`; its bytes as they are stated, which hold what was known in its round."""
+    return replace(_share(one, share["steps"], tradeoff), bytes=share["requested_bytes"])
+
+
 def first_budget(intent: Intent, members: Sequence[Curves]) -> int:
     """The bytes to begin with: those that are wanted, or the fewest that add no more error per member than one network would begin with."""
     if intent.kind == "bytes":
@@ -164,6 +170,9 @@ class _Vote:
                 made = [pool.submit(in_turn, number) for number in range(len(given))]
                 # one that fails leaves no training behind that nobody watches and whose claim is given back
                 wait(made)
+                # that one diverged may be no end, and hides nothing that is
+                for one in sorted(made, key=lambda one: isinstance(one.exception(), DivergedError)):
+                    one.result()
                 return [one.result() for one in made]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -180,7 +189,13 @@ class _Vote:
             if shares is None or (outcomes and self._late(seconds)):
                 break
             started = time.monotonic()
-            self._made(shares, self._intent, sum(one.bytes for one in shares))
+            try:
+                self._made(shares, self._intent, sum(one.bytes for one in shares))
+            except DivergedError as error:
+                if not outcomes:
+                    raise
+                self._give_up(outcomes, error)
+                break
             seconds = time.monotonic() - started
             shared.append(shares)
             outcomes.append(self._outcome(requested, reference, labels))
@@ -194,7 +209,7 @@ class _Vote:
         for one in stated["rounds"]:
             self._made(
                 [
-                    _share(curves, one["shares"][name]["steps"], one["tradeoff"])
+                    _stated(curves, one["shares"][name], one["tradeoff"])
                     for name, curves in zip(self._names, self._curves, strict=True)
                 ],
                 Intent(stated["intent"], stated["value"]),
@@ -223,20 +238,47 @@ class _Vote:
 
         self._each(make, range(len(self._members)))
 
+    def _give_up(self, outcomes: Sequence[Outcome], error: DivergedError) -> None:
+        """End behind the rounds of `outcomes`, which all members have: the next one of a member diverged."""
+        of = next(
+            name
+            for name, making in zip(self._names, self._making, strict=True)
+            if len(making.done) == len(outcomes)
+        )
+        note = (
+            f"round {len(outcomes) + 1} of ensemble {self._ensemble.name} came to nothing with {of} and no round follows it, "
+            f"the files are those of round {1 + best(self._intent, outcomes)}: {error}"
+        )
+        for one, making in zip(self._members, self._making, strict=True):
+            del making.done[len(outcomes) :]  # what the others have made of it, nobody votes with
+            one.run.notes.append(note)
+        self._members[0].run.reporter.about(f"ensemble {self._ensemble.name}").say(note)
+
     def _other(
         self, requested: int, before: Sequence[Sequence[Share]], outcomes: Sequence[Outcome]
     ) -> tuple[list[Share] | None, int]:
-        """The shares of `requested` bytes; where they were tried already, the next ones further on, or None."""
-        tried, last = [_steps(one) for one in before], outcomes[-1] if outcomes else None
-        kept = last is not None and keeps(self._intent, last)
+        """The shares of `requested` bytes; where they were tried already, and all sizes so far lie on one side of the promise, the next ones further on, or None."""
+        tried, last = [_steps(one) for one in before], self._last(outcomes)
+        step = step_on(self._intent, outcomes)
+        # what the files hold besides layers is as it was found, as in `_last`: of two values the difference would be taken for growth of layers
+        curves = [
+            replace(one, other=making.other) for one, making in zip(self._curves, self._making, strict=True)
+        ]
         for _ in range(STEPS):
-            shares = shared_out(self._curves, before_training(requested, last))
+            shares = shared_out(curves, before_training(requested, last))
             if _steps(shares) not in tried:
                 return shares, requested
-            if self._intent.kind != "max_drop":
+            if step is None:
                 break
-            requested = max(1, math.ceil(requested * (SMALLER if kept else LARGER)))
+            requested = max(1, math.ceil(requested * step))
         return None, requested
+
+    def _last(self, outcomes: Sequence[Outcome]) -> Outcome | None:
+        """The last round's outcome, predicted with what the files hold besides layers as it was found: only layers are learned from (`Making.planned`)."""
+        if not outcomes:
+            return None
+        predicted = sum(making.done[-1].choice.bytes + making.other for making in self._making)
+        return replace(outcomes[-1], predicted=predicted)
 
     def _late(self, seconds: float) -> bool:
         return any(

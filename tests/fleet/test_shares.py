@@ -14,19 +14,22 @@ import pytest
 import torch
 from data_files import partly_unreadable
 from test_fleet_run import DEFAULTS, ROOT, fleet, rows, submitted
+from test_rounds import Hot
 
 import clipq_ray
 from clipq_ray import search
+from clipq_ray.batch import compress_all
 from clipq_ray.choice import Choice, choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
-from clipq_ray.errors import DataError, RunError
+from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, RunError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.fleet.ensembles import probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_out
-from clipq_ray.intent import Intent
+from clipq_ray.intent import Drop, Intent, Outcome, next_request
+from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
@@ -146,7 +149,90 @@ def test_a_member_that_follows_what_the_others_state_has_the_limit_that_it_had()
     of = {name: {"requested_bytes": size, "steps": {}} for name, size in (("a", 300), ("b", 600))}
     with left._turn:
         left.again({"intent": "bytes", "value": 1000, "rounds": [{"tradeoff": 1.0, "shares": of}]})
-    assert [making.most_bytes for making in left._making] == [left._curves[0].other * 1000 // 900]
+    # what the curves say of the share by now may be other bytes than were known then
+    assert [making.most_bytes for making in left._making] == [600 * 1000 // 900]
+
+
+def test_one_that_diverges_hides_no_claim_that_another_one_lost() -> None:
+    vote = Voting(Intent("bytes", 100), 2)
+
+    def step(number: int) -> None:
+        raise (DivergedError, HeldError)[number]("member ended")
+
+    with vote._turn, pytest.raises(HeldError):
+        vote._each(step, range(2))
+
+
+class Member:
+    """A member in whose files layers take what was planned, and the rest `real` bytes instead of the `other` that were predicted."""
+
+    def __init__(self, other: int, real: int) -> None:
+        self.other, self.real, self.most_bytes = other, real, None
+        self.done: list[Any] = []
+
+    def make(self, choice: Choice, requested: int) -> None:
+        size, drop = choice.bytes + self.real, Drop(0.0, -0.1, 0.1, 20)
+        outcome = Outcome(requested, choice.bytes + self.other, size, drop, 1)
+        self.done.append(SimpleNamespace(choice=choice, packed=SimpleNamespace(file=b""), outcome=outcome))
+        self.other = self.real
+
+
+class Alone(Voting):
+    """An ensemble of one such member with a layer of these points, whose votes are always right."""
+
+    def __init__(self, intent: Intent, sizes: range | list[int], member: Member) -> None:
+        super().__init__(intent, 1)
+        points = [trial("w", step, step / 1e4, size, 50_000, 400_000) for step, size in enumerate(sizes)]
+        self._curves = [Curves({"w": points}, 0.0, 400_000, member.other)]
+        self._making, self._names, self._ensemble = [member], ["a"], Ensemble("vote", ("a",))
+        self._opened: Any = [SimpleNamespace(prepared=self._members[0], control=None)]
+
+    def _reference(self) -> Any:
+        return np.eye(20, 3), np.zeros(20, np.int64)
+
+
+def test_what_the_files_hold_besides_layers_is_known_behind_the_first_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """5,000 bytes were predicted and 11,000 found: with one and the other by turns the third round was the first one again."""
+    shares = "clipq_ray.fleet.shares"
+    monkeypatch.setattr(f"{shares}.loading.from_bytes", lambda *_, **__: None)
+    monkeypatch.setattr(f"{shares}.probabilities", lambda *_: (np.eye(20, 3), None))
+    vote = Alone(Intent("bytes", 40_000), range(36_000, 20_000, -100), Member(5_000, 11_000))
+    with vote._turn:
+        document = vote.rounds()
+    assert document["kept"]
+    assert [one["bytes"] for one in document["rounds"]] == [45_400, 39_400]
+    assert [one["predicted_bytes"] for one in document["rounds"]] == [39_400, 39_400]
+    again = Alone(Intent("bytes", 40_000), range(36_000, 20_000, -100), Member(5_000, 11_000))
+    with again._turn:
+        again.again(document)
+    made = [[one.outcome for one in each._making[0].done] for each in (vote, again)]
+    assert made[0] == made[1]
+    assert vote._making[0].most_bytes == again._making[0].most_bytes
+
+
+def test_between_a_kept_and_a_broken_size_nothing_outside_of_them_is_tried() -> None:
+    """It went on from the last round alone: behind a broken one past the kept size, behind a kept one below the broken size."""
+    vote = Alone(Intent("max_drop", 1.0), [800, 400, 200, 100, 50], Member(0, 0))
+    kept, broken = (
+        Outcome(size, size, size, Drop(points, points - 1, points + 1, 500), 1)
+        for size, points in ((200, 0.5), (100, 1.5))
+    )
+    for sizes in ([kept, broken], [broken, kept]):
+        vote._making[0].done.clear()
+        before = [shared_out(vote._curves, one.bytes) for one in sizes]
+        for shares in before:
+            vote._making[0].make(shares[0].choice, shares[0].bytes)
+        requested = next_request(vote._intent, sizes, 5)
+        assert requested is not None
+        assert vote._other(requested, before, sizes)[0] is None
+    # on one side of it the next one further on is
+    vote._making[0].done.clear()
+    vote._making[0].make(before[1][0].choice, 200)
+    found, _ = vote._other(200, before[1:], [kept])
+    assert found is not None
+    assert found[0].bytes == 100
 
 
 def told(folder: Path) -> dict[str, Any]:
@@ -266,3 +352,34 @@ def test_a_member_that_fails_ends_the_others_of_its_ensemble_and_nobody_else(tmp
         "its ensemble vote has one intent for all members, and lenet_300_100 failed"
         in found["lenet5"]["error"]
     )
+
+
+def voted(folder: Path, number: int) -> list[Result | ClipqError]:
+    """Two members with one intent, where the `number`-th round of the second one diverges."""
+    given = {**OWN, "storage": str(folder), "rounds": 3}
+    sources = [Source(make(**given, **one)) for one in MEMBERS]
+    ensemble = Ensemble("vote", tuple(source.name for source in sources), ("max_drop", 3.0))
+    return compress_all(sources, Hot(number, "lenet_300_100"), Reporter(quiet=True), [ensemble])
+
+
+def test_a_members_round_that_diverges_leaves_the_round_that_all_have(tmp_path: Path) -> None:
+    for ended in voted(tmp_path, 1):
+        assert isinstance(ended, DivergedError)
+    assert not list(tmp_path.glob("model=*/run=*/manifest.json"))
+    files: list[dict[str, Any]] = []
+    for _ in range(2):
+        for ended in voted(tmp_path, 2):
+            assert isinstance(ended, Result)
+            promise = ended.manifest["promise"]
+            # the first member has made another one, with which nobody votes
+            assert len(promise["rounds"]) == len(promise["ensemble"]["rounds"]) == 1
+            assert promise["round"] == promise["ensemble"]["round"] == 1
+            assert ended.manifest["metrics"]["bytes_after"] == promise["rounds"][0]["bytes"]
+            files.append(ended.manifest["files"]["model.clq"])
+        (said,) = [note for note in ended.manifest["notes"] if "diverged" in note]
+        assert said.startswith(
+            "round 2 of ensemble vote came to nothing with lenet_300_100 and no round follows it, the files are those of round 1: finetune diverged"
+        )
+        for one in tmp_path.glob("model=lenet5/run=*/manifest.json"):  # it follows what the other one states
+            one.unlink()
+    assert files[:2] == files[2:]
