@@ -26,12 +26,13 @@ from clipq_ray.memory import ran_out
 
 log = logs.logger(__name__)
 _Z95 = 1.959963984540054  # the normal's 97.5 % point
+NO_CLASS = -1  # predicted where scores are not numbers
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a network scored on `n` images; fractions in 0..1; `predictions` and the `labels` that they were held against: int64 (n,). An image that cannot be
-    read has its next one's label, which stands for it. Scores that are not numbers are wrong, whatever the label."""
+    read has its next one's label, which stands for it. Scores that are not numbers predict -1, which no label is."""
 
     n: int
     top1: float
@@ -129,7 +130,9 @@ class Tally:
         """`scores`: float32 (images, classes) on the CPU; `labels`: int64 (images,)."""
         _refuse_labels(labels, scores.shape[1])
         best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-        hits = (best == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)
+        # topk takes NaN for the largest
+        best = best.masked_fill(scores.isnan().any(dim=1, keepdim=True), NO_CLASS)
+        hits = best == labels[:, None]
         self.top1, self.top5 = self.top1 + int(hits[:, 0].sum()), self.top5 + int(hits.any(dim=1).sum())
         self.loss += float(nn.functional.cross_entropy(scores.double(), labels, reduction="sum"))
         these = slice(self.done, self.done + len(labels))

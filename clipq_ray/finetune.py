@@ -25,10 +25,10 @@ from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Split, batches
 from clipq_ray.data.augment import cut_out
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.errors import DivergedError, ModelError
+from clipq_ray.errors import DataError, DivergedError, ModelError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.levels import Levels
-from clipq_ray.memory import most_that_fit, ran_out
+from clipq_ray.memory import fitting, ran_out
 from clipq_ray.operator import Operator, Recovery
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
@@ -42,7 +42,6 @@ from clipq_ray.trainable import FAST, PLAIN, in_layout, takes_fast, training_mod
 
 log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
-NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,15 @@ class Epoch:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _shared_out(images: int, world: int) -> int:
+    """All `images` of a step; `DataError` where a rank has none, whose mean loss is no number."""
+    if images < world:
+        raise DataError(
+            f"expected a training image for each of {world} workers in every step, got {images}; lower --workers"
+        )
+    return images
 
 
 class _NotFinite(Exception):
@@ -95,12 +103,12 @@ class Trainer:
         feed: Feed = batches,
     ) -> None:
         self.model = model.to(rank.device)
-        self.train_split, self.validation = train, validation
-        self.feed = feed
+        self.train_split, self.validation, self.feed = train, validation, feed
         self.schedule, self.seed, self.stage, self.rank = schedule, seed, stage, rank
         self.drawn = stage if number == 1 else f"{stage}-{number}"  # names this training's random numbers
         self.checkpoints, self.deadline = checkpoints, deadline
         self.evaluation_batch_size = evaluation_batch_size
+        self.images_per_step = _shared_out(min(schedule.batch_size, len(train)), rank.world)
         self.epochs = schedule.epochs
         self.curve: list[Epoch] = []
         self.notes: list[str] = []
@@ -108,13 +116,7 @@ class Trainer:
         self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
         found = checkpoints.latest()
         begun = found[1] if found else {}
-        # what decides the bits stays as the training began, wherever it goes on
-        usual = autocast_dtype(precision, rank.device) == torch.bfloat16
-        reduced = agreed(rank, begun.get("bfloat16", usual))
-        self.autocast = torch.bfloat16 if reduced else torch.float32
-        fast = agreed(rank, begun["channels_last"] if "channels_last" in begun else self._takes_fast())
-        self.layout = FAST if fast else PLAIN
-        model.to(memory_format=self.layout)
+        self._settle_bits(begun, precision)
         # what is clipped follows from the weights with which the training began
         fixed = Levels(model, plan, bit_price) if plan and bit_price is not None else None
         if found:
@@ -137,6 +139,15 @@ class Trainer:
             DistributedDataParallel(model, find_unused_parameters=unread) if rank.world > 1 else model
         )
         self.attempts.begin(rank.rank, self.micro_batch)
+
+    def _settle_bits(self, begun: dict[str, Any], precision: str) -> None:
+        """What decides the bits stays as the training began, wherever it goes on; `begun`: its checkpoint's words."""
+        usual = autocast_dtype(precision, self.rank.device) == torch.bfloat16
+        reduced = agreed(self.rank, begun.get("bfloat16", usual))
+        self.autocast = torch.bfloat16 if reduced else torch.float32
+        fast = agreed(self.rank, begun["channels_last"] if "channels_last" in begun else self._takes_fast())
+        self.layout = FAST if fast else PLAIN
+        self.model.to(memory_format=self.layout)
 
     def _takes_fast(self) -> bool:
         """Whether the network is trained in channels last; two images, since batch norm wants no single one."""
@@ -236,7 +247,7 @@ class Trainer:
 
     def _steps(self) -> int:
         """Steps of an epoch."""
-        return max(1, len(self.train_split) // min(self.schedule.batch_size, len(self.train_split)))
+        return len(self.train_split) // self.images_per_step
 
     def _epoch(self, epoch: int, progress: Progress) -> float:
         training_mode(self.wrapped)
@@ -312,8 +323,7 @@ class Trainer:
         self.rates.scale = float(scale)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step over this rank's images, in micro-batches where memory asks for it; the mean loss, float64 on the device: asking for
-        its value would wait for a GPU at every step."""
+        """One step over this rank's images, in micro-batches where memory asks for it; their loss as of `_backward`."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(images, labels, self.micro_batch)
         try:
@@ -324,14 +334,17 @@ class Trainer:
         return loss
 
     def _backward(self, images: Tensor, labels: Tensor, micro: int) -> Tensor:
-        total, n = torch.zeros((), dtype=torch.float64, device=self.rank.device), len(images)
-        parts = -(-n // micro)  # as even as can be: batch norm wants no part of one image
+        """Gradients, and the loss, whose means over all ranks are those of the step's images, of which some ranks have one more than others. The loss is float64 on
+        the device: asking for its value would wait for a GPU at every step."""
+        total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
+        parts = -(-len(images) // micro)  # as even as can be, see `without_single`
         for number, part in enumerate(
             zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1
         ):
             silent = self.rank.world > 1 and number < parts
             with self.wrapped.no_sync() if silent else nullcontext():  # type: ignore[operator]
-                loss = self._loss(self.wrapped, *part) * (len(part[1]) / n)
+                share = len(part[1]) * self.rank.world / self.images_per_step
+                loss = self._loss(self.wrapped, *part) * share
                 loss.backward()
             total += loss.detach()
         return total
@@ -348,34 +361,17 @@ class Trainer:
         """The largest micro-batch that fits all ranks' memory, found by one step without effect before training, and whether parameters got no gradient in it."""
         indices = self._index_batches(0)[0]
         images, labels = self._probe(indices)
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        # what several workers reduce gradients in, which is made behind this
-        room = [
-            torch.empty_like(one)
-            for one in self.model.parameters()
-            if one.requires_grad and self.rank.world > 1
-        ]
         training_mode(self.model)
 
         def step(count: int) -> None:
             part = images[:count].to(self.rank.device), labels[:count].to(self.rank.device)
             self._loss(self.model, *part).backward()
 
-        micro = most_that_fit(step, min(len(indices), self.attempts.most() or len(indices)))
-        del room
-        unread = any(one.requires_grad and one.grad is None for one in self.model.parameters())
-        self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        if self.rank.world > 1:
-            # a batch that is not shared out evenly is no lack of memory on the workers with an image more
-            limit = micro if micro < len(indices) else NO_LIMIT
-            least = torch.tensor([limit, not unread], device=self.rank.device)
-            dist.all_reduce(least, op=dist.ReduceOp.MIN)
-            micro, unread = min(len(indices), int(least[0])), not least[1]
-        if micro < len(indices):
+        n = len(indices)
+        micro, unread = fitting(self.model, step, n, min(n, self.attempts.most() or n), self.rank)
+        if micro < n:
             note = (
-                f"{self.stage}: {len(indices)} images per worker do not fit the device's memory; gradients are "
+                f"{self.stage}: {n} images per worker do not fit the device's memory; gradients are "
                 f"accumulated over micro-batches of {micro} (batch norm sees {micro} images at a time, and the bytes may be others than with more memory)"
             )
             log.warning(note)

@@ -1,4 +1,4 @@
-"""Out of memory in a training: what it looks like, and what an attempt leaves so that the next one takes half as many images at a time.
+"""Out of memory in a training: what it looks like, how many images at a time there is memory for, and what an attempt leaves so that the next one takes half as many.
 
 Where an allocation fails, the worker says so itself (`ask_for_less`). Where the kernel ends it, it cannot: so every rank leaves a note of its machine's count
 of such kills, and the next attempt on that machine sees whether it has grown. Ray's memory monitor is heard by the engine (`heard`). An attempt is
@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from clipq_ray.claims import place
 from clipq_ray.errors import RunError
+from clipq_ray.ranks import Rank
 from clipq_ray.storage import Store
 
 SMALLER, LOW = "smaller.json", "low-memory.json"
 _ATTEMPT = "attempt-"
 _REFUSED = ("can't allocate memory", "out of memory")
+_NO_LIMIT = 2**31 - 1
 
 
 class OutOfMemory(Exception):
@@ -36,18 +40,57 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)
 
 
-def most_that_fit(step: Callable[[int], object], images: int) -> int:
-    """How many images at a time `step` has memory for: all `images`, half of them, and so on; `RunError` where one does not fit."""
+def without_single(images: int, most: int) -> int:
+    """`most` of `images` at a time, or three where two leave a single one over, which batch norm may not take; other parts as even as can be have none."""
+    return 3 if most == 2 and images % 2 else most
+
+
+def most_that_fit(step: Callable[[int], object], images: int, most: int) -> int:
+    """How many of `images` at a time `step` has memory for: `most`, half of them, and so on, and single ones only where all are; `RunError` where one does not fit, or
+    only one does and `step` takes no single one."""
+    if without_single(images, most) > most:  # an attempt has run out of memory with more than two
+        most = 1
     while True:
         try:
-            step(images)
-            return images
+            step(most)
+            return most
         except Exception as error:
-            if not ran_out(error):
-                raise
-            if images == 1:
+            if ran_out(error) and most == 1:
                 raise RunError("one image does not fit the device's memory; use a larger device") from None
-            images = math.ceil(images / 2)
+            if not ran_out(error):
+                if isinstance(error, ValueError) and most == 1 < images:  # as batch norm's is
+                    raise RunError(
+                        f"{without_single(images, 2)} images at a time do not fit the device's memory, and a single one is refused "
+                        f"({' '.join(str(error).split())}); use a larger device"
+                    ) from error
+                raise
+            half = without_single(images, math.ceil(most / 2))
+            most = half if half < most else 1
+
+
+def fitting(
+    model: nn.Module, step: Callable[[int], object], images: int, most: int, rank: Rank
+) -> tuple[int, bool]:
+    """How many of this rank's `images` at a time all ranks have memory for, `most` at most, and whether there are parameters that got no gradient on any of them.
+
+    `step(count)`: forward and backward through `model` with so many images; gradients are gone and buffers as they were afterwards."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    # what several workers reduce gradients in, which is made behind this
+    room = [torch.empty_like(one) for one in model.parameters() if one.requires_grad and rank.world > 1]
+    micro = most_that_fit(step, images, most)
+    del room
+    unread = any(one.requires_grad and one.grad is None for one in model.parameters())
+    model.zero_grad(set_to_none=True)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    if rank.world > 1:
+        # a batch that is not shared out evenly is no lack of memory on the workers with an image more
+        limit = micro if micro < images else _NO_LIMIT
+        least = torch.tensor([limit, not unread], device=rank.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        # three fit in place of another rank's two: where images are odd, this rank's own limit is three or more, or one, which is then all ranks'
+        micro, unread = without_single(images, min(images, int(least[0]))), not least[1]
+    return micro, unread
 
 
 class Attempts:

@@ -173,10 +173,10 @@ def trainings(source: Source) -> list[Trainings]:
 
 def _seconds(source: Source, model: nn.Module, layers: list[str]) -> tuple[float, float]:
     """Seconds per image of evaluation and of a training step with the operator, best of two; of as many images at a time as a training that is short of memory
-    would take."""
+    would take, two at least where a batch has them: batch norm may take no single one."""
     config, data = source.config, source.data()
     batch = min(max(1, config.batch_size // config.workers), len(data.train))
-    size = min(batch, max(1, _VALUES // math.prod(data.train.batch(torch.arange(1), None)[0].shape)))
+    size = min(batch, max(2, _VALUES // math.prod(data.train.batch(torch.arange(1), None)[0].shape)))
     images, labels = (part.to(source.device()) for part in data.train.batch(torch.arange(size), None))
     forward, step, quantized = [], [], []
     operator = Operator(model, make_plan(model, dict.fromkeys(layers, Theta(0.5, 3))))

@@ -53,6 +53,6 @@ def drawn(seed: int) -> Iterator[None]:
 def everywhere(seed: int, *place: str | int) -> Iterator[None]:
     """As `drawn`, by `derive`; the states of GPUs are set too, and stay."""
     derived = derive(seed, *place)
-    torch.manual_seed(derived)
     with drawn(derived):
+        torch.manual_seed(derived)  # the CPU's as `drawn` has it, and GPUs'
         yield

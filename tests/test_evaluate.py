@@ -21,6 +21,7 @@ from clipq_ray import models
 from clipq_ray.data import Split, open_data
 from clipq_ray.errors import DataError, ModelError, RunError
 from clipq_ray.evaluate import Evaluation, evaluate, evaluating, logits, reestimate_batch_norm
+from clipq_ray.intent import Drop
 
 
 class Images(Split):
@@ -118,6 +119,9 @@ def test_scores_that_are_no_numbers_are_never_right(row: list[float]) -> None:
     for label in range(3):
         result = evaluate(Given(), Images(scores([row, [0.0, 0.0, 1.0]]), [label, 2]), batch_size=2)
         assert (result.top1, result.top5) == (0.5, 0.5)
+        assert result.predictions.tolist() == [-1, 2]
+        # as wrong image by image as in the counts
+        assert Drop.between(result.labels, result.predictions, result.labels).points == 50.0
 
 
 class Banded(nn.Module):

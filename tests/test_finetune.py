@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from clipq_ray import finetune, seeds
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
-from clipq_ray.errors import RunError
+from clipq_ray.errors import DataError, RunError
 from clipq_ray.finetune import Trainer
 from clipq_ray.operator import bake, make_plan
 from clipq_ray.optimizers import Schedule
@@ -64,6 +65,33 @@ class Small(Network):
         if len(images) > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().forward(images)
+
+
+class Pooled(Small):
+    """With batch norm on maps of one pixel, which takes no single image."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.pooled = nn.BatchNorm1d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.pooled(super().forward(images))
+        return out
+
+
+class Shared(nn.Module):
+    """As `DistributedDataParallel` wraps a network, without other ranks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.model(images)
+        return out
 
 
 class TwoHeads(Network):
@@ -371,6 +399,57 @@ def test_micro_batches_are_as_even_as_can_be(tmp_path: Path) -> None:
     seen.clear()
     run(made)
     assert seen == [4, 3, 3, 3] * 8  # none of a single image, which batch norm does not take
+
+
+def test_no_micro_batch_is_a_single_image(tmp_path: Path) -> None:
+    class Seeing(Pooled):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(len(images))
+            return super().forward(images)
+
+    seen: list[int] = []
+    made = trainer(tmp_path / "fits", network(Seeing, 3), schedule=schedule(batch_size=7, epochs=1))
+    assert made.micro_batch == 3
+    seen.clear()
+    made._step(*made.train_split.batch(torch.arange(7), None))
+    assert seen == [3, 2, 2]
+    with refused(RunError, match=r"^3 images at a time do not fit .* use a larger device"):
+        trainer(tmp_path / "does not", network(Pooled, 2), schedule=schedule(batch_size=7))
+
+
+@pytest.mark.parametrize("micro", [20, 2], ids=["whole", "in micro-batches"])
+def test_ranks_with_an_image_more_or_less_train_on_the_mean_of_the_batch(micro: int, tmp_path: Path) -> None:
+    made = trainer(tmp_path, network(Small, 20), schedule=schedule(batch_size=10))
+    given, labels = made.train_split.batch(torch.arange(10), None)
+
+    def found(part: slice) -> list[Tensor]:
+        made.model.zero_grad()
+        loss = made._backward(given[part], labels[part], micro)
+        return [loss, *(one.grad.clone() for one in made.model.parameters() if one.grad is not None)]
+
+    whole = found(slice(None))
+    made.wrapped = Shared(made.model)  # type: ignore[assignment]
+    made.rank = Rank(0, 4, torch.device("cpu"))
+    shares = [found(slice(rank, None, 4)) for rank in range(4)]  # of 3, 3, 2 and 2 images
+    for one, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(parts).mean(0), one, rtol=1e-5, atol=1e-7)
+
+
+def test_ranks_with_as_many_images_each_train_on_their_own_mean_to_the_bit(tmp_path: Path) -> None:
+    made = trainer(tmp_path, network(Small, 20), schedule=schedule(batch_size=21))
+    given, labels = made.train_split.batch(torch.arange(7), None)
+    made.rank = Rank(0, 3, torch.device("cpu"))
+    loss = made._loss(made.model, given, labels)
+    loss.backward()
+    plain = [one.grad.clone() for one in made.model.parameters() if one.grad is not None]
+    made.model.zero_grad()
+    assert made._backward(given, labels, 20) == loss.double()
+    assert all(map(torch.equal, plain, (one.grad for one in made.model.parameters() if one.grad is not None)))
+
+
+def test_fewer_images_than_workers_are_refused(tmp_path: Path) -> None:
+    with refused(DataError, match="each of 4 workers in every step, got 3; lower --workers"):
+        trainer(tmp_path, schedule=schedule(batch_size=3), rank=Rank(0, 4, torch.device("cpu")))
 
 
 def test_a_training_goes_on_in_the_precision_that_it_began_in_wherever_it_does(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_finetune import PLAN, TwoHeads, kept, network, run, schedule, trainer
+from test_finetune import PLAN, Small, TwoHeads, kept, network, run, schedule, trainer
 
+from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import RunError
 from clipq_ray.operator import make_plan
 from clipq_ray.ranks import Rank
@@ -91,3 +93,29 @@ def one_of_two_unevenly(rank: int, folder: str) -> None:
 def test_a_batch_that_is_not_shared_out_evenly_is_no_lack_of_memory(tmp_path: Path) -> None:
     on_two_ranks(tmp_path, one_of_two_unevenly)
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["6 []", "5 []"]
+
+
+def trained_unevenly(folder: Path, rank: Rank) -> tuple[list[torch.Tensor], list[float]]:
+    """Parameters and losses of a training on batches of 11, without what ranks draw by themselves."""
+
+    def plain(split: TensorSplit, rows: Sequence[torch.Tensor], *_: Any) -> Iterator[Any]:
+        return (split.batch(one, None) for one in rows)
+
+    made = trainer(
+        folder, network(Small, 20), schedule=schedule(batch_size=11, cutout_pixels=0), rank=rank, feed=plain
+    )
+    run(made)
+    return [one.detach() for one in made.model.parameters()], [row.loss for row in made.curve]
+
+
+def one_of_two_on_plain_images(rank: int, folder: str) -> None:
+    found = trained_unevenly(Path(folder) / "c", Rank(rank, 2, torch.device("cpu")))
+    torch.save(found, Path(folder) / f"rank-{rank}")
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_not_shared_out_evenly_trains_as_on_one_worker(tmp_path: Path) -> None:
+    on_two_ranks(tmp_path, one_of_two_on_plain_images)
+    alone = trained_unevenly(tmp_path / "alone", Rank(0, 1, torch.device("cpu")))
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"rank-{rank}"), alone, rtol=1e-4, atol=1e-5)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from clipq_ray import manifest
 from clipq_ray.errors import RunError
-from clipq_ray.memory import Attempts, ran_out
+from clipq_ray.memory import Attempts, most_that_fit, ran_out
 from clipq_ray.storage import Store
 
 sys.path.insert(0, str(Path(__file__).parent / "cluster"))
@@ -74,6 +75,48 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
     assert ran_out(MemoryError())
     assert ran_out(RuntimeError("CUDA error: out of memory"))  # of a driver, outside torch's allocator
     assert not ran_out(RuntimeError("sizes do not match"))
+
+
+@pytest.mark.parametrize(
+    ("images", "most", "room", "tried"),
+    [
+        (20, 20, 7, [20, 10, 5]),
+        (6, 6, 2, [6, 3, 2]),
+        (7, 7, 3, [7, 4, 3]),  # of 7 in twos one is left over
+        (7, 7, 2, [7, 4, 3, 1]),
+        (5, 5, 2, [5, 3, 1]),
+        (3, 3, 2, [3, 1]),
+        (6, 2, 2, [2]),
+        (5, 2, 9, [1]),  # an attempt has found that more than two are too many
+    ],
+)
+def test_images_that_do_not_fit_are_halved_but_into_no_part_of_a_single_one(
+    images: int, most: int, room: int, tried: list[int]
+) -> None:
+    seen: list[int] = []
+
+    def step(count: int) -> None:
+        seen.append(count)
+        if count > room:
+            raise MemoryError
+
+    assert most_that_fit(step, images, most) == tried[-1]
+    assert seen == tried
+
+
+@pytest.mark.parametrize(("images", "fewest"), [(5, 3), (4, 2)])
+def test_where_the_fewest_images_for_batch_norm_do_not_fit_the_error_says_so(
+    images: int, fewest: int
+) -> None:
+    def step(count: int) -> None:
+        if count > 1:
+            raise MemoryError
+        raise ValueError("Expected more than 1 value per channel")
+
+    with refused(RunError, match=rf"^{fewest} images at a time do not fit .* a single one is refused"):
+        most_that_fit(step, images, images)
+    with pytest.raises(ValueError, match="1 value"):  # a batch of one image is no lack of memory
+        most_that_fit(step, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from clipq_ray import planning
 from clipq_ray.config import make
@@ -67,3 +68,14 @@ def test_a_dry_run_says_how_its_search_is_timed(tmp_path: Any, monkeypatch: pyte
 
     assert search(engine="local", search_parallel=5) == "about 15.0 min"
     assert search(search_parallel=3) == "about 5.0 min, 3 at a time"
+
+
+def test_steps_on_images_of_any_size_are_timed_as_batch_norm_takes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "_VALUES", 1)  # an image is larger than all that is timed at a time
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10)
+    )
+    source = Source(make(data="digits", device="cpu"), model)
+    assert min(planning._seconds(source, model, ["0.weight", "4.weight"])) > 0

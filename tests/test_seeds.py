@@ -71,3 +71,13 @@ def test_code_of_others_draws_the_same_at_the_same_place_and_nothing_else_does()
     assert draws()[:2] == expected[:2]
     with seeds.everywhere(7, "finetune", 4):
         assert draws() != first
+
+
+def test_all_states_are_afterwards_as_before() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with seeds.everywhere(7, "finetune", 3):
+        inside = torch.rand(4)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    # what is drawn inside is what torch draws from this seed by itself
+    torch.manual_seed(seeds.derive(7, "finetune", 3))
+    assert torch.equal(inside, torch.rand(4))

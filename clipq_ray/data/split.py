@@ -46,7 +46,7 @@ class Split(ABC):
         """What one of `world` ranks trains on in one epoch: its indices int64 (b,) of every step, each image in at most one of them.
 
         A step has `batch_size` images over all ranks, or all images where there are fewer; what is left at the end is left out. All
-        ranks have as many steps. The same generator on every rank gives parts of one epoch.
+        ranks have as many steps; where `world` does not divide one, the first ranks have an image more. The same generator on every rank gives parts of one epoch.
         """
         order = self.order(generator)
         size = min(batch_size, len(order))
