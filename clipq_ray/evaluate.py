@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,11 @@ class Tally:
         return Evaluation(n, self.top1 / n, self.top5 / n, self.loss / n, predictions, labels)
 
 
+def repeated() -> AbstractContextManager[None]:
+    """The same random numbers every time, for a network that draws some when it is evaluated."""
+    return seeds.everywhere(0, "evaluation")
+
+
 class Forward:
     """Class scores float32 (n, classes) on the CPU, in parts that fit the device's memory."""
 
@@ -178,7 +183,9 @@ class Forward:
         return self._scores_in(images, torch.contiguous_format)
 
     def _scores_in(self, images: Tensor, layout: torch.memory_format) -> Tensor:
-        return logits(self.model(self._placed(images, layout))).float().cpu()
+        placed = self._placed(images, layout)
+        with repeated():
+            return logits(self.model(placed)).float().cpu()
 
     def placed(self, images: Tensor) -> Tensor:
         """Images on the device, in the layout that the network took before."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clipq_ray.data import Split, batches
-from clipq_ray.evaluate import Evaluation, Forward, Tally, evaluating, logits
+from clipq_ray.evaluate import Evaluation, Forward, Tally, evaluating, logits, repeated
 from clipq_ray.memory import ran_out
 
 AGREEMENT = 1e-5
@@ -174,7 +174,9 @@ class LayerScores:
         """Class scores and labels, batch by batch."""
         for values, labels in self._kept:
             assert self._cut is not None
-            yield self._cut.behind(values).float().cpu(), labels
+            with repeated():
+                scores = self._cut.behind(values).float().cpu()
+            yield scores, labels
         for pixels, labels in batches(self._split, self._parts[len(self._kept) :], lambda step: None):
             yield self._forward(pixels), labels
 

@@ -124,7 +124,9 @@ PREDICTIONS: pa.Schema = pa.schema(
     [
         _column("index", pa.int64(), "", "position of the image in the test set, from 0"),
         _column("label", pa.int32(), "", "true class"),
-        _column("original", pa.int32(), "", "class predicted by the given network"),
+        _column(
+            "original", pa.int32(), "", "class predicted by the given network, -1 where scores are no numbers"
+        ),
         _column(
             "control",
             pa.int32(),

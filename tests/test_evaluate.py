@@ -441,3 +441,21 @@ def test_where_the_fewest_images_for_batch_norm_do_not_fit_the_statistics_stay(
     with refused(RunError, match=f"^{fewest} images, the fewest for batch norm"):
         reestimate_batch_norm(model, colour(8), images=images, batch_size=8, seed=0)
     assert models.weights_sha256(model.state_dict()) == before
+
+
+class Drawing(nn.Module):
+    """Dropout in use too, as of Monte Carlo dropout."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(images.flatten(1), 0.5, training=True)
+
+
+def test_a_network_that_draws_random_numbers_when_it_is_used_scores_the_same_every_time() -> None:
+    split = Images(torch.randn(40, 5, 1, 1, generator=torch.Generator().manual_seed(0)), [0, 1, 2, 3] * 10)
+    state = torch.random.get_rng_state()
+    found = evaluate(Drawing(), split, batch_size=16, device=torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(5)
+    again = evaluate(Drawing(), split, batch_size=16, device=torch.device("cpu"))
+    assert found.loss == again.loss
+    assert torch.equal(torch.as_tensor(found.predictions), torch.as_tensor(again.predictions))

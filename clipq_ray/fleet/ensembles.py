@@ -18,7 +18,7 @@ from torch import nn
 from clipq_ray import loading, logs
 from clipq_ray.data import Split, batches
 from clipq_ray.errors import ClipqError, DataError
-from clipq_ray.evaluate import Forward, evaluating
+from clipq_ray.evaluate import NO_CLASS, Forward, evaluating
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import Drop
 from clipq_ray.pipeline import Result
@@ -36,6 +36,11 @@ class Member:
 
     source: Source
     result: Result
+
+
+def classes_of(votes: Votes) -> npt.NDArray[np.int64]:
+    """The class of the most votes of each image, float64 (n, classes) -> int64 (n,); `NO_CLASS` where they are not numbers."""
+    return np.where(np.isnan(votes).any(axis=1), NO_CLASS, votes.argmax(axis=1))
 
 
 def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
             labels = found
     assert labels is not None
     names = [member.source.name for member in members]
-    original, compressed = (together(ensemble, names, votes[name]).argmax(axis=1) for name in votes)
+    original, compressed = (classes_of(together(ensemble, names, votes[name])) for name in votes)
     drop = Drop.between(original, compressed, labels)
     before, after = (
         sum(one.result.manifest["metrics"][name] for one in members)

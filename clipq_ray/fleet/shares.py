@@ -20,7 +20,7 @@ import numpy.typing as npt
 from clipq_ray import loading, logs, search, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.errors import ClipqError, DataError, DivergedError, RunError
-from clipq_ray.fleet.ensembles import Votes, probabilities, together
+from clipq_ray.fleet.ensembles import Votes, classes_of, probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import (
     STEPS,
@@ -310,7 +310,7 @@ class _Vote:
             decoded = loading.from_bytes(file, factory=source.network)
             votes.append(probabilities(source, decoded, source.data().validation)[0])
         total = together(self._ensemble, self._names, votes)
-        drop = Drop.between(reference.argmax(axis=1), total.argmax(axis=1), labels)
+        drop = Drop.between(classes_of(reference), classes_of(total), labels)
         last = [making.done[-1].outcome for making in self._making]
         predicted, size = sum(one.predicted for one in last), sum(one.bytes for one in last)
         return Outcome(requested, predicted, size, drop, max(one.epochs for one in last))

@@ -65,7 +65,7 @@ def compare(label: Ints, reference: Ints, compressed: Ints) -> Agreement:
         lost=int(np.sum(right & ~kept)),
         won=int(np.sum(~right & kept)),
         both_wrong=int(np.sum(~right & ~kept)),
-        same=int(np.sum(reference == compressed)),
+        same=int(np.sum((reference == compressed) & (reference >= 0))),
         drop=Drop.between(reference, compressed, label),
     )
 

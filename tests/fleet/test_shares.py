@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from clipq_ray.config import make
 from clipq_ray.data import open_data
 from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, RunError
 from clipq_ray.evaluate import evaluate
-from clipq_ray.fleet.ensembles import probabilities, together
+from clipq_ray.fleet.ensembles import classes_of, probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_out
 from clipq_ray.intent import Drop, Intent, Outcome, next_request
@@ -383,3 +384,8 @@ def test_a_members_round_that_diverges_leaves_the_round_that_all_have(tmp_path: 
         for one in tmp_path.glob("model=lenet5/run=*/manifest.json"):  # it follows what the other one states
             one.unlink()
     assert files[:2] == files[2:]
+
+
+def test_votes_that_are_no_numbers_are_for_no_class() -> None:
+    votes = np.array([[0.1, 0.9], [math.nan, 0.2], [0.7, 0.3]])
+    assert classes_of(votes).tolist() == [1, -1, 0]
