@@ -180,7 +180,8 @@ def milder(
     """A further start point for a layer whose points are all far from the `original` error; None where one is not, or where nothing milder is left."""
     if settings.again or len(trials) < settings.start:  # one that is compressed already begins where it is
         return None
-    least = min(trial.error for trial in trials)
+    whole = trials[0].images
+    least = min(trial.error * whole / trial.images for trial in trials)  # of a bound, what its images say
     if least < TOO_FAR or least < original() + TOO_FAR:
         return None
     place = {theta: index for index, theta in enumerate(known.thetas)}
