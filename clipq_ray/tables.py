@@ -58,7 +58,7 @@ LAYERS: pa.Schema = pa.schema(
         _column("state_changes", pa.int64(), "changes", "how often a weight went between zero and non-zero during fine-tuning"),
         _column(
             "search_error_percent", pa.float64(), "%",
-            "top-1 error on the search's images with this layer or its group compressed, untrained, and all else as it was searched (uncompressed, in a later search as in the round before); null if not searched", null=True,
+            "top-1 error on the search's images with this layer or its group compressed, untrained, and all else as it was searched (uncompressed, in a later search as in the round before), at the `p` that the search chose, which `--hold-size` moves; null if not searched", null=True,
         ),
         _column(
             "search_reference_error_percent", pa.float64(), "%",
