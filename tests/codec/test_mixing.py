@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import time
 
 import numpy as np
 import numpy.typing as npt
@@ -160,10 +159,8 @@ def test_every_truncation_is_a_named_error() -> None:
 def test_what_no_encoder_writes_is_a_named_error(
     blob: bytes, shape: tuple[int, ...], negative: int, positive: int
 ) -> None:
-    began = time.perf_counter()
     with pytest.raises(ArtifactError):
         mixing.decode(blob, shape, negative, positive)
-    assert time.perf_counter() - began < 30
 
 
 def test_codes_outside_of_their_sides_are_a_named_error() -> None:
