@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,14 @@ class Candidates:
     thetas: tuple[Theta, ...]
     saved: Vector
     distortion: Vector
+
+    def of(self, theta: Theta) -> float:
+        """The distortion of one of them."""
+        return float(self.distortion[self._places[theta]])
+
+    @cached_property
+    def _places(self) -> dict[Theta, int]:
+        return {theta: index for index, theta in enumerate(self.thetas)}
 
     def without(self, measured: Collection[Theta]) -> Candidates:
         """Those that are not in `measured`."""

@@ -129,6 +129,10 @@ class Trial:
         """The point itself."""
         return Theta(self.p, self.b)
 
+    def measured_error(self, whole: int) -> float:
+        """The error on the images that were measured, where `error` is over the `whole`: of a bound, what its images say of all of them."""
+        return self.error * whole / self.images
+
     def objective(self, tradeoff: float) -> float:
         """The value that is minimised at lambda = `tradeoff`."""
         return self.error - tradeoff * self.saved
@@ -161,13 +165,10 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings, known: Cand
         shares = START_AGAIN if settings.again else START
         fixed = start_point(free, shares[step]) if step < len(shares) else seed % len(free.thetas)
         return Suggestion(free.thetas[fixed], "start", settings.tradeoffs[turn])
-    place = {theta: index for index, theta in enumerate(known.thetas)}
     whole = trials[0].images  # the first evaluation of a layer has nothing to lose against
     points = [
-        # of a bound, what its images say of all of them
-        Point(t.theta, t.error * whole / t.images, t.loss, t.images, t.saved, float(known.distortion[place[t.theta]]))
-        for t in trials
-    ]  # fmt: skip
+        Point(t.theta, t.measured_error(whole), t.loss, t.images, t.saved, known.of(t.theta)) for t in trials
+    ]
     found = propose(points, free, settings.tradeoffs, turn, settings.loss_share, seed)
     return Suggestion(
         free.thetas[found.index], "bayes", found.tradeoff, found.mean, found.deviation, found.gain
@@ -181,11 +182,10 @@ def milder(
     if settings.again or len(trials) < settings.start:  # one that is compressed already begins where it is
         return None
     whole = trials[0].images
-    least = min(trial.error * whole / trial.images for trial in trials)  # of a bound, what its images say
+    least = min(trial.measured_error(whole) for trial in trials)
     if least < TOO_FAR or least < original() + TOO_FAR:
         return None
-    place = {theta: index for index, theta in enumerate(known.thetas)}
-    lost = min(float(known.distortion[place[trial.theta]]) for trial in trials)
+    lost = min(known.of(trial.theta) for trial in trials)
     free = known.without({trial.theta for trial in trials})
     chosen = start_point(free, MILDER * lost)
     if free.distortion[chosen] >= lost:
