@@ -149,7 +149,7 @@ def test_a_training_that_is_interrupted_again_and_again_comes_to_its_end(
     engine: RayEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With one restart, of two losses; as of spot instances in a long training."""
-    task = training(tmp_path, 40)
+    task = training(tmp_path, 16)
     seen = list[str]()
 
     def due(killed: int) -> bool:
@@ -161,7 +161,7 @@ def test_a_training_that_is_interrupted_again_and_again_comes_to_its_end(
     with killing(due) as killed:
         engine.train(task, lambda done, total, words: None)
     assert len(killed) == 2
-    assert len(read_record(Store(task.output), CURVE)["curve"]) == 40
+    assert len(read_record(Store(task.output), CURVE)["curve"]) == 16
     assert caplog.text.count("it is begun again behind its last checkpoint") == 1
 
 
@@ -177,7 +177,7 @@ def test_progress_that_cannot_be_told_once_is_told_from_then_on(
         if len(told) == 1:
             raise OSError("no space left\nfor a line")
 
-    engine.train(training(tmp_path, 40), progress)
+    engine.train(training(tmp_path, 12), progress)
     assert len(told) > 1
     assert "progress cannot be read, and is asked for again: no space left for a line" in caplog.text
 

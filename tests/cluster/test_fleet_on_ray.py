@@ -29,7 +29,7 @@ from clipq_ray.storage import TRIALS, Store
 pytestmark = pytest.mark.slow
 
 DEFAULTS: dict[str, Any] = {
-    "epochs": 8, "baseline_epochs": 2, "batch_size": 32, "search_evaluations": 4, "search_start": 3, "search_images": 60,
+    "epochs": 3, "baseline_epochs": 1, "batch_size": 32, "search_evaluations": 4, "search_start": 3, "search_images": 60,
     "target_ratio": 15, "rounds": 1, "bad_image_limit": 1,
 }  # fmt: skip
 MODELS = [{"model": "lenet5"}, {"model": "lenet_300_100"}]
@@ -263,7 +263,7 @@ def test_a_limit_holds_for_trials_and_trainings_together_and_priority_says_who_c
 def test_an_interrupt_while_networks_train_in_threads_is_one_line(tmp_path: Path) -> None:
     """Of threads that hear from Ray that it has ended, nobody wants to know."""
     storage = tmp_path / "s"
-    long = {**DEFAULTS, "epochs": 1000, "workers": 1, "baseline_epochs": 1}
+    long = {**DEFAULTS, "epochs": 1000, "workers": 1, "weights": "random"}
     arguments = submission(tmp_path, f"--storage={storage}", defaults={**long, "data": "digits"})
     with started(arguments, tmp_path / "errors") as job:
         job.until(lambda: len(list(storage.glob("model=*/run=*/_work/finetune/*/*"))) >= 2)

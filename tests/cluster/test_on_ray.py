@@ -145,9 +145,9 @@ def test_a_worker_that_hangs_is_ended_and_the_training_goes_on_with_the_same_byt
 
 
 def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
-    undisturbed: dict[str, Any], weights: Path, tmp_path: Path
+    undisturbed: dict[str, Any], weights: Path, searched: Path, tmp_path: Path
 ) -> None:
-    storage = tmp_path / "s"
+    storage = searched
     with started(command(storage, weights), tmp_path / "errors") as job:
         job.until(lambda: curve_so_far(storage))
         os.kill(job.process.pid, signal.SIGKILL)
@@ -171,7 +171,7 @@ def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
 def test_an_interrupted_training_says_so(
     weights: Path, searched: Path, tmp_path: Path, sign: signal.Signals, code: int, word: str
 ) -> None:
-    with started(command(searched, weights), tmp_path / "errors") as job:
+    with started(command(searched, weights, workers=1), tmp_path / "errors") as job:
         job.until(lambda: curve_so_far(searched))
         os.kill(job.process.pid, sign)
         ended = job.wait()

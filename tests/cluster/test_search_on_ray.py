@@ -10,6 +10,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.slow
 Rows = dict[str, list[dict[str, Any]]]
 LAYERS = 5
 SEARCHED: dict[str, Any] = {"search_evaluations": 30, "search_stop_gain": 0, "workers": 1, "epochs": 1}
+BRIEFLY = {**SEARCHED, "search_evaluations": 6}
 
 
 @pytest.fixture(scope="module")
@@ -143,56 +145,40 @@ def held_searchers(job: Job, node: Any) -> list[int]:
     return held
 
 
-def the_second_waits(
-    first: list[str], second: list[str], storage: Path, tmp_path: Path, cluster: Cluster
+def test_further_jobs_on_a_cluster_wait_with_their_searches_and_say_so_and_all_finish(
+    weights: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
-    """Two jobs on one cluster, of which the second comes to its search in the middle of the first one's, in `storage`; both finish."""
-    node = cluster.add_node(num_cpus=2)
-    with started(first, tmp_path / "first", RAY_ADDRESS=cluster.address) as one:
-        one.until(lambda: rows_so_far(storage))
-        held = held_searchers(one, node)
-        with started(second, tmp_path / "second", RAY_ADDRESS=cluster.address) as other:
-            other.until(lambda: "search: waits" in (tmp_path / "second").read_text())
+    """The second differs from the first behind the search only, and takes it as it is; the third makes another."""
+    node, storage = cluster.add_node(num_cpus=2), tmp_path / "s"
+
+    def submitted(name: str, **changes: Any) -> AbstractContextManager[Job]:
+        given = command(storage, weights, **{**BRIEFLY, "name": name, **changes})
+        return started(given, tmp_path / name, RAY_ADDRESS=cluster.address)
+
+    with submitted("first") as first:
+        first.until(lambda: rows_so_far(storage))
+        held = held_searchers(first, node)
+        with submitted("second", target_ratio=20) as second, submitted("third", seed=1) as third:
+            second.until(lambda: "search: waits" in (tmp_path / "second").read_text())
+            third.until(lambda: "search: waits" in (tmp_path / "third").read_text())
             assert not searched(storage)
             for process in held:
                 os.kill(process, signal.SIGCONT)
-            assert one.wait() == (0, [])
-            ended = other.wait()
-    (line,) = ended.lines
-    assert line.startswith("search: waits for that of another job on this cluster (")
-    assert str(one.process.pid) in line
-    assert ended.code == 0
-
-
-def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_finish(
-    weights: Path, tmp_path: Path, cluster: Cluster
-) -> None:
-    first, second = (
-        command(tmp_path / name, weights, **{**SEARCHED, "seed": seed}) for name, seed in (("a", 0), ("b", 1))
-    )
-    the_second_waits(first, second, tmp_path / "a", tmp_path, cluster)
-    for name in ("a", "b"):
-        (run,) = manifest.committed(Store(tmp_path / name))
-        assert manifest.verify(run.store) == []
-
-
-def test_a_second_job_on_the_cluster_that_needs_the_same_search_takes_it_as_it_is(
-    weights: Path, tmp_path: Path, cluster: Cluster
-) -> None:
-    """Two networks that differ behind the search: by its turn the second one's has been made."""
-    storage = tmp_path / "s"
-    first, second = (
-        command(storage, weights, **{**SEARCHED, "name": name, "target_ratio": ratio})
-        for name, ratio in (("a", 15), ("b", 20))
-    )
-    the_second_waits(first, second, storage, tmp_path, cluster)
-    a, b = (committed_run(storage, name) for name in ("a", "b"))
-    assert a == b  # with their seconds, which a second measurement would have changed
+            assert first.wait() == (0, [])
+            for ended in (second.wait(), third.wait()):
+                (line,) = ended.lines
+                assert line.startswith("search: waits for that of another job on this cluster (")
+                assert str(first.process.pid) in line
+                assert ended.code == 0
+    trials = [committed_run(storage, name) for name in ("first", "second", "third")]
+    assert trials[0] == trials[1]  # with their seconds, which a second measurement would have changed
+    assert trials[0] != trials[2]
 
 
 def committed_run(storage: Path, name: str) -> list[dict[str, Any]]:
     """The trials of the run of this name."""
     (run,) = (one for one in manifest.committed(Store(storage)) if f"model={name}/" in one.store.uri)
+    assert manifest.verify(run.store) == []
     rows = tables.from_bytes(run.store.read("trials.parquet")).to_pylist()
     return [{name: value for name, value in row.items() if name != "chosen"} for row in rows]
 
@@ -258,12 +244,10 @@ def digit_images(folder: Path) -> str:
 def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
     text = "from torch import nn\n\ndef few(num_classes=3):\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))\n"
     (tmp_path / "narrow.py").write_text(text)
-    given = command(
-        tmp_path / "s", Path("train"), **{**SEARCHED, "search_evaluations": 6, "search_parallel": 2}
-    )
+    given = command(tmp_path / "s", "random", **{**BRIEFLY, "search_parallel": 2})
     names = [f"--model={name}" for name in ("lenet_300_100", "narrow:few", "lenet5")]
     data = [f"--data={digit_images(tmp_path / 'digits')}", "--validation-images=100"]
-    arguments = [*given, *names, *data, "--baseline-epochs=2", "--input-size=28"]
+    arguments = [*given, *names, *data, "--input-size=28"]
     with started(arguments, tmp_path / "errors", PYTHONPATH=str(tmp_path)) as job:
         ended = job.wait()
     assert ended.code == 1
