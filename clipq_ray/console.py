@@ -55,9 +55,14 @@ def run(program: str, main: Callable[[list[str]], int | None], arguments: list[s
             # Python itself would print it with the secrets that are in it.
             print(redacted(traceback.format_exc()), end="", file=sys.stderr, flush=True)
             code = 1
-    if _SUBMITTED in os.environ and code != 128 + signal.SIGPIPE:
+    if submitted() and code != 128 + signal.SIGPIPE:
         print(f"{program}: exit code {code}", file=sys.stderr, flush=True)
     return code
+
+
+def submitted() -> bool:
+    """Whether this process is a job that was submitted to Ray."""
+    return _SUBMITTED in os.environ
 
 
 def leave(code: int) -> NoReturn:

@@ -13,6 +13,8 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("RAY_worker_niceness", "0")  # as a Ray of a job's own has it, in clusters of tests too
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # who is short of memory is what else runs here
 torch.set_num_threads(
     1
 )  # `make test` runs two processes; with two threads each on two cores they wait for one another at every operation

@@ -89,9 +89,9 @@ def test_a_claim_that_is_not_kept_alive_expires_by_the_stores_clock(
     work: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = taken(work)
-    aged(monkeypatch, claims.lifetime() - 5)
+    aged(monkeypatch, claims.lifetime() - 60)
     assert isinstance(claim(work), Holder)
-    aged(monkeypatch, 10)
+    aged(monkeypatch, 90)
     second = taken(work)
     assert work.names() == ["claim-000001.json", "claim-000002.json"]
     first.give_back()
@@ -132,7 +132,7 @@ def test_who_was_away_for_too_long_learns_it_and_leaves_the_new_owners_claim(
     first = taken(work)
     first.check()
     work.write("claim-000002.json", json.dumps({"owner": "other", "words": "other"}).encode())
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 120
     while not first._lost and time.monotonic() < limit:
         time.sleep(0.01)
     with pytest.raises(HeldError, match="another job took over"):
@@ -145,7 +145,7 @@ def test_a_claim_is_kept_alive(work: Store, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
     first = taken(work)
     before = work.modified("claim-000001.json")
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 120
     while work.modified("claim-000001.json") <= before and time.monotonic() < limit:
         time.sleep(0.01)
     assert work.modified("claim-000001.json") > before

@@ -32,7 +32,7 @@ def started(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=False, env=environment, cwd=ROOT
+        command, capture_output=True, text=True, timeout=800, check=False, env=environment, cwd=ROOT
     )
 
 

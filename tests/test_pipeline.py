@@ -134,7 +134,7 @@ def test_both_engines_give_the_same_bytes_at_one_worker(
     command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--storage", str(tmp_path)]
     for name, value in {**QUICK, "engine": "ray"}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     (other,) = manifest.committed(Store(tmp_path))
     ours = finished[1].manifest["files"]["model.clq"]["sha256"]

@@ -127,7 +127,7 @@ def test_what_is_under_way_ends_with_the_command(tmp_path: Path) -> None:
         assert job.stdout is not None
         inner = int(job.stdout.readline())
         job.terminate()
-        assert job.wait(30) == 128 + 15
+        assert job.wait(120) == 128 + 15
     assert not Path(f"/proc/{inner}").exists()
 
 

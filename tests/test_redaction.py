@@ -123,7 +123,7 @@ def submitted(storage: str, endpoint: str, weights: str, *more: str) -> subproce
         "--search-start=3", "--search-images=60", "--target-ratio=15", "--rounds=1", "--control=never", f"--storage={storage}", f"--weights={weights}", *more,
     ]  # fmt: skip
     return subprocess.run(
-        command, capture_output=True, timeout=240, check=False, cwd=ROOT,
+        command, capture_output=True, timeout=800, check=False, cwd=ROOT,
         env={**os.environ, **environment(endpoint), **SECRETS},
     )  # fmt: skip
 

@@ -374,7 +374,7 @@ def test_the_job_ends_with_1_and_says_why_where_the_promise_is_not_kept(
     ]
     for name, value in QUICK.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert ended.returncode == 1
     assert "promise: at most 10 bytes: NOT KEPT" in ended.stdout
 

@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from clipq_ray import logs
+from clipq_ray import console, logs
 
 _POLL_SECONDS = 0.5
-_LEAVE_SECONDS = 2.0  # `ray job stop` gives a job three, where the cluster says nothing else
+_LEAVE_SECONDS, _LEAVE_SUBMITTED_SECONDS = (
+    10.0,
+    2.0,
+)  # `ray job stop` gives a job three, where the cluster says nothing else
 
 
 class Left(BaseException):
@@ -71,6 +74,6 @@ class Apart:
     def leave(self) -> None:
         """Tell all threads, and wait a moment for them."""
         self._left.set()
-        until = time.monotonic() + _LEAVE_SECONDS
+        until = time.monotonic() + (_LEAVE_SUBMITTED_SECONDS if console.submitted() else _LEAVE_SECONDS)
         for ended in tuple(self._under_way):
             ended.wait(max(0.0, until - time.monotonic()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipq_ray import logs
@@ -130,5 +130,7 @@ def _ended(worker: Worker) -> bool:
         return bool(
             ray.get(_end.options(scheduling_strategy=there).remote(worker.process), timeout=_ANSWER_SECONDS)
         )
+    except GetTimeoutError:  # a node that is too busy to say so yet ends it all the same
+        return True
     except RayError:  # the node is lost, and the worker with it
         return False

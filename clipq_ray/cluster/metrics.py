@@ -50,13 +50,17 @@ class TrainingSpeed:
     def __init__(self, meter: Meter, network: str, stage: str, images: int) -> None:
         self._meter, self._network, self._stage, self._images = meter, network, stage, images
         self._since: tuple[float, int] | None = None
+        self._due = (
+            0.0  # seconds behind the last one said; the first is said at once, since a training may be short
+        )
 
     def step(self, done: int) -> None:
         """So many steps were done."""
         now = time.monotonic()
         if self._since is None:
             self._since = (now, done)
-        elif now - self._since[0] >= _EVERY_SECONDS:
+        elif now - self._since[0] >= self._due and now > self._since[0]:
             before, steps = self._since
+            self._due = _EVERY_SECONDS
             self._meter.speed(self._network, self._stage, (done - steps) * self._images / (now - before))
             self._since = (now, done)

@@ -36,7 +36,7 @@ from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
 
 log = logs.logger(__name__)
-_POLL_SECONDS, _LEASE_POLL_SECONDS = 0.5, 2.0
+_POLL_SECONDS, _LEASE_POLL_SECONDS, _ANSWER_SECONDS = 0.5, 2.0, 30.0
 _NAMESPACE = "clipq_ray"
 ERROR = "error.json"
 """The object in which a worker says to the driver why it fails."""
@@ -194,7 +194,7 @@ def _leased_board(name: str, apart: Apart) -> Any:
 def _owner(name: str) -> str:
     try:
         holder = ray.get_actor(f"{_NAMESPACE}-{name}", namespace=_NAMESPACE)
-        return str(ray.get(holder.owner.remote(), timeout=_LEASE_POLL_SECONDS))
+        return str(ray.get(holder.owner.remote(), timeout=_ANSWER_SECONDS))
     except (ValueError, RayError):  # it has just ended
         return "about to end"
 

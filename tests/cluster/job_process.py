@@ -16,7 +16,7 @@ from clipq_ray import manifest
 from clipq_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_SECONDS = float(os.environ.get("CLIPQ_TEST_LIMIT_SECONDS", "240"))
+LIMIT_SECONDS = float(os.environ.get("CLIPQ_TEST_LIMIT_SECONDS", "400"))
 
 
 def command(storage: Path, weights: Path | str, **changes: Any) -> list[str]:
@@ -73,9 +73,11 @@ def _all_processes() -> Iterator[tuple[Process, int, int]]:
 
 def end(session: int) -> None:
     """End what is left of a session that a test started."""
-    for process in processes(session):
-        with suppress(ProcessLookupError):  # it was faster
-            os.kill(process.pid, signal.SIGKILL)
+    while left := processes(session):  # some may have started others meanwhile
+        for process in left:
+            with suppress(ProcessLookupError):  # it was faster
+                os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def output_of(errors: Path) -> Path:

@@ -13,6 +13,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,10 @@ class Scraped:
 
     def look(self) -> None:
         while not self.end.wait(0.5):
-            with suppress(OSError), urllib.request.urlopen(self._address, timeout=10) as page:
+            with (
+                suppress(OSError, HTTPException, ValueError),
+                urllib.request.urlopen(self._address, timeout=10) as page,
+            ):
                 for line in page.read().decode().splitlines():
                     if line.startswith("ray_clipq_"):
                         name, _, value = line.rpartition(" ")
@@ -236,7 +240,8 @@ def test_a_limit_holds_for_trials_and_trainings_together_and_priority_says_who_c
     """With one CPU for all of it, whatever held something while it waits would stop the job."""
     changes = {
         "models": [
-            {"model": "lenet5", "weights": "random"},
+            # long enough not to be over when the other one comes to its training
+            {"model": "lenet5", "weights": "random", "search_evaluations": 20, "search_stop_gain": 0},
             {"model": "lenet_300_100", "weights": "random", "priority": 1},
         ],
         "limits": {"cpus": 1},
@@ -279,12 +284,14 @@ def test_the_second_of_two_jobs_waits_and_takes_the_result_or_leaves(
     arguments = submission(tmp_path, f"--storage={storage}", "--engine=local", data=images)
     with started(arguments, tmp_path / "first") as first:
         first.until(lambda: len(list(storage.glob("model=*/run=*/_work/claim-*"))) == 2)
+        os.kill(first.process.pid, signal.SIGSTOP)  # so that the others find them, however slowly they start
         with (
             started([*arguments, "--on-claim=leave"], tmp_path / "leaving") as leaving,
             started(arguments, tmp_path / "second") as second,
         ):
             second.until(lambda: "waiting for it" in (tmp_path / "second").read_text())
             left = leaving.wait()
+            os.kill(first.process.pid, signal.SIGCONT)
             assert left.code == 1
             assert "is being made by another job" in "".join(left.lines)
             assert "fleet: not written, since another job makes some of its runs" in left.lines

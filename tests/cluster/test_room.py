@@ -36,7 +36,7 @@ class Desk:
 
 
 def until(what: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 120
     while not what():
         assert time.monotonic() < limit
         time.sleep(0.01)
@@ -57,7 +57,7 @@ class Going:
         def go() -> None:
             with self._room.training(worker, workers, (rank,), beside):
                 self.let_in.append(name)
-                self._ends[name].wait(20)
+                self._ends[name].wait(120)
 
         self._threads.append(threading.Thread(target=go))
         self._threads[-1].start()
