@@ -226,7 +226,7 @@ def test_trials_share_a_gpu_by_its_fraction(weights: Path, tmp_path: Path, clust
     cluster.add_node(num_cpus=3, num_gpus=1)
     storage, arguments = (
         tmp_path / "s",
-        command(tmp_path / "s", weights, **{**SEARCHED, "search_evaluations": 1000}, search_gpu_share=0.5),
+        command(tmp_path / "s", weights, **{**SEARCHED, "search_evaluations": 500}, search_gpu_share=0.5),
     )
     with started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job:
         job.until(lambda: sum(len(rows) >= 5 for rows in rows_so_far(storage).values()) == 2)
