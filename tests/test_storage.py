@@ -321,7 +321,7 @@ def test_readers_see_a_whole_object_while_it_is_rewritten(tmp_path: Path) -> Non
     store = Store(tmp_path)
     contents = [bytes([one]) * 200_000 for one in range(4)]
     store.write("x", contents[0])
-    seen, over = set[bytes](), threading.Event()
+    seen, over, reads = set[bytes](), threading.Event(), 0
 
     def rewrite() -> None:
         for content in itertools.cycle(contents):
@@ -333,8 +333,9 @@ def test_readers_see_a_whole_object_while_it_is_rewritten(tmp_path: Path) -> Non
     thread.start()
     limit = time.monotonic() + 60
     try:
-        while len(seen) < len(contents) and time.monotonic() < limit:
+        while (reads < 200 or len(seen) < len(contents)) and time.monotonic() < limit:
             seen.add(store.read("x"))
+            reads += 1
     finally:
         over.set()
         thread.join()

@@ -130,7 +130,7 @@ def _ended(worker: Worker) -> bool:
         return bool(
             ray.get(_end.options(scheduling_strategy=there).remote(worker.process), timeout=_ANSWER_SECONDS)
         )
-    except GetTimeoutError:  # a node that is too busy to say so yet ends it all the same
+    except GetTimeoutError:  # as a rule of a busy node, which ends it as soon as it can
         return True
     except RayError:  # the node is lost, and the worker with it
         return False

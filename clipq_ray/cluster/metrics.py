@@ -59,7 +59,7 @@ class TrainingSpeed:
         now = time.monotonic()
         if self._since is None:
             self._since = (now, done)
-        elif now - self._since[0] >= self._due and now > self._since[0]:
+        elif done > self._since[1] and now - self._since[0] >= self._due and now > self._since[0]:
             before, steps = self._since
             self._due = _EVERY_SECONDS
             self._meter.speed(self._network, self._stage, (done - steps) * self._images / (now - before))

@@ -70,13 +70,12 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
 
     def _step(self, task: SearchTask) -> dict[str, Any]:
         if self._trials is None:
-            self._begun(task)
+            words = f"search: {task.source.name}, {task.groups[self._index].name}"
+            self._board.begin.remote(self._item(), words, Worker.here())
         try:
             searcher = self._searching(task)
             if self._trials is None:
-                self._begun(
-                    task
-                )  # once more: what it took to come to this network is no part of its first step
+                self._board.loaded.remote(self._item())
                 self._trials = searcher.begin(self._index, self._behind)
             before = len(self._trials)
             finished = searcher.step(self._index, self._trials)
@@ -98,10 +97,6 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         if finished:
             self._board.leave.remote([self._item()])
         return {"done": finished, "group": self._group}
-
-    def _begun(self, task: SearchTask) -> None:
-        words = f"search: {task.source.name}, {task.groups[self._index].name}"
-        self._board.begin.remote(self._item(), words, Worker.here())
 
     def _item(self) -> str:
         return _item((self._number, self._index))

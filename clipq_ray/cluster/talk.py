@@ -36,7 +36,7 @@ from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
 
 log = logs.logger(__name__)
-_POLL_SECONDS, _LEASE_POLL_SECONDS, _ANSWER_SECONDS = 0.5, 2.0, 30.0
+_POLL_SECONDS, _LEASE_POLL_SECONDS, _LOOKS = 0.5, 2.0, 60
 _NAMESPACE = "clipq_ray"
 ERROR = "error.json"
 """The object in which a worker says to the driver why it fails."""
@@ -65,6 +65,11 @@ class _Board:
         self._workers[item] = {one: other for one, other in others.items() if one < world} | {rank: worker}
         self._words[item] = words
         self._begun[item] = self._stepped[item] = time.monotonic()
+
+    def loaded(self, item: str) -> None:
+        """Its worker has what it needs; the first step begins."""
+        if item in self._workers:
+            self._stepped[item] = time.monotonic()
 
     def write(self, item: str, done: int, total: int, words: str) -> None:
         self._items[item] = (done, total, words)
@@ -185,18 +190,22 @@ def _leased_board(name: str, apart: Apart) -> Any:
                 log.warning(
                     "%s: waits for that of another job on this cluster (%s); Ray runs one at a time",
                     name,
-                    _owner(name),
+                    _owner(name, apart),
                 )
             said = True
             apart.check(_LEASE_POLL_SECONDS)
 
 
-def _owner(name: str) -> str:
+def _owner(name: str, apart: Apart) -> str:
     try:
-        holder = ray.get_actor(f"{_NAMESPACE}-{name}", namespace=_NAMESPACE)
-        return str(ray.get(holder.owner.remote(), timeout=_ANSWER_SECONDS))
+        asked = ray.get_actor(f"{_NAMESPACE}-{name}", namespace=_NAMESPACE).owner.remote()
+        for _ in range(_LOOKS):  # an interrupt is not kept waiting by a board that is slow to answer
+            if ray.wait([asked], timeout=_POLL_SECONDS)[0]:
+                return str(ray.get(asked))
+            apart.check()
     except (ValueError, RayError):  # it has just ended
         return "about to end"
+    return "which does not say its name"
 
 
 def tell(output: Store, error: ClipqError) -> None:

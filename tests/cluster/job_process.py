@@ -73,7 +73,9 @@ def _all_processes() -> Iterator[tuple[Process, int, int]]:
 
 def end(session: int) -> None:
     """End what is left of a session that a test started."""
+    limit = time.monotonic() + 60
     while left := processes(session):  # some may have started others meanwhile
+        assert time.monotonic() < limit, f"they do not end: {left}"
         for process in left:
             with suppress(ProcessLookupError):  # it was faster
                 os.kill(process.pid, signal.SIGKILL)

@@ -89,6 +89,7 @@ def test_with_fewer_workers_allowed_a_training_goes_on_without_the_lost_host(
 def test_kills_at_random_moments_change_no_byte_and_leave_nothing(
     nodes: Nodes, options: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
+    # of a commit, at its first moment: it lasts less than a second; `make bench-chaos` takes any
     given = orders(PAIRS, SEED, {"commit": 0.0})
     ended = disturbed(nodes, tmp_path / "s", tmp_path / "logs", given, SEED, **options)
     assert ended.missed == []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from clipq_ray.cluster import hangs
 from clipq_ray.cluster.hangs import Hangs, Limits, Signs, Worker
@@ -43,3 +46,19 @@ def test_a_hang_is_the_reason_until_the_next_attempt_makes_steps(monkeypatch: py
     assert watched.error("finetune") is None  # whatever it fails of now is another thing
     watched.look([still])
     assert "3 times" in str(watched.error("finetune"))
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"), [(GetTimeoutError("busy"), True), (ActorDiedError(), False)], ids=["busy", "lost"]
+)
+def test_of_a_node_that_is_late_to_answer_a_worker_counts_as_ended_and_of_a_lost_one_not(
+    monkeypatch: pytest.MonkeyPatch, error: RayError, ended: bool
+) -> None:
+    def get(*given: object, **options: object) -> None:
+        raise error
+
+    asked = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda process: None))
+    monkeypatch.setattr(hangs, "_end", asked)
+    monkeypatch.setattr(hangs.ray, "get", get)
+    node = "ab" * 28  # as Ray writes one
+    assert hangs._ended(Worker(node, [1, 2])) is ended

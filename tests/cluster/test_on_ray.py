@@ -171,12 +171,13 @@ def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("sign", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped")]
+    ("sign", "code", "word", "workers"),
+    [(signal.SIGINT, 130, "interrupted", 2), (signal.SIGTERM, 143, "stopped", 1)],
 )
 def test_an_interrupted_training_says_so(
-    weights: Path, searched: Path, tmp_path: Path, sign: signal.Signals, code: int, word: str
+    weights: Path, searched: Path, tmp_path: Path, sign: signal.Signals, code: int, word: str, workers: int
 ) -> None:
-    with started(command(searched, weights, workers=1, epochs=1000), tmp_path / "errors") as job:
+    with started(command(searched, weights, workers=workers, epochs=1000), tmp_path / "errors") as job:
         job.until(lambda: curve_so_far(searched))
         os.kill(job.process.pid, sign)
         ended = job.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
@@ -232,12 +231,16 @@ def test_decoders_take_their_part_of_a_limit_so_that_no_trial_does(cluster: Clus
     engine, used, others = RayEngine(config), [0.0], list[bool]()
 
     def watch() -> None:
-        used.append(4 - free_cpus())
+        looks = [4 - free_cpus()]
+        while looks[-1] > 3 and len(looks) < 10:  # what moves between nodes counts twice for a moment
+            time.sleep(0.05)
+            looks.append(4 - free_cpus())
+        used.append(min(looks))
         others.append(engine._room.begin(len(others), Amount(1)))
 
     until(lambda: free_cpus() == 4)
     trained(engine, config, tmp_path / "limited", watch)
-    assert max(map(min, itertools.pairwise(used))) <= 3  # what moves between nodes counts twice for a moment
+    assert max(used) <= 3
     assert set(others) == {False}
 
 

@@ -85,7 +85,6 @@ class Oracle:
         self._before = signal.signal(signal.SIGPROF, _expired)
         self._highest = _highest()
         # What thousands of tests before left in this process takes seconds to be looked through: no reader's time.
-        gc.collect()
         gc.freeze()
         return self
 
