@@ -171,7 +171,7 @@ def test_further_jobs_on_a_cluster_wait_with_their_searches_and_say_so_and_all_f
                 assert ended.code == 0
     trials = [committed_run(storage, name) for name in ("first", "second", "third")]
     assert trials[0] == trials[1]  # with their seconds, which a second measurement would have changed
-    points = [[(row["layer"], row["p"], row["b"], row["error"]) for row in rows] for rows in trials]
+    points = [[(row["layer"], row["p"], row["bits"], row["error_percent"]) for row in rows] for rows in trials]
     assert points[0] != points[2]
 
 
