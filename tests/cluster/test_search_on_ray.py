@@ -10,7 +10,6 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -145,34 +144,51 @@ def held_searchers(job: Job, node: Any) -> list[int]:
     return held
 
 
-def test_further_jobs_on_a_cluster_wait_with_their_searches_and_say_so_and_all_finish(
-    weights: Path, tmp_path: Path, cluster: Cluster
+def the_second_waits(
+    first: list[str], second: list[str], storage: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
-    """The second differs from the first behind the search only, and takes it as it is; the third makes another."""
-    node, storage = cluster.add_node(num_cpus=2), tmp_path / "s"
-
-    def submitted(name: str, **changes: Any) -> AbstractContextManager[Job]:
-        given = command(storage, weights, **{**BRIEFLY, "name": name, **changes})
-        return started(given, tmp_path / name, RAY_ADDRESS=cluster.address)
-
-    with submitted("first") as first:
-        held = held_searchers(first, node)
-        with submitted("second", target_ratio=20) as second, submitted("third", seed=1) as third:
-            second.until(lambda: "search: waits" in (tmp_path / "second").read_text())
-            third.until(lambda: "search: waits" in (tmp_path / "third").read_text())
+    """Two jobs on one cluster, of which the second comes to its search in the middle of the first one's, in `storage`; both finish."""
+    node = cluster.add_node(num_cpus=2)
+    with started(first, tmp_path / "first", RAY_ADDRESS=cluster.address) as one:
+        one.until(lambda: rows_so_far(storage))
+        held = held_searchers(one, node)
+        with started(second, tmp_path / "second", RAY_ADDRESS=cluster.address) as other:
+            other.until(lambda: "search: waits" in (tmp_path / "second").read_text())
             assert not searched(storage)
             for process in held:
                 os.kill(process, signal.SIGCONT)
-            assert first.wait() == (0, [])
-            for ended in (second.wait(), third.wait()):
-                (line,) = ended.lines
-                assert line.startswith("search: waits for that of another job on this cluster (")
-                assert str(first.process.pid) in line
-                assert ended.code == 0
-    trials = [committed_run(storage, name) for name in ("first", "second", "third")]
-    assert trials[0] == trials[1]  # with their seconds, which a second measurement would have changed
-    points = [[(row["layer"], row["p"], row["bits"], row["error_percent"]) for row in rows] for rows in trials]
-    assert points[0] != points[2]
+            assert one.wait() == (0, [])
+            ended = other.wait()
+    (line,) = ended.lines
+    assert line.startswith("search: waits for that of another job on this cluster (")
+    assert str(one.process.pid) in line
+    assert ended.code == 0
+
+
+def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_finish(
+    weights: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    first, second = (
+        command(tmp_path / name, weights, **{**SEARCHED, "seed": seed}) for name, seed in (("a", 0), ("b", 1))
+    )
+    the_second_waits(first, second, tmp_path / "a", tmp_path, cluster)
+    for name in ("a", "b"):
+        (run,) = manifest.committed(Store(tmp_path / name))
+        assert manifest.verify(run.store) == []
+
+
+def test_a_second_job_on_the_cluster_that_needs_the_same_search_takes_it_as_it_is(
+    weights: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    """Two networks that differ behind the search: by its turn the second one's has been made."""
+    storage = tmp_path / "s"
+    first, second = (
+        command(storage, weights, **{**SEARCHED, "name": name, "target_ratio": ratio})
+        for name, ratio in (("a", 15), ("b", 20))
+    )
+    the_second_waits(first, second, storage, tmp_path, cluster)
+    a, b = (committed_run(storage, name) for name in ("a", "b"))
+    assert a == b  # with their seconds, which a second measurement would have changed
 
 
 def committed_run(storage: Path, name: str) -> list[dict[str, Any]]:
