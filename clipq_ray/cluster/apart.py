@@ -13,10 +13,8 @@ from collections.abc import Callable
 from clipq_ray import console, logs
 
 _POLL_SECONDS = 0.5
-_LEAVE_SECONDS, _LEAVE_SUBMITTED_SECONDS = (
-    10.0,
-    2.0,
-)  # `ray job stop` gives a job three, where the cluster says nothing else
+_LEAVE_SECONDS = 10.0
+_LEAVE_SUBMITTED_SECONDS = 2.0  # `ray job stop` gives a job three, where the cluster says nothing else
 
 
 class Left(BaseException):

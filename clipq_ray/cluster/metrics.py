@@ -50,9 +50,7 @@ class TrainingSpeed:
     def __init__(self, meter: Meter, network: str, stage: str, images: int) -> None:
         self._meter, self._network, self._stage, self._images = meter, network, stage, images
         self._since: tuple[float, int] | None = None
-        self._due = (
-            0.0  # seconds behind the last one said; the first is said at once, since a training may be short
-        )
+        self._due = 0.0  # seconds until the next is said; the first at once, since a training may be short
 
     def step(self, done: int) -> None:
         """So many steps were done."""

@@ -15,9 +15,8 @@ def test_a_short_training_has_a_speed_and_a_step_that_is_told_twice_has_none(
 ) -> None:
     now, said = [10.0], list[tuple[Any, ...]]()
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    speed = metrics.TrainingSpeed(
-        SimpleNamespace(speed=lambda *given: said.append(given)), "a", "finetune", 32
-    )  # type: ignore[arg-type]
+    meter: Any = SimpleNamespace(speed=lambda *given: said.append(given))
+    speed = metrics.TrainingSpeed(meter, "a", "finetune", 32)
     for at, done in ((10.0, 5), (10.125, 5), (10.25, 6), (10.5, 7), (10.75, 8), (10.75, 9)):
         now[0] = at
         speed.step(done)

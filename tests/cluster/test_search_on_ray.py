@@ -241,10 +241,9 @@ def test_a_node_that_is_lost_costs_the_evaluation_under_way(
 def test_trials_share_a_gpu_by_its_fraction(weights: Path, tmp_path: Path, cluster: Cluster) -> None:
     """The GPU is one by name only; what Ray packs onto it is the same."""
     cluster.add_node(num_cpus=3, num_gpus=1)
-    storage, arguments = (
-        tmp_path / "s",
-        command(tmp_path / "s", weights, **{**SEARCHED, "search_evaluations": 500}, search_gpu_share=0.5),
-    )
+    storage = tmp_path / "s"
+    long = {**SEARCHED, "search_evaluations": 500}  # so that no layer ends and a third begins
+    arguments = command(storage, weights, **long, search_gpu_share=0.5)
     with started(arguments, tmp_path / "errors", RAY_ADDRESS=cluster.address) as job:
         job.until(lambda: sum(len(rows) >= 5 for rows in rows_so_far(storage).values()) == 2)
         assert len(rows_so_far(storage)) == 2  # and not three, for which there are CPUs
