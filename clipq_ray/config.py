@@ -64,7 +64,10 @@ class Config(BaseModel):
     )
     limit_images: int | None = Field(None, ge=4, description="use only so many training images, for trials")
     input_size: int | None = Field(
-        None, ge=8, le=4096, description="height and width of the input [pixels]; default: the network's"
+        None,
+        ge=8,
+        le=4096,
+        description="height and width of the input [pixels]; default: the network's, 224 of package.module:function",
     )
     resize: int | None = Field(
         None,

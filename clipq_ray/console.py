@@ -7,6 +7,7 @@ Exit codes: 0 all is well; 1 the run failed; 2 something in the input is wrong; 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -35,6 +36,19 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
         raise ConfigError(f"{message}; see --help")
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The JSON object that was given to `option`, such as `--model-args`; `ConfigError` for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{option}: expected JSON such as '{{\"transform_input\": true}}', got {text!r}"
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option}: expected names and values, got {text!r}; write '{{\"name\": value}}'")
+    return value
 
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by this Ray's job server tells the process what it is

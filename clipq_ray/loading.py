@@ -125,7 +125,7 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
             state[name] = torch.full_like(value, fill, device="cpu")
     if missing := sorted(set(wanted) - set(state)):
         raise ModelError(
-            f"the network does not fit the file: it lacks {', '.join(missing[:3])}; pass the factory that it was made with"
+            f"the network does not fit the file: it lacks {', '.join(missing[:3])}; build the one that it was made from"
         )
     empty = any(parameter.is_meta for parameter in model.parameters())
     complete = model.state_dict()  # carries the versions of the modules' state, which some networks ask for
@@ -135,7 +135,7 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"the network does not fit the file: {reason}; pass the factory that it was made with"
+            f"the network does not fit the file: {reason}; build the one that it was made from"
         ) from error
     lost = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if lost:

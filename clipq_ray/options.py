@@ -8,7 +8,6 @@ file: of two the user would not know which one counts. `--model`, `--keep` and `
 from __future__ import annotations
 
 import argparse
-import json
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from pydantic.fields import FieldInfo
 from clipq_ray import problems
 from clipq_ray.config import Config, checked
 from clipq_ray.consistency import INTENTS
-from clipq_ray.console import OneLineParser
+from clipq_ray.console import OneLineParser, json_object
 from clipq_ray.errors import ConfigError
 from clipq_ray.fleet.file import Fleet, parsed, read
 
@@ -179,12 +178,7 @@ def _value(name: str, text: Any) -> Any:
     if isinstance(text, str) and "tuple" in annotation:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if isinstance(text, str) and annotation.startswith("dict"):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: expected JSON such as '{{\"transform_input\": true}}', got {text!r}"
-            ) from error
+        return json_object("--" + name.replace("_", "-"), text)
     return text
 
 

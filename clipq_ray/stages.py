@@ -190,7 +190,8 @@ def scored(run: Run, model: nn.Module, images: Split | None) -> Evaluation | Non
 
 
 def refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], origin: str) -> None:
-    """`RunError` for a network near chance, or far from what the user expects: it is not worth hours."""
+    """`RunError` for a network near chance, or far from what the user expects: it is not worth hours. One that was trained here is noted only: a trial may be
+    of one epoch."""
     found = scores["validation"]
     assert found is not None
     known = (
@@ -206,10 +207,14 @@ def refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], origi
     chance = 1.0 / max(run.data.classes, 1)
     # of a few images even a good network's interval holds chance
     near = found.interval()[0] <= chance and found.top1 <= (1 + chance) / 2
-    if origin not in ("random", "train") and run.data.classes > 1 and near:
-        raise RunError(
-            f"expected a trained network, got top-1 {100 * found.top1:.2f} % on {found.n:,} validation images (chance is {100 * chance:.2f} %); {causes}"
-        )
+    if origin == "random" or run.data.classes < 2 or not near:
+        return
+    got = f"got top-1 {100 * found.top1:.2f} % on {found.n:,} validation images (chance is {100 * chance:.2f} %)"
+    if origin != "train":
+        raise RunError(f"expected a trained network, {got}; {causes}")
+    note = f"expected the training to teach the network something, {got}; raise --baseline-epochs or lower --baseline-learning-rate"
+    run.notes.append(note)
+    run.reporter.say(f"baseline: {note}")
 
 
 def schedule_of(config: Config, epochs: int, rate: float) -> Schedule:

@@ -103,8 +103,17 @@ class Source:
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width [pixels] of the network's input."""
         channels, height, width = models.default_input(self.config.model)
+        if ":" in self.config.model:
+            channels = len(self.config.mean or self.config.std or ()) or self._channels or channels
         size = self.config.input_size
         return (channels, size, size) if size else (channels, height, width)
+
+    @functools.cached_property
+    def _channels(self) -> int | None:
+        """What the first convolution of the user's own function takes. Other weights than the run's change nothing of that: the run's own may ask for its data."""
+        with seeds.everywhere(self.config.seed, "initial weights"):
+            own = models.Architecture(self.config.model, self.config.model_args)
+            return models.image_channels(models.build(own, allow_import=True))
 
     def usual(self) -> Preprocessing | None:
         """How images are prepared unless the user says otherwise: for torchvision's published weights as these want it, in proportion where the input has

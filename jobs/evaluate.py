@@ -1,21 +1,24 @@
 """Verify a claim from the file alone: `python jobs/evaluate.py FILE --data URI` prints bytes, ratio and top-1 of a .clq file.
 
-`FILE` is a .clq file or a run directory, local or any fsspec URI. Nothing but the file and the data is read, so the network must be a registered
-one; for one of your own there is `clipq_ray.load(uri, factory)`.
+`FILE` is a .clq file or a run directory, local or any fsspec URI. Nothing but the file and the data is read. A file holds no code, so a network of your own is
+built by `--model package.module:function`, with the `--model-args` that it was compressed with.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import nn
 
-from clipq_ray import codec, console
+from clipq_ray import codec, console, models
 from clipq_ray.data import Preprocessing, open_test
 from clipq_ray.errors import ConfigError, FormatError, ModelError
 from clipq_ray.evaluate import evaluate, scores
@@ -41,15 +44,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)"
     )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="what builds the network where the file names none: package.module:function, or a registered name",
+    )
+    parser.add_argument("--model-args", metavar="JSON", help="its keyword arguments, as for compress.py")
     given = parser.parse_args(arguments)
     if given.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {given.batch_size}")
     data = read_file(given.file)
     content = codec.metadata(data)
-    if not content.get("architecture"):
-        raise ModelError(
-            "expected a file with a registered network, got one of the user's own; use clipq_ray.load(uri, factory)"
-        )
+    architecture = _architecture(content, given.model, given.model_args)
     stated = content.get("input")
     if stated is None or "classes" not in content:
         raise FormatError(
@@ -61,14 +67,14 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     exact_float32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = from_bytes(data).to(device)
+    network = _network(data, architecture, imported=given.model is not None).to(device)
     with torch.inference_mode():
         scores(network, split.batch(torch.arange(1), None)[0].to(device), UNFIT)
     at_once = max(1, _VALUES // math.prod(stated["shape"]))  # whatever a file states
     result = evaluate(network, split, batch_size=min(given.batch_size, at_once), device=device)
     low, high = result.interval()
     before = bytes_before(data)
-    print(f"network     {content['architecture']['name']}")
+    print(f"network     {architecture.name}")
     print(f"bytes       {len(data):,}")
     print(f"ratio       {before / len(data):.2f}x (of {before:,} bytes)")
     print(
@@ -76,6 +82,33 @@ def main(arguments: list[str]) -> int:
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
     )
     return 0
+
+
+def _architecture(
+    content: Mapping[str, Any], model: str | None, model_args: str | None
+) -> models.Architecture:
+    """The network that a file names, or that `--model` and `--model-args` name where it does not."""
+    named = content.get("architecture")
+    if named:
+        for option, value in (("--model", model), ("--model-args", model_args)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option}: expected none for a file that says how its network is built, got {value!r:.100}; leave it out"
+                )
+        return models.Architecture.from_json(named)
+    if model is None:
+        raise ModelError(
+            "expected --model package.module:function for a file that names no registered network, got none; name what builds the network"
+        )
+    kwargs = {} if model_args is None else console.json_object("--model-args", model_args)
+    return models.architecture(model, content.get("classes"), kwargs, allow_import=True)
+
+
+def _network(data: bytes, architecture: models.Architecture, *, imported: bool) -> nn.Module:
+    """The network of a file's bytes; the user's function runs only where it was given."""
+    if not imported:
+        return from_bytes(data)
+    return from_bytes(data, lambda: models.build(architecture, allow_import=True))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -301,6 +302,87 @@ def test_evaluate_refuses_what_is_damaged_or_wrong_in_one_line(
     assert code == 2
     assert len(lines) == 1, lines
     assert lines[0].startswith("evaluate: ")
+
+
+OWN = """
+from clipq_ray.models import Architecture, build
+
+def network(classes=10):
+    return build(Architecture("lenet5", {"num_classes": classes}))
+"""
+
+
+@pytest.fixture
+def own(made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The file of the run, but made of a network of the user's own, which `users_network:network` builds."""
+    packed = codec.decode((made[0] / "model.clq").read_bytes())
+    path = tmp_path / "own.clq"
+    path.write_bytes(
+        codec.encode(dataclasses.replace(packed, metadata={**packed.metadata, "architecture": None}))
+    )
+    (tmp_path / "users_network.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_network", raising=False)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["users_network:network"], ["users_network:network", "--model-args", '{"classes": 10}'], ["lenet5"]],
+)
+def test_evaluate_scores_a_network_of_the_users_own(
+    named: list[str],
+    own: str,
+    made: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", own, "--data", "digits", "--model", *named])
+    assert console.run("evaluate", imported("evaluate").main) == 0
+    printed = capfd.readouterr().out
+    score = manifest.read_manifest(Store(made[0]))["metrics"]["test"]["compressed"]
+    assert f"network     {named[0]}\n" in printed
+    assert f"top-1       {score['top1_percent']:.2f} % on 360 test images" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "expected --model package.module:function for a file that names no registered network, got none"),
+        (["--model", "users_network:nothing"], "expected an importable package.module:function, got "),
+        (["--model", "lenet6"], "expected a known network or package.module:function, got 'lenet6'"),
+        (["--model", "users_network:network", "--model-args", "[1]"], "--model-args: expected names and values, got '[1]'"),
+        (["--model", "users_network:network", "--model-args", "{"], "--model-args: expected JSON such as "),
+        (["--model", "users_network:network", "--model-args", '{"classes": 7}'], "the network does not fit the file: "),
+        (["--model", "users_network:network", "--model-args", '{"sizes": 7}'], "users_network:network cannot be built with {'sizes': 7}: "),
+        (["--model", "lenet_300_100"], "the network does not fit the file: "),
+    ],
+)  # fmt: skip
+def test_what_does_not_build_the_network_of_a_file_is_one_line(
+    given: list[str],
+    words: str,
+    own: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    code, lines = called("evaluate", [own, "--data", "digits", *given], monkeypatch, capfd)
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"evaluate: {words}")
+
+
+@pytest.mark.parametrize("given", [["--model", "lenet5"], ["--model-args", "{}"]])
+def test_a_file_that_says_how_its_network_is_built_takes_no_other(
+    given: list[str],
+    made: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    code, lines = called("evaluate", [str(made[0]), "--data", "digits", *given], monkeypatch, capfd)
+    assert code == 2
+    assert lines[0].startswith(
+        f"evaluate: {given[0]}: expected none for a file that says how its network is built, got "
+    )
 
 
 def test_a_damaged_file_is_one_line_in_a_process_too(made: tuple[Path, str], tmp_path: Path) -> None:

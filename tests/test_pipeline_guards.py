@@ -164,12 +164,13 @@ def scored(right: int, n: int) -> Evaluation:
 
 def judge(
     validation: Evaluation, test: Evaluation | None = None, origin: str = "module", **options: Any
-) -> None:
-    """What is said of a network of two classes that scores so."""
+) -> list[str]:
+    """What is noted of a network of two classes that scores so."""
     given: Any = SimpleNamespace(
-        config=make(**options), data=SimpleNamespace(classes=2), reporter=Reporter(quiet=True)
+        config=make(**options), data=SimpleNamespace(classes=2), reporter=Reporter(quiet=True), notes=[]
     )
     stages.refuse_bad_baseline(given, {"validation": validation, "test": test}, origin)
+    return list(given.notes)
 
 
 def test_a_network_that_is_right_about_the_few_images_there_are_goes_on() -> None:
@@ -184,8 +185,14 @@ def test_validation_images_decide_whether_a_network_is_near_chance_and_test_imag
     with refused(RunError, match=r"got top-1 52\.00 % on 100 validation images"):
         judge(scored(52, 100), scored(100, 100))
     judge(scored(80, 100), scored(50, 100))
-    for origin in ("random", "train"):
-        judge(scored(50, 100), origin=origin)
+    assert judge(scored(50, 100), origin="random") == []
+
+
+def test_a_network_that_was_trained_here_and_learned_nothing_is_noted() -> None:
+    (note,) = judge(scored(52, 100), scored(100, 100), origin="train")
+    assert "got top-1 52.00 % on 100 validation images (chance is 50.00 %)" in note
+    assert "--baseline-epochs" in note
+    assert judge(scored(80, 100), scored(50, 100), origin="train") == []
 
 
 def test_the_top1_that_is_expected_is_that_of_test_images_where_there_are_any() -> None:

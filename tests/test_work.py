@@ -348,3 +348,49 @@ def test_a_control_is_trained_where_weights_may_have_seen_the_images_that_are_he
     assert Source(config, module, data).wants_control() is wanted
     apart = Source(config, module, replace(data, validation_held_out=False))
     assert apart.wants_control() is (control == "always")
+
+
+USERS = """
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(channels, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, images):
+        return self.last(self.first(images).mean((2, 3)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"model_args": {"channels": 1}}, (1, 224, 224)),
+        ({"model_args": {"channels": 3}}, (3, 224, 224)),
+        ({"model_args": {"channels": 64}}, (3, 224, 224)),  # no image; refused when one goes through
+        ({"model_args": {"channels": 1}, "input_size": 28}, (1, 28, 28)),
+        ({"model_args": {"channels": 3}, "mean": (0.5,), "std": (0.5,)}, (1, 224, 224)),
+    ],
+)
+def test_a_network_of_the_users_own_gets_the_channels_of_its_first_convolution_or_of_the_mean(
+    given: dict[str, Any],
+    expected: tuple[int, int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "users_channels.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = Source(make(model="users_channels:Network", data="digits", engine="local", **given))
+    assert source.input_shape() == expected
+
+
+def test_gray_images_go_through_a_network_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "users_channels.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    options: dict[str, Any] = {"model_args": {"channels": 1}, "input_size": 28, "weights": "train"}
+    source = Source(make(model="users_channels:Network", data="digits", engine="local", **options))
+    source.check_fit()
+    assert source.data().preprocessing.input_shape == (1, 28, 28)

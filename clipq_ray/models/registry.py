@@ -110,6 +110,12 @@ def default_input(name: str) -> tuple[int, int, int]:
     return (3, published.size, published.size) if published else (3, 224, 224)
 
 
+def image_channels(network: nn.Module) -> int | None:
+    """Channels of the images that the first registered convolution takes, 1 or 3; None where it takes something else, or there is none."""
+    first = next((one for one in network.modules() if isinstance(one, nn.Conv2d)), None)
+    return first.in_channels if first is not None and first.in_channels in (1, 3) else None
+
+
 @functools.cache
 def published_input(name: str) -> PublishedInput | None:
     """What the published weights of a network want, those that `read_weights` takes; None where torchvision has none. Nothing is downloaded."""
