@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +123,6 @@ def test_another_learning_rate_reuses_the_search(finished: tuple[Path, Result]) 
 
 def test_errors_know_their_exit_code() -> None:
     assert UserError.exit_code == 2
-
-
-@pytest.mark.slow
-def test_both_engines_give_the_same_bytes_at_one_worker(
-    finished: tuple[Path, Result], tmp_path: Path
-) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--storage", str(tmp_path)]
-    for name, value in {**QUICK, "engine": "ray"}.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    (other,) = manifest.committed(Store(tmp_path))
-    ours = finished[1].manifest["files"]["model.clq"]["sha256"]
-    assert manifest.read_manifest(other.store)["files"]["model.clq"]["sha256"] == ours
 
 
 def test_of_two_equal_jobs_at_once_the_slower_one_returns_the_others_run(

@@ -16,7 +16,6 @@ from job_process import command, committed, finished, processes, sha256, started
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipq_ray import manifest
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.errors import StorageError
 from clipq_ray.storage import Store
@@ -108,25 +107,6 @@ def test_two_workers_end_with_a_committed_run(undisturbed: dict[str, Any]) -> No
     assert undisturbed["metrics"]["test"]["compressed"]["top1_percent"] > 80
 
 
-def test_a_training_whose_worker_is_killed_ends_by_itself_with_the_same_bytes(
-    undisturbed: dict[str, Any], weights: Path, searched: Path, tmp_path: Path
-) -> None:
-    with started(command(searched, weights), tmp_path / "errors") as job:
-        before = job.until(lambda: curve_so_far(searched))
-        first = job.until(lambda: both_workers(job.session))
-        os.kill(min(first), signal.SIGKILL)
-        assert unfinished(searched)
-        # others took over: the kill did hit the training
-        job.until(lambda: train_workers(job.session) - first)
-        ended = job.wait()
-    assert ended == (0, [])
-    after = committed(searched)
-    assert sha256(after) == sha256(undisturbed)
-    curve = after["curves"]["finetune"]
-    assert len(before) < len(curve) == EPOCHS
-    assert curve[: len(before)] == before  # seconds and all: these epochs were not trained a second time
-
-
 def test_a_worker_that_hangs_is_ended_and_the_training_goes_on_with_the_same_bytes(
     undisturbed: dict[str, Any], weights: Path, searched: Path, tmp_path: Path
 ) -> None:
@@ -147,27 +127,6 @@ def test_a_worker_that_hangs_is_ended_and_the_training_goes_on_with_the_same_byt
     after = committed(searched)
     assert sha256(after) == sha256(undisturbed)
     assert after["curves"]["finetune"][: len(before)] == before
-
-
-def test_a_job_whose_driver_is_killed_continues_behind_its_last_checkpoint(
-    undisturbed: dict[str, Any], weights: Path, searched: Path, tmp_path: Path
-) -> None:
-    storage = searched
-    with started(command(storage, weights), tmp_path / "errors") as job:
-        job.until(lambda: curve_so_far(storage))
-        os.kill(job.process.pid, signal.SIGKILL)
-        assert job.process.wait(120) == -signal.SIGKILL
-    assert unfinished(storage)
-    before = curve_so_far(storage)
-    assert 3 <= len(before) < EPOCHS
-    assert list(manifest.committed(Store(storage))) == []
-    assert finished(command(storage, weights), tmp_path / "errors") == (0, [])
-    after = committed(storage)
-    assert {stage["stage"]: stage["reused"] for stage in after["stages"]} == {
-        "baseline": True, "search": True, "finetune": False,
-    }  # fmt: skip
-    assert after["curves"]["finetune"][: len(before)] == before
-    assert sha256(after) == sha256(undisturbed)
 
 
 @pytest.mark.parametrize(
