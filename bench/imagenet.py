@@ -36,8 +36,9 @@ from clipq_ray.operator import make_plan
 from clipq_ray.plan import Theta
 from clipq_ray.planning import trainings
 from clipq_ray.quantizer import decide_share, quantize
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source, layer_bytes
+from clipq_ray.work import layer_bytes
 
 UNITS = RESULTS / "imagenet-units"
 RECIPES = tuple(sorted((ROOT / "recipes").glob("*-imagenet-*.yaml")))

@@ -37,11 +37,12 @@ from clipq_ray.plan import Plan, Theta
 from clipq_ray.quantizer import thresholds
 from clipq_ray.ranks import Rank
 from clipq_ray.rates import Ramp
+from clipq_ray.source import Source
 from clipq_ray.stages import schedule_of
 from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import Size, TrainTask, plan_after
-from clipq_ray.work import CURVE, Source, prepare_process
+from clipq_ray.work import CURVE, prepare_process
 
 BITS = (2, 3)
 SPARE = 1.01  # a file so much larger than that of `ours` counts as of its size

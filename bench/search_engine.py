@@ -33,9 +33,10 @@ from clipq_ray.cluster.on_ray import RayEngine
 from clipq_ray.config import make
 from clipq_ray.groups import grouped
 from clipq_ray.search import LADDER, Settings, Trial
+from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import SearchTask, Source, read_trials
+from clipq_ray.work import SearchTask, read_trials
 
 UNITS = RESULTS / "search-engine-units"
 TRADEOFF = 8.0

@@ -32,11 +32,12 @@ from clipq_ray.groups import grouped
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
+from clipq_ray.source import Source
 from clipq_ray.stages import schedule_of
 from clipq_ray.states import WEIGHTS, read_state, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import SearchTask, Source, layer_bytes, read_trials
+from clipq_ray.work import SearchTask, layer_bytes, read_trials
 
 
 def silent(*_: Any) -> None:

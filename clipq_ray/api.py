@@ -19,7 +19,7 @@ from clipq_ray.errors import ConfigError
 from clipq_ray.pipeline import Result
 from clipq_ray.precision import own_float32
 from clipq_ray.progress import Reporter
-from clipq_ray.work import Source
+from clipq_ray.source import Source
 
 OF_OPENED_DATA = (
     "data", "data_root", "validation_data", "limit_images", "mean", "std", "resize", "input_size", "shift_pixels", "bad_image_limit",

@@ -24,8 +24,8 @@ from clipq_ray.fleet.shares import finish_ensemble, without
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
+from clipq_ray.source import Source
 from clipq_ray.stages import Run, stopped
-from clipq_ray.work import Source
 
 log = logs.logger(__name__)
 

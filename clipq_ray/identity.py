@@ -20,8 +20,8 @@ from clipq_ray.config import Config
 from clipq_ray.data import Data
 from clipq_ray.errors import StorageError
 from clipq_ray.precision import autocast_dtype
+from clipq_ray.source import Source
 from clipq_ray.storage import MANIFEST, Store, run_store
-from clipq_ray.work import Source
 
 STAGE_VERSIONS = {"baseline": 5, "search": 11, "finetune": 8, "levels": 6, "control": 5}
 """Raised when a change of the code changes what a stage makes of the same inputs; where a size is held, "finetune" depends on how a file is packed too."""

@@ -24,9 +24,9 @@ from clipq_ray.network import Inventory
 from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
 from clipq_ray.quantizer import Quantized
+from clipq_ray.source import Source
 from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 _DROP_POINTS, _LOSS_NATS = 0.05, 0.005
 """Grids change nothing that was measured where top-1 on validation images is lower by at most the first [points] and one standard error, and the

@@ -27,10 +27,11 @@ from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import Search, Searched, original_error, planned, sample, scoring_images
+from clipq_ray.source import Source
 from clipq_ray.stages import Run, scored, splits
 from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
-from clipq_ray.work import CURVE, Source, prepare_process, read_record
+from clipq_ray.work import CURVE, prepare_process, read_record
 
 _WAIT_SECONDS = 5.0  # between two looks at a run that another job makes
 

@@ -26,8 +26,9 @@ from clipq_ray.pipeline import inputs_of
 from clipq_ray.plan import Theta
 from clipq_ray.precision import autocast_dtype
 from clipq_ray.redaction import redacted
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source, prepare_process
+from clipq_ray.work import prepare_process
 
 _RAY_SECONDS = 20.0  # start of a worker group, seen
 _VALUES = 1 << 21  # of images that are timed at a time: 13 of ImageNet's

@@ -31,10 +31,11 @@ from clipq_ray.plan import Plan
 from clipq_ray.progress import Reporter
 from clipq_ray.rates import Ramp
 from clipq_ray.redaction import redacted, redacted_json
+from clipq_ray.source import Source
 from clipq_ray.states import read_state
 from clipq_ray.storage import USES, Store, stage_store
 from clipq_ray.training import Size, TrainTask
-from clipq_ray.work import CURVE, Source, prepare_process, read_record
+from clipq_ray.work import CURVE, prepare_process, read_record
 
 DEADLINE_SHARES = {"baseline": 0.25, "search": 0.4, "control": 0.4, "finetune": 0.7, "levels": 0.5}
 """Of what is left before a deadline when a stage begins; a first fine-tuning leaves something for further rounds."""

@@ -28,9 +28,10 @@ from clipq_ray.plan import Plan
 from clipq_ray.quantizer import slow_on
 from clipq_ray.ranks import Rank
 from clipq_ray.rates import Held, Ramp
+from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import CURVE, Source, here, later, prepare_process, read_record
+from clipq_ray.work import CURVE, here, later, prepare_process, read_record
 
 
 @dataclass(frozen=True)

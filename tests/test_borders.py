@@ -20,6 +20,7 @@ TRAINING = {
     "finetune",
     "search",
     "operator",
+    "source",
     "work",
     "pipeline",
     "packing",

@@ -13,8 +13,9 @@ from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source, here
+from clipq_ray.work import here
 
 DAY = 86_400.0
 

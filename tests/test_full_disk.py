@@ -17,8 +17,8 @@ from clipq_ray.config import make
 from clipq_ray.errors import RunError, StorageError
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 
 @pytest.fixture

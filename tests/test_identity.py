@@ -15,7 +15,7 @@ from clipq_ray import precision
 from clipq_ray.config import make
 from clipq_ray.data import Data, from_loaders
 from clipq_ray.identity import of_network, of_run, of_start, stage_key, versions
-from clipq_ray.work import Source
+from clipq_ray.source import Source
 
 DATA = from_loaders(DataLoader(TensorDataset(torch.rand(20, 1, 2, 2), torch.arange(20) % 2)))
 

@@ -31,8 +31,8 @@ from clipq_ray.data import open_data
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 CLASSES = ("checks", "circles", "gradients", "stripes")
 QUICK: dict[str, Any] = {

@@ -24,9 +24,10 @@ from clipq_ray.operator import bake, make_plan
 from clipq_ray.plan import Plan, Theta
 from clipq_ray.progress import Reporter
 from clipq_ray.quantizer import Quantized
+from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import CURVE, Source
+from clipq_ray.work import CURVE
 
 FITTING: dict[str, Any] = {
     "bit_price": levels.PRICE, "stage": "levels",

@@ -17,9 +17,9 @@ from clipq_ray.evaluate import evaluate
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
+from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 DIGITS = open_data("digits", input_shape=(1, 28, 28))
 

@@ -20,8 +20,8 @@ from clipq_ray.errors import FormatError, UserError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {

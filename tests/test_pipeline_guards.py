@@ -31,11 +31,12 @@ from clipq_ray.errors import RunError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.stages import Run
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import CURVE, Source
+from clipq_ray.work import CURVE
 
 pytest_plugins = ["s3_server"]
 

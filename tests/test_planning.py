@@ -10,7 +10,7 @@ from torch import nn
 
 from clipq_ray import planning
 from clipq_ray.config import make
-from clipq_ray.work import Source
+from clipq_ray.source import Source
 
 
 @pytest.fixture(autouse=True)

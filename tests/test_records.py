@@ -18,8 +18,8 @@ from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.consistency import PAPER
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 ROOT = Path(__file__).parents[1]
 

@@ -27,9 +27,9 @@ from clipq_ray.intent import MOST_SHRUNK, SPARE, Drop, Intent, Outcome
 from clipq_ray.pipeline import Result
 from clipq_ray.places import Costs
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import Source
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {

@@ -14,10 +14,10 @@ from clipq_ray.config import make
 from clipq_ray.groups import grouped
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import Search, planned, scoring_images
+from clipq_ray.source import Source
 from clipq_ray.stages import Run
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 
 def search(storage: Path, **options: Any) -> Search:

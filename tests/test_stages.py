@@ -18,10 +18,11 @@ from clipq_ray.config import make
 from clipq_ray.data import Data
 from clipq_ray.optimizers import Schedule
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.stages import Run, control_epochs, rung_epochs, trained
 from clipq_ray.storage import Store
 from clipq_ray.training import Size, TrainTask
-from clipq_ray.work import CURVE, Source
+from clipq_ray.work import CURVE
 
 
 def test_a_training_goes_on_from_its_own_checkpoints_only(tmp_path: Path) -> None:

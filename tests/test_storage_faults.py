@@ -14,8 +14,8 @@ from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 pytest_plugins = ["s3_server"]
 

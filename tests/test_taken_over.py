@@ -19,9 +19,9 @@ from clipq_ray.config import make
 from clipq_ray.errors import HeldError
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import MANIFEST, WORK, Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import Source
 
 OPTIONS: dict[str, Any] = {
     "engine": "local", "epochs": 1, "baseline_epochs": 1, "batch_size": 32, "search_evaluations": 4, "search_start": 3, "search_images": 60,

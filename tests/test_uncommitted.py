@@ -19,8 +19,8 @@ from clipq_ray.config import Config, make
 from clipq_ray.errors import RunError
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 pytest_plugins = ["s3_server"]
 Commit = Callable[[Store, Mapping[str, bytes], Mapping[str, Any]], None]

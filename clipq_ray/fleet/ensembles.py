@@ -23,9 +23,10 @@ from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import Drop
 from clipq_ray.pipeline import Result
 from clipq_ray.redaction import redacted
+from clipq_ray.source import Source
 from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store, stage_store
-from clipq_ray.work import Source, prepare_process
+from clipq_ray.work import prepare_process
 
 Votes = npt.NDArray[np.float64]
 

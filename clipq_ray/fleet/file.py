@@ -27,7 +27,7 @@ from clipq_ray.config import Config, checked, make
 from clipq_ray.consistency import INTENTS, NAME, NAME_WORDS
 from clipq_ray.errors import ConfigError, UserError
 from clipq_ray.intent import Intent
-from clipq_ray.work import Source
+from clipq_ray.source import Source
 
 _SECTIONS = ("name", "defaults", "limits", "models", "ensembles")
 _LIMITS = {

@@ -15,8 +15,8 @@ from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.identity import versions
 from clipq_ray.pipeline import Result
 from clipq_ray.redaction import redacted
+from clipq_ray.source import Source
 from clipq_ray.storage import MODELS, REPORT, Store, fleet_store
-from clipq_ray.work import Source
 
 Outcome = Result | ClipqError
 

@@ -12,7 +12,7 @@ from bench.imagenet import BATCH, CUT, RECIPES, STEPS, bytes_of, epochs, planned
 from bench.images import jpegs
 from clipq_ray.config import make
 from clipq_ray.plan import Theta
-from clipq_ray.work import Source
+from clipq_ray.source import Source
 
 RATIOS = {"alexnet": 51, "googlenet": 10, "resnet50": 15, "vgg16": 64, "resnet18": 24, "mobilenet_v2": 10}
 

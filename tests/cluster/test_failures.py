@@ -26,10 +26,11 @@ from clipq_ray.errors import ClipqError, RunError
 from clipq_ray.groups import grouped
 from clipq_ray.optimizers import Schedule
 from clipq_ray.search import Settings
+from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import CURVE, SearchTask, Source, read_record
+from clipq_ray.work import CURVE, SearchTask, read_record
 
 SAID = "4 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 6ffe) was 12.53GB used / 23.54GB limit (0.532329)"
 OF_THE_MONITOR = f"""Training failed due to controller error:

@@ -29,10 +29,10 @@ from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import ConfigError, DataError
 from clipq_ray.optimizers import Schedule
+from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask
-from clipq_ray.work import Source
 
 pytest_plugins = ["s3_server"]
 pytestmark = pytest.mark.slow

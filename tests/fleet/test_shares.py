@@ -32,9 +32,9 @@ from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_ou
 from clipq_ray.intent import Drop, Intent, Outcome, next_request
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
+from clipq_ray.source import Source
 from clipq_ray.stages import Run
 from clipq_ray.storage import Store
-from clipq_ray.work import Source
 
 assert ROOT
 MEMBERS = [{"model": "lenet5"}, {"model": "lenet_300_100"}]

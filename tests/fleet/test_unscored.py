@@ -15,9 +15,9 @@ from clipq_ray.config import make
 from clipq_ray.fleet.ensembles import all_scored
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.pipeline import Result
+from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store, stage_store
-from clipq_ray.work import Source
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_jobs import imported
