@@ -22,7 +22,7 @@ from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
 
 OF_OPENED_DATA = (
-    "data", "data_root", "validation_data", "limit_images", "mean", "std", "resize", "input_size", "shift_pixels", "bad_image_limit",
+    "data", "data_root", "validation_data", "limit_images", "mean", "std", "resize", "interpolation", "input_size", "shift_pixels", "bad_image_limit",
 )  # fmt: skip
 """Options of data that is opened by name or URI, which a caller's own loaders know nothing of."""
 

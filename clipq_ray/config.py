@@ -75,6 +75,10 @@ class Config(BaseModel):
         le=8192,
         description="shorter side before the centre crop [pixels]; default: none where images have the input's size, else that of torchvision's weights or 256/224 of the input",
     )
+    interpolation: Literal["auto", "bilinear", "bicubic"] = Field(
+        "auto",
+        description="of images that are resized; auto: what torchvision's published weights want, else bilinear",
+    )
     shift_pixels: int | None = Field(
         None,
         ge=0,

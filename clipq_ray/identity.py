@@ -29,7 +29,7 @@ STAGE_VERSIONS = {"baseline": 5, "search": 11, "finetune": 8, "levels": 6, "cont
 _DECIDES_NOTHING = {
     "storage", "name", "force", "paper", "on_claim", "dry_run", "engine", "search_parallel", "trainings", "limit_cpus", "limit_gpus", "max_failures", "stall_minutes",
     "attempt_hours", "min_workers", "data", "data_root", "weights",
-    "validation_data", "memory_limit_gib", "expect_top1_percent", "search_cache_gib", "search_gpu_share", "decode", "decode_cpus",
+    "interpolation", "validation_data", "memory_limit_gib", "expect_top1_percent", "search_cache_gib", "search_gpu_share", "decode", "decode_cpus",
 }  # fmt: skip
 """Options that are not part of a run's identity; weights and data count by their content."""
 

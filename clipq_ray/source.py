@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from clipq_ray import models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Preprocessing, open_data
+from clipq_ray.data.preprocessing import usual_for
 from clipq_ray.errors import ConfigError, DataError, ModelError
 from clipq_ray.evaluate import scores
 
@@ -102,11 +103,12 @@ class Source:
         wanted = None
         if self.module is None and self.weights_origin() == "torchvision":
             wanted = models.published_input(self.config.model)
+        shape, given = self.input_shape(), self.config.interpolation
         if wanted is None:
-            return None
-        shape = self.input_shape()
+            return None if given == "auto" else replace(usual_for(shape), interpolation=given)
         resize = round(shape[1] * wanted.resize / wanted.size)
-        return Preprocessing(shape, resize, wanted.mean, wanted.std, wanted.interpolation)
+        interpolation = wanted.interpolation if given == "auto" else given
+        return Preprocessing(shape, resize, wanted.mean, wanted.std, interpolation)
 
     @property
     def name(self) -> str:

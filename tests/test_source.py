@@ -38,6 +38,8 @@ def test_what_may_leave_nothing_of_an_image_is_refused(option: str) -> None:
         ({"weights": "own.safetensors"}, (549, 0.485, 0.229, "bilinear")),
         ({"mean": (0.1,) * 3, "std": (0.2,) * 3}, (480, 0.1, 0.2, "bicubic")),
         ({"resize": 500}, (500, 0.5, 0.5, "bicubic")),
+        ({"interpolation": "bilinear"}, (480, 0.5, 0.5, "bilinear")),
+        ({"weights": "own.safetensors", "interpolation": "bicubic"}, (549, 0.485, 0.229, "bicubic")),
         ({"input_size": 96}, (96, 0.5, 0.5, "bicubic")),
         ({"model": "resnet50"}, (232, 0.485, 0.229, "bilinear")),
         ({"model": "resnet50", "input_size": 448}, (464, 0.485, 0.229, "bilinear")),
