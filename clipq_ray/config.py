@@ -87,7 +87,7 @@ class Config(BaseModel):
     )
     mean: tuple[float, ...] | None = Field(
         None,
-        description="mean per channel, of values in 0..1; default: that of torchvision's weights, else the data's usual",
+        description="mean per channel, of values in 0..1, comma-separated; default: that of torchvision's weights, else the data's usual",
     )
     std: tuple[float, ...] | None = Field(
         None,

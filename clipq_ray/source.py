@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from torch import nn
 from clipq_ray import models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Preprocessing, open_data
-from clipq_ray.data.preprocessing import usual_for
 from clipq_ray.errors import ConfigError, DataError, ModelError
 from clipq_ray.evaluate import scores
 
@@ -86,13 +85,13 @@ class Source:
         """Channels, height and width [pixels] of the network's input."""
         channels, height, width = models.default_input(self.config.model)
         if ":" in self.config.model:
-            channels = len(self.config.mean or self.config.std or ()) or self._channels or channels
+            channels = self._channels or len(self.config.mean or ()) or channels
         size = self.config.input_size
         return (channels, size, size) if size else (channels, height, width)
 
     @functools.cached_property
     def _channels(self) -> int | None:
-        """What the first convolution of the user's own function takes. Other weights than the run's change nothing of that: the run's own may ask for its data."""
+        """What the convolutions of the user's own function take. Other weights than the run's change nothing of that: the run's own may ask for its data."""
         with seeds.everywhere(self.config.seed, "initial weights"):
             own = models.Architecture(self.config.model, self.config.model_args)
             return models.image_channels(models.build(own, allow_import=True))
@@ -103,12 +102,11 @@ class Source:
         wanted = None
         if self.module is None and self.weights_origin() == "torchvision":
             wanted = models.published_input(self.config.model)
-        shape, given = self.input_shape(), self.config.interpolation
         if wanted is None:
-            return None if given == "auto" else replace(usual_for(shape), interpolation=given)
+            return None
+        shape = self.input_shape()
         resize = round(shape[1] * wanted.resize / wanted.size)
-        interpolation = wanted.interpolation if given == "auto" else given
-        return Preprocessing(shape, resize, wanted.mean, wanted.std, interpolation)
+        return Preprocessing(shape, resize, wanted.mean, wanted.std, wanted.interpolation)
 
     @property
     def name(self) -> str:
@@ -141,7 +139,11 @@ class Source:
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
         self._check_sides(min(images.shape[2:]))
         whole = all(one.dtype == torch.float32 for one in network.parameters() if one.is_floating_point())
-        advice = "check --model and --input-size" if whole else "call .float() on the network first"
+        advice = (
+            "check --model, --input-size and the numbers of --mean"
+            if whole
+            else "call .float() on the network first"
+        )
         with torch.inference_mode():
             outputs = scores(network.eval(), images, advice).shape[-1]
         if outputs < data.classes:
@@ -176,7 +178,7 @@ class Source:
 
 
 _DATA_OPTIONS = (
-    "data", "data_root", "resize", "mean", "std", "validation_images", "validation_data", "seed", "memory_limit_gib",
+    "data", "data_root", "resize", "interpolation", "mean", "std", "validation_images", "validation_data", "seed", "memory_limit_gib",
     "bad_image_limit", "limit_images", "shift_pixels",
 )  # fmt: skip
 
@@ -202,6 +204,7 @@ def _opened(data_options: str) -> Data:
         mean=config.mean,
         std=config.std,
         resize="auto" if config.resize is None else config.resize,
+        interpolation=config.interpolation,
         usual=Preprocessing.from_json(usual) if usual else None,
         validation_images=config.validation_images,
         validation_uri=config.validation_data,

@@ -28,6 +28,11 @@ from clipq_ray.summary import bytes_before
 
 _VALUES = 1 << 28  # of a batch as the network takes it: 1 GiB; a split bounds what it crops that from
 UNFIT = "the file states that size; fetch it again or make it anew"
+PLAIN = (
+    "images went in as pixels in 0..1, since the file states no normalisation; where a caller's own loaders made it, they may have had one: "
+    "score clipq_ray.load(uri, factory) on them instead"
+)
+UNFIT_OWN = "check --model and --model-args"
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +52,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="what builds the network where the file names none: package.module:function, or a registered name",
+        help="package.module:function that builds the network, where the file names none",
     )
     parser.add_argument("--model-args", metavar="JSON", help="its keyword arguments, as for compress.py")
     given = parser.parse_args(arguments)
@@ -61,15 +66,20 @@ def main(arguments: list[str]) -> int:
         raise FormatError(
             f"expected a file that states its input, got none in {given.file}; make it by jobs/compress.py"
         )
+    preprocessing = Preprocessing.from_json(stated)
     split, kind = open_test(
-        given.data, Preprocessing.from_json(stated), content["classes"], content.get("class_names", []), memory_limit_bytes=4 * 2**30,
+        given.data, preprocessing, content["classes"], content.get("class_names", []), memory_limit_bytes=4 * 2**30,
         data_root=given.data_root or "data",
     )  # fmt: skip
     exact_float32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = _network(data, architecture, imported=given.model is not None).to(device)
     with torch.inference_mode():
-        scores(network, split.batch(torch.arange(1), None)[0].to(device), UNFIT)
+        scores(
+            network,
+            split.batch(torch.arange(1), None)[0].to(device),
+            UNFIT if given.model is None else UNFIT_OWN,
+        )
     at_once = max(1, _VALUES // math.prod(stated["shape"]))  # whatever a file states
     result = evaluate(network, split, batch_size=min(given.batch_size, at_once), device=device)
     low, high = result.interval()
@@ -81,7 +91,14 @@ def main(arguments: list[str]) -> int:
         f"top-1       {100 * result.top1:.2f} % on {result.n:,} {kind} images "
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
     )
+    if given.model is not None and preprocessing == _as_they_are(preprocessing.input_shape):
+        print("note        " + PLAIN)
     return 0
+
+
+def _as_they_are(shape: tuple[int, int, int]) -> Preprocessing:
+    """Pixels in 0..1 and nothing else, which a file states where a caller's own loaders gave the images."""
+    return Preprocessing(shape, None, (0.0,) * shape[0], (1.0,) * shape[0])
 
 
 def _architecture(
@@ -100,8 +117,13 @@ def _architecture(
         raise ModelError(
             "expected --model package.module:function for a file that names no registered network, got none; name what builds the network"
         )
-    kwargs = {} if model_args is None else console.json_object("--model-args", model_args)
-    return models.architecture(model, content.get("classes"), kwargs, allow_import=True)
+    if ":" not in model:
+        raise ModelError(
+            f"--model: expected package.module:function, got {model!r:.100}; name a function that returns the network"
+        )
+    return models.Architecture(
+        model, {} if model_args is None else console.json_object("--model-args", model_args)
+    )
 
 
 def _network(data: bytes, architecture: models.Architecture, *, imported: bool) -> nn.Module:

@@ -309,26 +309,35 @@ from clipq_ray.models import Architecture, build
 
 def network(classes=10):
     return build(Architecture("lenet5", {"num_classes": classes}))
+
+class Other(type(network())):
+    def forward(self, images):
+        return super().forward(images[:, :, ::2])
+
+def other():
+    return Other()
 """
+
+
+def changed(run: Path, path: Path, **metadata: Any) -> str:
+    """The file of a run with something else in its metadata."""
+    packed = codec.decode((run / "model.clq").read_bytes())
+    path.write_bytes(codec.encode(dataclasses.replace(packed, metadata={**packed.metadata, **metadata})))
+    return str(path)
 
 
 @pytest.fixture
 def own(made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The file of the run, but made of a network of the user's own, which `users_network:network` builds."""
-    packed = codec.decode((made[0] / "model.clq").read_bytes())
-    path = tmp_path / "own.clq"
-    path.write_bytes(
-        codec.encode(dataclasses.replace(packed, metadata={**packed.metadata, "architecture": None}))
-    )
     (tmp_path / "users_network.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "users_network", raising=False)
-    return str(path)
+    return changed(made[0], tmp_path / "own.clq", architecture=None)
 
 
 @pytest.mark.parametrize(
     "named",
-    [["users_network:network"], ["users_network:network", "--model-args", '{"classes": 10}'], ["lenet5"]],
+    [["users_network:network"], ["users_network:network", "--model-args", '{"classes": 10}']],
 )
 def test_evaluate_scores_a_network_of_the_users_own(
     named: list[str],
@@ -350,12 +359,12 @@ def test_evaluate_scores_a_network_of_the_users_own(
     [
         ([], "expected --model package.module:function for a file that names no registered network, got none"),
         (["--model", "users_network:nothing"], "expected an importable package.module:function, got "),
-        (["--model", "lenet6"], "expected a known network or package.module:function, got 'lenet6'"),
+        (["--model", "lenet5"], "--model: expected package.module:function, got 'lenet5'; "),
         (["--model", "users_network:network", "--model-args", "[1]"], "--model-args: expected names and values, got '[1]'"),
         (["--model", "users_network:network", "--model-args", "{"], "--model-args: expected JSON such as "),
         (["--model", "users_network:network", "--model-args", '{"classes": 7}'], "the network does not fit the file: "),
         (["--model", "users_network:network", "--model-args", '{"sizes": 7}'], "users_network:network cannot be built with {'sizes': 7}: "),
-        (["--model", "lenet_300_100"], "the network does not fit the file: "),
+        (["--model", "users_network:other"], "expected a network that takes images of (1, 28, 28), got: "),
     ],
 )  # fmt: skip
 def test_what_does_not_build_the_network_of_a_file_is_one_line(
@@ -369,6 +378,20 @@ def test_what_does_not_build_the_network_of_a_file_is_one_line(
     assert code == 2
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"evaluate: {words}")
+
+
+def test_where_a_file_states_no_normalisation_of_a_users_own_network_evaluate_says_so(
+    own: str,
+    made: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    images = {"shape": [1, 28, 28], "resize": None, "mean": [0.0], "std": [1.0]}
+    plain = changed(made[0], Path(own).with_name("plain.clq"), architecture=None, input=images)
+    job = imported("evaluate")
+    for path, said in ((own, 0), (plain, 1)):
+        assert job.main([path, "--data", "digits", "--model", "users_network:network"]) == 0
+        assert capfd.readouterr().out.count("note        images went in as pixels in 0..1") == said
 
 
 @pytest.mark.parametrize("given", [["--model", "lenet5"], ["--model-args", "{}"]])

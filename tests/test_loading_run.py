@@ -146,7 +146,7 @@ def test_a_name_with_a_module_in_a_file_is_never_imported(tmp_path: Path) -> Non
 
 
 def test_a_factory_that_does_not_fit_the_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    with refused(ModelError, match="factory"):
+    with refused(ModelError, match="build the one that it was made from"):
         load(written(tmp_path, lenet()), factory=lambda: nn.Linear(2, 2))
 
 

@@ -53,6 +53,17 @@ def test_images_are_prepared_as_torchvisions_weights_want_unless_the_user_says_o
     assert (found.resize, found.mean[0], found.std[0], found.interpolation) == expected
 
 
+def test_an_interpolation_that_has_nothing_to_do_is_noted_and_changes_nothing() -> None:
+    usual, given = (
+        Source(make(model="lenet5", engine="local", **options)).data()
+        for options in ({}, {"interpolation": "bicubic"})
+    )
+    assert given.preprocessing == usual.preprocessing
+    assert [note for note in given.notes if note not in usual.notes] == [
+        "--interpolation has nothing to do: images have the size of the network's input"
+    ]
+
+
 class Asserting(nn.Module):
     """Says what it does not take as torchvision's transformers do."""
 
@@ -154,8 +165,9 @@ USERS = """
 from torch import nn
 
 class Network(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, mask=None):
         super().__init__()
+        self.mask = nn.Conv2d(mask, 1, 3) if mask else None
         self.first, self.last = nn.Conv2d(channels, 4, 3), nn.Linear(4, 10)
 
     def forward(self, images):
@@ -169,11 +181,17 @@ class Network(nn.Module):
         ({"model_args": {"channels": 1}}, (1, 224, 224)),
         ({"model_args": {"channels": 3}}, (3, 224, 224)),
         ({"model_args": {"channels": 64}}, (3, 224, 224)),  # no image; refused when one goes through
+        ({"model_args": {"channels": 64}, "mean": (0.5,), "std": (0.5,)}, (1, 224, 224)),
+        ({"model_args": {"channels": 3, "mask": 1}}, (3, 224, 224)),
+        ({"model_args": {"channels": 1, "mask": 3}, "mean": (0.5,), "std": (0.5,)}, (1, 224, 224)),
         ({"model_args": {"channels": 1}, "input_size": 28}, (1, 28, 28)),
-        ({"model_args": {"channels": 3}, "mean": (0.5,), "std": (0.5,)}, (1, 224, 224)),
+        (
+            {"model_args": {"channels": 3}, "mean": (0.5,), "std": (0.5,)},
+            (3, 224, 224),
+        ),  # refused when data are opened
     ],
 )
-def test_a_network_of_the_users_own_gets_the_channels_of_its_first_convolution_or_of_the_mean(
+def test_a_network_of_the_users_own_gets_the_channels_of_its_convolutions_or_of_the_mean(
     given: dict[str, Any],
     expected: tuple[int, int, int],
     tmp_path: Path,

@@ -22,7 +22,7 @@ from clipq_ray.data.encoded import EncodedSplit, decoded
 from clipq_ray.data.finding import Expected, Found, Source, find
 from clipq_ray.data.folders import ImageFiles
 from clipq_ray.data.listing import few
-from clipq_ray.data.preprocessing import Preprocessing, usual_for
+from clipq_ray.data.preprocessing import Interpolation, Preprocessing, usual_for
 from clipq_ray.data.sampling import hold_out, stratified
 from clipq_ray.data.split import Data, Split
 from clipq_ray.data.tensors import TensorSplit
@@ -42,6 +42,7 @@ def open_data(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     resize: Resize = "auto",
+    interpolation: Interpolation | Literal["auto"] = "auto",
     usual: Preprocessing | None = None,
     validation_images: int | None = None,
     validation_uri: str | None = None,
@@ -57,7 +58,7 @@ def open_data(
 
     `uri`: "digits"; "mnist", "fashion_mnist", "cifar10", "cifar100" with files under `data_root`, or NAME:FOLDER; or the URI of a directory of Parquet files,
     idx files or image folders. `resize`: pixels of the shorter side before the centre crop; None: images have the input's size; "auto": None if the first
-    training image has it, else that of `usual`. `usual`: what `mean`, `std` and `resize` are where they are not given, and how images are interpolated; None:
+    training image has it, else that of `usual`. `interpolation`: of images that are resized; "auto": that of `usual`. `usual`: what is not given of these; None:
     that of `preprocessing.usual_for`. `validation_images`: how many to hold out, by default 10 % of the training images and at most 5,000; not with
     `validation_uri`. `memory_limit_bytes`: encoded images of the input's size are decoded into memory if they fit, else half of it caches row groups.
     `bad_image_limit`: how many unreadable images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all,
@@ -76,7 +77,12 @@ def open_data(
     sources = {"train": train, "validation": validation, "test": test}
     present = {split: source for split, source in sources.items() if source is not None}
     names = _class_names(found.class_names, present)
-    preprocessing = _preprocessing(train, usual or usual_for(input_shape), mean, std, resize)
+    usual = usual or usual_for(input_shape)
+    if interpolation != "auto":
+        usual = replace(usual, interpolation=interpolation)
+    preprocessing = _preprocessing(train, usual, mean, std, resize)
+    if interpolation != "auto" and preprocessing.resize is None:
+        notes.append("--interpolation has nothing to do: images have the size of the network's input")
     if shift_pixels is not None and preprocessing.resize is not None:
         raise ConfigError(
             f"expected images of {input_shape[1]} x {input_shape[2]} pixels with --shift-pixels, since others are cropped at random; leave it out"
@@ -225,7 +231,7 @@ def _preprocessing(
         resize = None if _first_size(train) == usual.input_shape[1:] else usual.resize
     if mean is not None and std is not None:
         usual = replace(usual, mean=mean, std=std)
-    return replace(usual, resize=resize)
+    return replace(usual, resize=resize, interpolation="bilinear" if resize is None else usual.interpolation)
 
 
 def _first_size(source: Source) -> tuple[int, ...] | None:

@@ -111,9 +111,10 @@ def default_input(name: str) -> tuple[int, int, int]:
 
 
 def image_channels(network: nn.Module) -> int | None:
-    """Channels of the images that the first registered convolution takes, 1 or 3; None where it takes something else, or there is none."""
-    first = next((one for one in network.modules() if isinstance(one, nn.Conv2d)), None)
-    return first.in_channels if first is not None and first.in_channels in (1, 3) else None
+    """Channels of the images that a network takes, 1 or 3, by its convolutions; None where none takes so many, or some take one and others three."""
+    convolutions = (one for one in network.modules() if isinstance(one, nn.Conv2d) and one.groups == 1)
+    found = {one.in_channels for one in convolutions} & {1, 3}
+    return found.pop() if len(found) == 1 else None
 
 
 @functools.cache

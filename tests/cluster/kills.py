@@ -109,7 +109,7 @@ class Nodes:
 
 @contextmanager
 def three_nodes() -> Iterator[Nodes]:
-    """The cluster; its processes run as fast as others, since the machine is theirs."""
+    """The cluster; its processes run as fast as others, since all that runs here waits for them."""
     before = os.environ.get(_NICENESS)
     os.environ[_NICENESS] = "0"
     try:

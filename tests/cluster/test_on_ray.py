@@ -1,4 +1,4 @@
-"""The Ray engine on this machine: two gloo workers, a worker or the driver lost in mid-training, mistakes that only a worker finds."""
+"""The Ray engine on this machine: two gloo workers, one that hangs in mid-training, interrupts, mistakes that only a worker finds. What is killed stands in `test_chaos`."""
 
 from __future__ import annotations
 

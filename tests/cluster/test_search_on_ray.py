@@ -280,7 +280,9 @@ def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_
     assert (tmp_path / "errors").read_text().count("search: done") == 1
 
 
-def test_an_interrupted_search_says_so(weights: Path, tmp_path: Path) -> None:
+def test_an_interrupted_search_says_so_and_goes_on_when_run_again(
+    undisturbed: Rows, weights: Path, tmp_path: Path
+) -> None:
     storage = tmp_path / "s"
     with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
         job.until(lambda: midway(storage))
@@ -289,6 +291,10 @@ def test_an_interrupted_search_says_so(weights: Path, tmp_path: Path) -> None:
     assert ended.code == 130
     assert ended.lines[-1].startswith("compress: interrupted; run the same command again to continue")
     assert not searched(storage)
+    before = rows_so_far(storage)
+    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
+        job.until(lambda: searched(storage))
+    assert_as_undisturbed(undisturbed, storage, before)
 
 
 def test_a_search_behind_a_training_can_be_interrupted_too(tmp_path: Path) -> None:
@@ -303,11 +309,11 @@ def test_a_search_behind_a_training_can_be_interrupted_too(tmp_path: Path) -> No
     assert not searched(storage)
 
 
-def test_all_stages_give_the_same_bytes_as_one_process_and_rungs_search_between_trainings(
+def test_trainings_and_searches_give_the_same_bytes_as_one_process_and_rungs_search_between_them(
     tmp_path: Path,
 ) -> None:
     options: dict[str, Any] = {
-        "workers": 1, "baseline_epochs": 2, "epochs": 2, "rungs": 2, "rung_epochs": 1, "target_ratio": 30, "search_stop_gain": 0, "warmup_epochs": 0,
+        "workers": 1, "baseline_epochs": 2, "epochs": 2, "rungs": 2, "rung_epochs": 1, "target_ratio": 30, "search_stop_gain": 0,
     }  # fmt: skip
     for engine in ("local", "ray"):
         given = [*command(tmp_path / engine, "train", **options, engine=engine), "--search-again"]
