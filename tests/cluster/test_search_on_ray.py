@@ -199,14 +199,20 @@ def committed_run(storage: Path, name: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "chosen"} for row in rows]
 
 
-def test_a_search_whose_driver_is_killed_goes_on_behind_its_last_evaluation(
-    undisturbed: Rows, weights: Path, tmp_path: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_search_whose_driver_is_killed_or_interrupted_goes_on_behind_its_last_evaluation(
+    number: int, code: int, undisturbed: Rows, weights: Path, tmp_path: Path
 ) -> None:
     storage = tmp_path / "s"
     with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
         job.until(lambda: midway(storage))
-        os.kill(job.process.pid, signal.SIGKILL)
-        assert job.process.wait(120) == -signal.SIGKILL
+        os.kill(job.process.pid, number)
+        ended = job.wait()
+    assert ended.code == code
+    if number == signal.SIGINT:
+        words = "compress: interrupted; run the same command again to continue"
+        assert ended.lines[-1].startswith(words)
+    assert not searched(storage)
     before = rows_so_far(storage)
     assert 6 <= sum(map(len, before.values())) < LAYERS * 30
     with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
@@ -278,23 +284,6 @@ def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_
         trials = tables.from_bytes(store.read("trials.parquet"))
         assert set(trials["step"].to_pylist()) == set(range(6))
     assert (tmp_path / "errors").read_text().count("search: done") == 1
-
-
-def test_an_interrupted_search_says_so_and_goes_on_when_run_again(
-    undisturbed: Rows, weights: Path, tmp_path: Path
-) -> None:
-    storage = tmp_path / "s"
-    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
-        job.until(lambda: midway(storage))
-        os.kill(job.process.pid, signal.SIGINT)
-        ended = job.wait()
-    assert ended.code == 130
-    assert ended.lines[-1].startswith("compress: interrupted; run the same command again to continue")
-    assert not searched(storage)
-    before = rows_so_far(storage)
-    with started(command(storage, weights, **SEARCHED), tmp_path / "errors") as job:
-        job.until(lambda: searched(storage))
-    assert_as_undisturbed(undisturbed, storage, before)
 
 
 def test_a_search_behind_a_training_can_be_interrupted_too(tmp_path: Path) -> None:
