@@ -64,6 +64,13 @@ def test_an_interpolation_that_has_nothing_to_do_is_noted_and_changes_nothing() 
     ]
 
 
+@pytest.mark.parametrize(("size", "notes"), [(27, 0), (28, 0), (29, 1)])
+def test_images_that_are_enlarged_are_noted(size: int, notes: int) -> None:
+    data = Source(make(model="lenet5", input_size=size, engine="local")).data()
+    words = f"images are enlarged: the first one has 28 x 28 pixels, the network's input {size} x {size}; --input-size says otherwise"
+    assert [note for note in data.notes if "enlarged" in note] == [words] * notes
+
+
 class Asserting(nn.Module):
     """Says what it does not take as torchvision's transformers do."""
 

@@ -80,7 +80,9 @@ def open_data(
     usual = usual or usual_for(input_shape)
     if interpolation != "auto":
         usual = replace(usual, interpolation=interpolation)
-    preprocessing = _preprocessing(train, usual, mean, std, resize)
+    first = _first_size(train)
+    preprocessing = _preprocessing(first, usual, mean, std, resize)
+    notes += _size_notes(first, preprocessing)
     if interpolation != "auto" and preprocessing.resize is None:
         notes.append("--interpolation has nothing to do: images have the size of the network's input")
     if shift_pixels is not None and preprocessing.resize is not None:
@@ -218,8 +220,18 @@ def _class_names(names: tuple[str, ...], sources: dict[str, Source]) -> tuple[st
     return names or tuple(str(number) for number in range(highest + 1))
 
 
+def _size_notes(first: tuple[int, ...], preprocessing: Preprocessing) -> list[str]:
+    """A network that was made for small images takes large ones as well, is wrong about them and slow."""
+    _, height, width = preprocessing.input_shape
+    if preprocessing.resize is None or min(first) >= min(height, width):
+        return []
+    return [
+        f"images are enlarged: the first one has {first[0]} x {first[1]} pixels, the network's input {height} x {width}; --input-size says otherwise"
+    ]
+
+
 def _preprocessing(
-    train: Source,
+    first: tuple[int, ...],
     usual: Preprocessing,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
@@ -228,13 +240,13 @@ def _preprocessing(
     if (mean is None) != (std is None):
         raise ConfigError("expected mean and std together, got one of them; give both or none")
     if resize == "auto":
-        resize = None if _first_size(train) == usual.input_shape[1:] else usual.resize
+        resize = None if first == usual.input_shape[1:] else usual.resize
     if mean is not None and std is not None:
         usual = replace(usual, mean=mean, std=std)
     return replace(usual, resize=resize, interpolation="bilinear" if resize is None else usual.interpolation)
 
 
-def _first_size(source: Source) -> tuple[int, ...] | None:
+def _first_size(source: Source) -> tuple[int, ...]:
     """(height, width) of the first readable image."""
     if isinstance(source, Images):
         return source.pixels.shape[2:]
