@@ -139,11 +139,8 @@ class Source:
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
         self._check_sides(min(images.shape[2:]))
         whole = all(one.dtype == torch.float32 for one in network.parameters() if one.is_floating_point())
-        advice = (
-            "check --model, --input-size and the numbers of --mean"
-            if whole
-            else "call .float() on the network first"
-        )
+        own = ", and for its channels the numbers of --mean" if ":" in self.config.model else ""
+        advice = f"check --model and --input-size{own}" if whole else "call .float() on the network first"
         with torch.inference_mode():
             outputs = scores(network.eval(), images, advice).shape[-1]
         if outputs < data.classes:
