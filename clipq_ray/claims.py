@@ -3,7 +3,7 @@
 The owner writes its claim again every `BEAT_SECONDS`; one that was not written for the seconds that it states (`lifetime`), by the clock of the store, is dead, at once if
 its process ran on this machine and does no more; then the next job creates the one with the next number. A job that finds a higher number than its own has lost the run,
 and learns it at its next stage (`Claim.check`). What protects the result is not the claim but the commit (`manifest`): claims save work. Where a store has no conditional writes two jobs at the same moment may both go on, and that is said.
-Not covered: stages that several runs share; two jobs that make the same one write the same.
+A stage that several jobs want is claimed in the same way (`sharing`).
 """
 
 from __future__ import annotations
@@ -107,8 +107,19 @@ def process(number: int) -> list[int]:
 
 
 def runs(found: list[int]) -> bool:
-    """Whether this very process still runs on this machine; `found`: what `process` said of it."""
-    return bool(found) and process(found[0]) == found
+    """Whether this very process still runs on this machine, as far as can be seen; `found`: what `process` said of it."""
+    return bool(found) and (process(found[0]) == found or _hidden(found[0]))
+
+
+def _hidden(number: int) -> bool:
+    """Whether there is a process of another user's of which this one may not see more."""
+    try:
+        os.kill(number, 0)
+    except PermissionError:
+        return process(number) == []
+    except OSError:
+        pass
+    return False
 
 
 def _name(number: int) -> str:
@@ -129,13 +140,15 @@ class Claim:
         self._thread.join()
 
     def finish(self) -> None:
-        """The run is committed: its `_work` goes, with this claim, which is not written again behind that."""
+        """What was claimed is made: the whole directory goes, with this claim, which is not written again behind that."""
         self._rest()
         try:
             self._work.remove_tree()
         except StorageError as failed:  # the next job that finds the run removes them
             log.warning(
-                "the run is committed, but its checkpoints could not be removed: %s", redacted(str(failed))
+                "%s is done with, but what is left there could not be removed: %s",
+                self._work.uri,
+                redacted(str(failed)),
             )
 
     def give_back(self) -> None:
@@ -189,8 +202,8 @@ def holder(work: Store) -> Holder | None:
     return Holder(found.number, found.words) if found.alive(work) else None
 
 
-def claim(work: Store) -> Claim | Holder:
-    """Claim the run whose `_work` this is; who holds it where somebody else does."""
+def claim(work: Store, *, shared: bool = False) -> Claim | Holder:
+    """Claim the run whose `_work` this is, or a `shared` stage; who holds it where somebody else does."""
     owner = uuid.uuid4().hex
     while True:
         found = _latest(work)
@@ -200,7 +213,7 @@ def claim(work: Store) -> Claim | Holder:
             return Holder(found.number, found.words)
         if work.create(_name(found.number + 1), _content(owner)):
             break
-    if not work.exclusive():
+    if not shared and not work.exclusive():  # said of the run already, whose job this is
         log.warning(
             "%s has no conditional writes: another job that is submitted at the same moment may make the same run, for nothing",
             work.uri,

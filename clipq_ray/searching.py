@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from clipq_ray import identity, models, search, stages
+from clipq_ray import identity, models, search, sharing, stages
+from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.data import Split
 from clipq_ray.errors import ClipqError
@@ -30,6 +31,8 @@ from clipq_ray.storage import Store
 from clipq_ray.work import LATE, SearchTask, read_record, read_trials, search_images
 
 DONE = "done.json"
+_Over = Callable[["Search", bool, ClipqError | None], None]
+"""Told a search that has ended, whether it was made here, and the error that ended it, if one did."""
 
 
 @dataclass(frozen=True)
@@ -146,29 +149,61 @@ def search_all(
     numbers: dict[str, list[int]] = {}
     for number, one in enumerate(searches):  # networks that differ behind the search share it
         numbers.setdefault(one.task.output, []).append(number)
-    first = [searches[found[0]] for found in numbers.values()]
-    missing = [one for one in first if not one.finished]
-    started = time.monotonic()
+    waiting = [searches[found[0]] for found in numbers.values()]
+    held: dict[str, Claim] = {}
 
-    def over(one: Search, error: ClipqError | None) -> None:
-        if one in missing and error is None:
-            own = (time.monotonic() - started) if len(missing) == 1 else None
-            error = _recorded(one, own)
-        if error is not None:
-            error = stages.stopped(one.run, error)
+    def over(one: Search, made: bool, error: ClipqError | None) -> None:
+        if claim := held.pop(one.task.output, None):
+            claim.give_back() if error else claim.finish()
         for number in numbers[one.task.output]:
-            if error is None and not (searches[number] is one and one in missing):
+            if error is None and not (made and number == numbers[one.task.output][0]):
                 searches[number].run.reused("search", one.key, one.store)
             done(number, error)
 
-    for one in first:
-        if one not in missing:
-            over(one, None)
+    began, said = time.monotonic(), set[str]()
+    try:
+        while waiting:
+            missing = _missing(waiting, over)
+            for one in missing:
+                if claim := sharing.claimed("search", one.store, reporter, said):
+                    held[one.task.output] = claim
+            waiting = [one for one in missing if one.task.output not in held]
+            late = time.monotonic() - began
+            own = [replace(one, task=one.task.after(late)) for one in missing if one.task.output in held]
+            if own:
+                _make(_missing(own, over), engine, reporter, over)
+            elif waiting:
+                time.sleep(sharing.WAIT_SECONDS)
+    finally:
+        while held:
+            held.popitem()[1].give_back()
+
+
+def _missing(searches: Sequence[Search], over: _Over) -> list[Search]:
+    """Those of `searches` that are not there yet; `over` is told of the others."""
+    missing = []
+    for one in searches:
+        if one.finished:
+            over(one, False, None)
+        else:
+            missing.append(one)
+    return missing
+
+
+def _make(missing: Sequence[Search], engine: Engine, reporter: Reporter, over: _Over) -> None:
+    """Search `missing`, in one call of the engine."""
+    started = time.monotonic()
+
+    def ended(number: int, error: ClipqError | None) -> None:
+        one = missing[number]
+        if error is None:
+            own = (time.monotonic() - started) if len(missing) == 1 else None
+            error = _recorded(one, own)
+        over(one, True, error if error is None else stages.stopped(one.run, error))
+
     if missing:
         with reporter.stage("search") as progress:
-            engine.search(
-                [one.task for one in missing], progress, lambda number, error: over(missing[number], error)
-            )
+            engine.search([one.task for one in missing], progress, ended)
 
 
 def _recorded(one: Search, seconds: float | None) -> ClipqError | None:

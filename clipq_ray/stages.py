@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipq_ray import identity, models
+from clipq_ray import identity, models, sharing
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
@@ -100,8 +100,20 @@ class Run:
     ) -> Store:
         """The store of a stage's outputs; `make` runs unless `finished` lies there already, and gives the seconds of its time that it waited."""
         key, store = self.stage_store(name, inputs)
+        said: set[str] = set()
         with self.alone(store):
-            return self._made(name, key, store, finished, make)
+            while not store.exists(finished):
+                claim = sharing.claimed(name, store, self.reporter, said)
+                if claim is None:
+                    with self.away():
+                        time.sleep(sharing.WAIT_SECONDS)
+                    continue
+                with sharing.held(claim):
+                    if not store.exists(finished):
+                        self._made(name, key, store, make)
+                        return store
+            self.reused(name, key, store)
+        return store
 
     @contextlib.contextmanager
     def alone(self, store: Store) -> Iterator[None]:
@@ -115,17 +127,11 @@ class Run:
         finally:
             lock.release()
 
-    def _made(
-        self, name: str, key: str, store: Store, finished: str, make: Callable[[Store, Any], float | None]
-    ) -> Store:
-        if store.exists(finished):
-            self.reused(name, key, store)
-            return store
+    def _made(self, name: str, key: str, store: Store, make: Callable[[Store, Any], float | None]) -> None:
         started = time.monotonic()
         with self.reporter.stage(name) as progress:
             waited = make(store, progress) or 0.0
         self.record(name, key, time.monotonic() - started - waited, reused=False)
-        return store
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -149,8 +155,10 @@ class Run:
 
     def reused(self, name: str, key: str, store: Store) -> None:
         """Say and record that a stage's outputs were there."""
+        sharing.clear(store)
         self.reporter.say(f"{name}: already there, reused ({store.uri})")
-        self.record(name, key, 0.0, reused=True)
+        if all((one["stage"], one["key"]) != (name, key) for one in self.stages):  # not made by this very job
+            self.record(name, key, 0.0, reused=True)
 
     def record(self, name: str, key: str, seconds: float, *, reused: bool) -> None:
         """For the manifest: a stage and the time that it took."""

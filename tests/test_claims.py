@@ -160,6 +160,22 @@ def test_the_claim_of_a_process_that_ended_on_this_machine_is_dead_at_once(tmp_p
     taken(work).give_back()
 
 
+def test_the_claim_of_another_users_process_that_cannot_be_seen_counts_by_its_age(
+    work: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(number: int, signal: int) -> None:
+        raise PermissionError
+
+    first = taken(work)
+    monkeypatch.setattr(claims, "process", lambda number: [])  # /proc with hidepid
+    monkeypatch.setattr("os.kill", kill)
+    assert isinstance(claim(work), Holder)
+    aged(monkeypatch, claims.lifetime() + 1)
+    second = taken(work)
+    first.give_back()
+    second.give_back()
+
+
 def test_where_machines_cannot_be_told_a_claim_counts_by_its_age(
     work: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
