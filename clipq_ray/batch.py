@@ -298,9 +298,15 @@ class _Job:
         return next(f"ensemble {one.name}" for whole, one in self._ensembles.items() if numbers[0] in whole)
 
     def _end(self, number: int, ended: Prepared | Result | Taken | ClipqError) -> None:
-        """Keep what a network is now, and say at once if it failed: the others may take hours, and the job says it again at its end."""
-        self.found[number] = ended
-        if isinstance(ended, ClipqError) and not self._alone:
+        """Keep what a network is now, and say at once if it failed: the others may take hours, and the job says it again at its end. Who submits that
+        network alone meanwhile need not wait for them either."""
+        before, self.found[number] = self.found[number], ended
+        if not isinstance(ended, ClipqError):
+            return
+        if isinstance(before, Prepared) and before.own.claim in self.held:
+            self.held.remove(before.own.claim)
+            before.own.claim.give_back()
+        if not self._alone:
             self._reporters[number].say(f"failed: {ended}")
 
 

@@ -94,7 +94,7 @@ def prepare(
     begin: Callable[[Run], None] = lambda run: None,
 ) -> Prepared | Result | Taken:
     """Everything before the search; the result of a run that is committed already. The claim on the run goes into `held`, and is the caller's to
-    give back. `wait`: for another job that makes the run; who holds claims of its own must not, since that job may wait for one of them. `begin` says
+    give back unless this fails. `wait`: for another job that makes the run; who holds claims of its own must not, since that job may wait for one of them. `begin` says
     what time the run has."""
     config = source.config
     storage = Store(config.storage)
@@ -123,7 +123,11 @@ def prepare(
                 return _ready(run, own, inputs, state_given, origin)
             except HeldError as lost:  # asked for anew, like any run that another job makes
                 reporter.say(str(lost))
-                run.notes[:], run.stages[:] = notes, ()
+                run.notes[:] = notes
+            except Exception:  # others need not wait for the networks that this job makes beside it
+                held.remove(own.claim)
+                own.claim.give_back()
+                raise
     return own
 
 
