@@ -99,10 +99,16 @@ def _unfinished(storage: Store, seconds: float) -> Iterator[Leftover]:
     if names := storage.unfinished(seconds):
         size = sum(storage.size(name) for name in names)
         yield Leftover(".", tuple(names), size, "writes that did not come to their end")
-    if uploads := storage.uploads(seconds):
-        yield Leftover(
-            ".", (), 0, f"parts of {len(uploads)} objects that were never completed", tuple(uploads)
-        )
+    # below the storage others may keep data, whose uploads are no job's
+    if uploads := [one for one in storage.uploads(seconds) if _of_jobs(one.name)]:
+        more = f" and {len(uploads) - 1} more" if len(uploads) > 1 else ""
+        reason = f"parts of an object that was never completed ({uploads[0].name}){more}"
+        yield Leftover(".", (), 0, reason, tuple(uploads))
+
+
+def _of_jobs(name: str) -> bool:
+    """Whether an object lies where jobs write."""
+    return any(pattern.fullmatch(name) for pattern in (_RUN, _STAGE, _FLEET))
 
 
 def _by_place(pattern: re.Pattern[str], names: Mapping[str, Entry]) -> dict[str, list[str]]:

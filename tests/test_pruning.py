@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from clipq_ray import claims, manifest
 from clipq_ray.cli import main
 from clipq_ray.storage import MANIFEST, USES, WORK, Store, fleet_store, run_store, stage_store
 
+pytest_plugins = ["s3_server"]
 KEPT = ["search-aaaa", "finetune-bbbb"]
 
 
@@ -226,6 +228,24 @@ def test_what_a_later_job_writes_while_things_are_removed_stays(
     assert made == [False]
     assert stage.read("weights.safetensors") == b"new"
     assert stage.exists("curve.json")
+
+
+def test_uploads_of_others_below_the_storage_are_not_ended(
+    s3_uri: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, client = s3_uri.removeprefix("s3://"), boto3.client("s3")
+    names = ("data/huge.tar", "imagenet.tar", "model=lenet5/run=r-000000000002/model.clq")
+    for name in names:
+        client.create_multipart_upload(Bucket=bucket, Key=name)
+    store = Store(s3_uri)
+    store.write("_stages/search-cccc/done.json", b"{}")
+    real = Store.now
+    monkeypatch.setattr(Store, "now", lambda store: real(store) + 3600 * 25)
+    said = pruned(store, capsys, "--yes")
+    assert f"parts of an object that was never completed ({names[2]})" in said
+    left = [one["Key"] for one in client.list_multipart_uploads(Bucket=bucket)["Uploads"]]
+    assert sorted(left) == sorted(names[:2])
+    assert store.names() == []
 
 
 def test_with_a_damaged_manifest_nothing_is_removed(
