@@ -304,7 +304,9 @@ class Objects:
         """The bytes of the object, None if there is none."""
         try:
             info = self.connection.call("info", self._at(name))
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in codes(error):
+                raise
             return None
         return int(info["size"]) if info["type"] == "file" else None
 

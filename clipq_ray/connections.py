@@ -3,7 +3,7 @@
 Everything is named as AWS's own clients name it: the environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, ...), a profile
 (AWS_PROFILE), or the role of the machine; where an endpoint is named, buckets stand in the path. pyarrow gets the same connection (`Objects.arrow`).
 A request to S3 is tried again by its client, four times (AWS_MAX_ATTEMPTS, 5) with backoff and jitter; and by `Connection.call` for `PATIENCE_SECONDS`, where the
-store has answered before: one that never did is a mistake in the URI, and said at once. Not covered: what is asked of a store (`backends`).
+store has answered before, this process or others of its job (`answered`): one that never did is a mistake in the URI, and said at once. Not covered: what is asked of a store (`backends`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ _BODY_ATTEMPTS = (
 )
 
 
+_ANSWERED = False
+
+
 class Connection:
     """A protocol's file system, made at first use and again after a fork; listings are never cached."""
 
@@ -34,7 +37,7 @@ class Connection:
         find: Any = fsspec.get_filesystem_class
         self._kind: Any = find(protocol)
         self._made: tuple[int, Any] | None = None
-        self._answers = False
+        self._answers = _ANSWERED
 
     def open(self) -> Any:
         """This process's own file system."""
@@ -78,6 +81,14 @@ def connection(protocol: str) -> Connection:
     if key not in _SHARED:
         _SHARED[key] = Connection(protocol)
     return _SHARED[key]
+
+
+def answered() -> None:
+    """Stores have answered others of this job: this process, which begins in the middle of it, waits for one that does not as they do."""
+    global _ANSWERED
+    _ANSWERED = True
+    for one in _SHARED.values():
+        one._answers = True
 
 
 def patience() -> float:

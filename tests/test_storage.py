@@ -370,10 +370,35 @@ def test_a_directory_without_permission_is_refused_with_advice(nobody: None) -> 
 
 def test_a_bucket_that_is_not_there_is_named_with_what_to_do(s3_uri: str) -> None:
     store = Store("s3://no-such-bucket-of-ours/runs")
-    calls = (store.check_writable, store.names, lambda: store.read("x"), lambda: store.create("x", b"1"))
+    calls = (
+        store.check_writable, store.names, lambda: store.read("x"), lambda: store.create("x", b"1"), lambda: store.exists("x"),
+    )  # fmt: skip
     for call in calls:
         with refused(StorageError, match=r"s3://no-such-bucket-of-ours/runs.*create the bucket first"):
             call()
+
+
+def test_a_process_that_begins_in_the_middle_of_a_job_waits_for_a_store_as_the_others_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    class Silent:
+        def cat_file(self, _: str) -> bytes:
+            asked.append(time.monotonic())
+            if len(asked) < 3:
+                raise ConnectionError("no route to host")
+            return b"1"
+
+    monkeypatch.setattr(connections, "_ANSWERED", False)
+    monkeypatch.setattr(connections, "delays", lambda limit: iter([0.0] * 5))
+    monkeypatch.setattr(Connection, "open", lambda connection: Silent())
+    with pytest.raises(StorageError):
+        own_connection("s3://bucket/x").read("y")
+    assert len(asked) == 1
+    connections.answered()
+    assert own_connection("s3://bucket/x").read("y") == b"1"
+    assert len(asked) == 3
 
 
 def test_missing_credentials_are_named_with_what_to_do(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ from clipq_ray.cluster.metrics import Meter, TrainingSpeed
 from clipq_ray.cluster.room import Amount, Group, Room
 from clipq_ray.cluster.talk import ERROR, Watch, tell, told
 from clipq_ray.config import Config, make
+from clipq_ray.connections import answered
 from clipq_ray.errors import ClipqError, ConfigError, RunError, StorageError
 from clipq_ray.finetune import Progress
 from clipq_ray.memory import Attempts
@@ -68,6 +69,7 @@ _SETTINGS = {
 
 def _train_loop(given: dict[str, Any]) -> None:
     """What every worker of a training runs."""
+    answered()
     task: TrainTask = given["task"]
     with logs.about(task.source.name):
         _train(task, given["board"], *given["decoding"])

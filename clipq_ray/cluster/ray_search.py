@@ -23,9 +23,11 @@ from clipq_ray.cluster.engine import Done
 from clipq_ray.cluster.failures import reason
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
+from clipq_ray.cluster.hosts import Hosts
 from clipq_ray.cluster.metrics import Meter
 from clipq_ray.cluster.room import Amount, Room
 from clipq_ray.cluster.talk import ERROR, Watch, tell, told, visible_device
+from clipq_ray.connections import answered
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
 from clipq_ray.redaction import redacted
@@ -49,6 +51,7 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
         places: Sequence[tuple[int, int]],
         board: Any,
     ) -> None:
+        answered()
         self._tasks, self._places, self._board = tasks, places, board
         self._searcher: Searcher | None = None
         group = ray.util.get_current_placement_group()
@@ -178,7 +181,9 @@ def search(
     if not left():
         return
     began = time.monotonic()
-    with Watch(apart, progress, Limits.of([task.source.config for task in tasks]), lease="search") as watch:
+    most = max(amounts, key=lambda one: (one.gpus, one.cpus))
+    hosts, limits = Hosts("search", 1, most.resources), Limits.of([task.source.config for task in tasks])
+    with Watch(apart, progress, limits, hosts, lease="search") as watch:
         tasks = [task.after(time.monotonic() - began) for task in tasks]
         _remove_leftovers(tasks)  # behind the lease, so that it is of no search that goes on
         places = left()  # another job's search of the same network may have gone before

@@ -1,7 +1,7 @@
-"""Whether all nodes of a cluster see the same storage: a small object that the driver writes is looked for on each, before hours of work.
+"""Whether all nodes of a cluster see the same storage and may write there: a small object that the driver writes is looked for on each, before hours of work.
 
 A folder that every node has for itself, credentials that only one has, a network that leads elsewhere: each ends the job at once, by name.
-Nodes that join later are not asked. Not covered: whether nodes may write; what they write is their work, and fails by name.
+Not covered: nodes that join later; what they cannot write fails by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logs.logger(__name__)
 
 
 def check(storage: Store) -> None:
-    """`StorageError` where an alive node does not find what was just written to `storage`, with node and reason."""
+    """`StorageError` where an alive node does not find what was just written to `storage`, or cannot write there, with node and reason."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     own = ray.get_runtime_context().get_node_id()
     others = [node for node in nodes if node["NodeID"] != own]
@@ -35,7 +35,7 @@ def check(storage: Store) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise StorageError(
-            f"expected a --storage that all {len(nodes)} nodes see, but node {problems[0]}{more}; use object storage or a folder that all nodes "
+            f"expected a --storage that all {len(nodes)} nodes see and may write to, but node {problems[0]}{more}; use object storage or a folder that all nodes "
             "mount, with credentials on each"
         )
 
@@ -65,9 +65,11 @@ def _asked(storage: Store, name: str, data: bytes, nodes: list[dict[str, Any]]) 
 
 
 def _look(uri: str, name: str) -> tuple[bytes | None, str]:
-    """What a node reads there, or why it does not."""
+    """What a node reads there, or why it does not, or cannot write."""
     try:
-        return Store(uri).read(name), ""
+        data = Store(uri).read(name)
+        Store(uri).check_writable()
+        return data, ""
     except StorageError as error:
         return None, str(error)
 

@@ -261,7 +261,10 @@ def test_what_cannot_run_is_refused_at_once(cluster: Cluster) -> None:
     cases = (
         ("--device cuda", "expected a GPU in the cluster, got none (3 nodes with 2 CPUs and 0 GPUs"),
         ("--workers 3", "expected at most 2, which is what the cluster has room for, got 3"),
-        ("--storage /tmp/runs", "expected a --storage that all 3 nodes see, but node worker1"),
+        (
+            "--storage /tmp/runs",
+            "expected a --storage that all 3 nodes see and may write to, but node worker1",
+        ),
     )
     for option, words in cases:
         began = time.monotonic()

@@ -23,23 +23,30 @@ pytestmark = pytest.mark.slow
 START_LIMIT_SECONDS = 90.0
 
 
+def read_only(folder: Path) -> Path:
+    return folder.with_name("read-only")
+
+
 def alive() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder that two nodes of a cluster see as it is, and a third one as an empty one of its own."""
+    """A folder that two nodes of a cluster see as it is, and a third one as an empty one of its own; beside it one that the third may only read."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("a node with a mount of its own needs `unshare -m`, which is not allowed here")
     folder = tmp_path_factory.mktemp("seen")
+    read_only(folder).mkdir()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     cluster.add_node(num_cpus=1)
     other = None
     try:
         ray.init(address=cluster.address, log_to_driver=False)
+        read = read_only(folder)
         start = (
-            f"mount -t tmpfs -o size=1m tmpfs {folder} && exec {sys.executable} -m ray.scripts.scripts start"
+            f"mount -t tmpfs -o size=1m tmpfs {folder} && mount --bind {read} {read} && mount -o remount,bind,ro {read} "
+            f"&& exec {sys.executable} -m ray.scripts.scripts start"
         )
         other = subprocess.Popen(
             ["unshare", "-m", "sh", "-c", f"{start} --address={cluster.address} --num-cpus=1 --block"],
@@ -71,9 +78,21 @@ def test_a_folder_that_one_node_has_for_itself_is_refused_with_the_node(place: P
     ):
         engine.reaches(Store(place / "runs"))
     line = str(caught.value)
-    assert "expected a --storage that all 3 nodes see, but node " in line
+    assert "expected a --storage that all 3 nodes see and may write to, but node " in line
     assert f"cannot read {place}/runs/.clipq-probe-" in line
     assert list((place / "runs").iterdir()) == []
+
+
+def test_a_folder_that_one_node_may_only_read_is_refused_with_the_node(place: Path) -> None:
+    with (
+        refused(StorageError, match="use object storage or a folder that all nodes mount") as caught,
+        RayEngine() as engine,
+    ):
+        engine.reaches(Store(read_only(place)))
+    line = str(caught.value)
+    assert "expected a --storage that all 3 nodes see and may write to, but node " in line
+    assert f"cannot write to {read_only(place)}: Read-only file system" in line
+    assert list(read_only(place).iterdir()) == []
 
 
 def test_a_folder_that_all_nodes_have_is_taken_and_keeps_nothing(place: Path, tmp_path: Path) -> None:
