@@ -18,6 +18,7 @@ from torch import nn
 from clipq_ray import identity, network, stages
 from clipq_ray.config import Config
 from clipq_ray.consistency import idle
+from clipq_ray.errors import StorageError
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.groups import grouped
@@ -45,7 +46,8 @@ class Plan:
 
 
 def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> str:
-    """The plans of a job's networks in words without secrets, and their totals; nothing is written."""
+    """The plans of a job's networks in words without secrets, and their totals; nothing is kept. `StorageError` where the storage takes nothing."""
+    _check_storage(Store(sources[0].config.storage))
     sources = _identified(sources, ensembles)
     plans = [_planned(source) for source in sources]
     text = "\n\n".join(plan.words for plan in plans)
@@ -56,6 +58,17 @@ def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> st
             f"after the other, less where trainings and searches overlap; at most {sum(plan.disk for plan in plans) / 1e6:,.0f} MB in {sources[0].config.storage}"
         )
     return redacted(f"{text}\nnothing was done")
+
+
+def _check_storage(storage: Store) -> None:
+    """As the job will; of a directory, which would have to be made for that, what its nearest parent allows."""
+    if storage.local is None:
+        storage.check_writable()
+        return
+    there = next(one for one in (storage.local, *storage.local.parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is no directory"
+        raise StorageError(f"cannot write to {storage.uri}: {there} {why}; choose another --storage")
 
 
 def _identified(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> list[Source]:

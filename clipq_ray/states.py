@@ -10,7 +10,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import FormatError, StorageError
 from clipq_ray.storage import Store
 
 WEIGHTS = "weights.safetensors"
@@ -35,10 +35,19 @@ def write_state(store: Store, name: str, state: Mapping[str, Tensor]) -> None:
 
 
 def read_state(store: Store, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """The mirror of `write_state`."""
+    """The mirror of `write_state`; `FormatError` where there is none: `store` is of a stage that was finished."""
     try:
         return dict(load_tensors(store.read(name)))
     except (ValueError, SafetensorError) as error:
-        raise FormatError(
-            f"expected safetensors at {store.uri}/{name}, got {error}; remove it and run again"
-        ) from error
+        raise _lost(store, name, str(error)) from error
+    except StorageError as error:
+        if store.exists(name):
+            raise
+        raise _lost(store, name, "no object") from error
+
+
+def _lost(store: Store, name: str, got: str) -> FormatError:
+    # all of it: what says that the stage is finished would stay, and the object would be missed for ever
+    return FormatError(
+        f"expected safetensors at {store.uri}/{name}, got {got}; remove {store.uri} and run again"
+    )

@@ -50,7 +50,10 @@ def main(arguments: list[str]) -> int:
         found = compress_all(sources, engine, reporter, fleet.ensembles)
     together = ensembles.all_scored(fleet.ensembles, sources, found)
     if fleet.name is not None and any(isinstance(one, HeldError) for one in found):
-        print("fleet: not written, since another job makes some of its runs", file=sys.stderr)
+        print(
+            "fleet: not written, since another job makes some of its runs; submit it again when that has ended",
+            file=sys.stderr,
+        )
     elif fleet.name is not None:
         store = write(Store(shared.storage), fleet.name, sources, found, together)
         print(redacted(f"fleet: {store.uri}"), file=sys.stderr)

@@ -206,6 +206,15 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_refuses_a_storage_that_the_job_could_not_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    code, lines = called("compress", ["--dry-run", "--storage", f"{tmp_path}/file/s"], monkeypatch, capfd)
+    assert (code, len(lines)) == (2, 1)
+    assert f"{tmp_path}/file is no directory; choose another --storage" in lines[0]
+
+
 def test_a_dry_run_counts_all_that_a_ladder_may_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

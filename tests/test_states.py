@@ -35,5 +35,11 @@ def test_tensors_of_another_network_are_refused(state: dict[str, torch.Tensor]) 
 def test_a_damaged_object_is_named(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.write(WEIGHTS, b"none")
-    with pytest.raises(FormatError, match=WEIGHTS):
+    with pytest.raises(FormatError, match=f"{WEIGHTS}, got .*; remove {store.uri} and run again"):
+        read_state(store)
+
+
+def test_where_an_object_is_lost_its_stage_is_to_be_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(FormatError, match=f"{WEIGHTS}, got no object; remove {store.uri} and run again"):
         read_state(store)
