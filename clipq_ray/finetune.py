@@ -28,17 +28,18 @@ from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import DataError, DivergedError, ModelError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.levels import Levels
-from clipq_ray.memory import fitting, ran_out
+from clipq_ray.memory import ran_out
 from clipq_ray.operator import Operator, Recovery
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.precision import autocast_dtype
+from clipq_ray.probing import Probing
 from clipq_ray.ranks import Rank, agreed, compare_codes
 from clipq_ray.rates import Held, Ramp, Rates
 from clipq_ray.sending import sent
 from clipq_ray.states import put_state
-from clipq_ray.trainable import FAST, PLAIN, in_layout, takes_fast, training_mode
+from clipq_ray.trainable import FAST, PLAIN, in_layout, training_mode
 
 log = logs.logger(__name__)
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, words)
@@ -116,6 +117,7 @@ class Trainer:
         self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
         found = checkpoints.latest()
         begun = found[1] if found else {}
+        self._probing = Probing(self.model, train, self._index_batches(0)[0], (seed, stage), rank, self._loss)
         self._settle_bits(begun, precision)
         # what is clipped follows from the weights with which the training began
         fixed = Levels(model, plan, bit_price) if plan and bit_price is not None else None
@@ -138,6 +140,8 @@ class Trainer:
         self.wrapped = (
             DistributedDataParallel(model, find_unused_parameters=unread) if rank.world > 1 else model
         )
+        if rank.world > 2 and not unread:  # with some unread it lays out nothing anew
+            self._probing.settle(self.wrapped, self.micro_batch)
         self.attempts.begin(rank.rank, self.micro_batch)
 
     def _settle_bits(self, begun: dict[str, Any], precision: str) -> None:
@@ -145,23 +149,10 @@ class Trainer:
         usual = autocast_dtype(precision, self.rank.device) == torch.bfloat16
         reduced = agreed(self.rank, begun.get("bfloat16", usual))
         self.autocast = torch.bfloat16 if reduced else torch.float32
-        fast = agreed(self.rank, begun["channels_last"] if "channels_last" in begun else self._takes_fast())
-        self.layout = FAST if fast else PLAIN
-        self.model.to(memory_format=self.layout)
-
-    def _takes_fast(self) -> bool:
-        """Whether the network is trained in channels last; two images, since batch norm wants no single one."""
-        indices = self._index_batches(0)[0][:2]
-        images, labels = (one.to(self.rank.device) for one in self._probe(indices))
-        training_mode(self.model)
         self.layout = FAST
-        return takes_fast(self.model, lambda: self._loss(self.model, images, labels))
-
-    def _probe(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """One image and its label as often as there are `indices`: the images of a batch lie in many row groups."""
-        place = seeds.generator(self.seed, self.stage, "probe")
-        image, label = self.train_split.batch(indices[:1], place)
-        return image.repeat_interleave(len(indices), 0), label.repeat_interleave(len(indices), 0)
+        fast = begun["channels_last"] if "channels_last" in begun else self._probing.takes_fast()
+        self.layout = FAST if agreed(self.rank, fast) else PLAIN
+        self.model.to(memory_format=self.layout)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
     def _load_model(self, tensors: dict[str, Tensor]) -> None:
@@ -359,16 +350,8 @@ class Trainer:
 
     def _fitting_micro_batch(self) -> tuple[int, bool]:
         """The largest micro-batch that fits all ranks' memory, found by one step without effect before training, and whether parameters got no gradient in it."""
-        indices = self._index_batches(0)[0]
-        images, labels = self._probe(indices)
-        training_mode(self.model)
-
-        def step(count: int) -> None:
-            part = images[:count].to(self.rank.device), labels[:count].to(self.rank.device)
-            self._loss(self.model, *part).backward()
-
-        n = len(indices)
-        micro, unread = fitting(self.model, step, n, min(n, self.attempts.most() or n), self.rank)
+        micro, unread = self._probing.fitting(self.attempts)
+        n = self._probing.images
         if micro < n:
             note = (
                 f"{self.stage}: {n} images per worker do not fit the device's memory; gradients are "

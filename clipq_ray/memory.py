@@ -2,7 +2,7 @@
 
 Where an allocation fails, the worker says so itself (`ask_for_less`). Where the kernel ends it, it cannot: so every rank leaves a note of its machine's count
 of such kills, and the next attempt on that machine sees whether it has grown. Ray's memory monitor is heard by the engine (`heard`). An attempt is
-retried with less once; the second time it is an error with what to do. Not covered: which of the machine's processes the kernel ended.
+retried with less once; the second time it is an error with what to do. Not covered: the steps that find it out (`probing`), and which of the machine's processes the kernel ended.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from clipq_ray.claims import place
 from clipq_ray.errors import RunError
-from clipq_ray.ranks import Rank
 from clipq_ray.storage import Store
 
 SMALLER, LOW = "smaller.json", "low-memory.json"
 _ATTEMPT = "attempt-"
 _REFUSED = ("can't allocate memory", "out of memory")
-_NO_LIMIT = 2**31 - 1
 
 
 class OutOfMemory(Exception):
@@ -66,31 +62,6 @@ def most_that_fit(step: Callable[[int], object], images: int, most: int) -> int:
                 raise
             half = without_single(images, math.ceil(most / 2))
             most = half if half < most else 1
-
-
-def fitting(
-    model: nn.Module, step: Callable[[int], object], images: int, most: int, rank: Rank
-) -> tuple[int, bool]:
-    """How many of this rank's `images` at a time all ranks have memory for, `most` at most, and whether there are parameters that got no gradient on any of them.
-
-    `step(count)`: forward and backward through `model` with so many images; gradients are gone and buffers as they were afterwards."""
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    # what several workers reduce gradients in, which is made behind this
-    room = [torch.empty_like(one) for one in model.parameters() if one.requires_grad and rank.world > 1]
-    micro = most_that_fit(step, images, most)
-    del room
-    unread = any(one.requires_grad and one.grad is None for one in model.parameters())
-    model.zero_grad(set_to_none=True)
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-    if rank.world > 1:
-        # a batch that is not shared out evenly is no lack of memory on the workers with an image more
-        limit = micro if micro < images else _NO_LIMIT
-        least = torch.tensor([limit, not unread], device=rank.device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        # three fit in place of another rank's two: where images are odd, this rank's own limit is three or more, or one, which is then all ranks'
-        micro, unread = without_single(images, min(images, int(least[0]))), not least[1]
-    return micro, unread
 
 
 class Attempts:

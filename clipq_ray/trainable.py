@@ -6,7 +6,8 @@ to its end the layout that it began in. Not covered: evaluation, which decides f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +22,33 @@ def in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
     return images.contiguous(memory_format=layout) if images.dim() == 4 else images
 
 
-def takes_fast(model: nn.Module, loss: Callable[[], Tensor]) -> bool:
+def takes_fast(model: nn.Module, step: Callable[[], object]) -> bool:
     """Whether a step of `model` works in channels last, in which it is left, as is its mode; else it is left in the plain layout.
 
-    `loss`: of a few images in channels last. A `view` of activations does not take them, parameters of five dimensions (3-D convolutions) cannot be laid out so.
+    `step`: forward and backward of a few images in channels last. A `view` of activations does not take them, parameters of five dimensions (3-D convolutions) cannot be laid out so.
     Errors that the plain layout has too come again from there. Gradients and buffers are as before.
     """
+    with without_effect(model):
+        try:
+            model.to(memory_format=FAST)
+            step()
+        except Exception as error:
+            if not ran_out(error):  # what does not fit in memory is found out by smaller steps
+                model.to(memory_format=PLAIN)
+                return False
+    return True
+
+
+@contextmanager
+def without_effect(model: nn.Module) -> Iterator[None]:
+    """Behind it gradients are gone and buffers as they were."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     try:
-        model.to(memory_format=FAST)
-        loss().backward()
-    except Exception as error:
-        if not ran_out(error):  # what does not fit in memory is found out by smaller steps
-            model.to(memory_format=PLAIN)
-            return False
+        yield
     finally:
         model.zero_grad(set_to_none=True)
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-    return True
 
 
 def training_mode(model: nn.Module) -> None:

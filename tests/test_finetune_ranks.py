@@ -9,29 +9,38 @@ from typing import Any
 
 import pytest
 import torch
-from test_finetune import PLAN, Small, TwoHeads, kept, network, run, schedule, trainer
+from test_finetune import PLAN, Killed, Network, Small, TwoHeads, kept, network, run, schedule, trainer
+from torch import Tensor, nn
 
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import RunError
+from clipq_ray.finetune import Trainer
 from clipq_ray.operator import make_plan
 from clipq_ray.ranks import Rank
 from clipq_ray.rates import Held
 
 
-def as_rank(rank: int, folder: str, work: Callable[..., None], given: tuple[object, ...]) -> None:
-    """`work(rank, folder, *given)` as one of two gloo ranks, which ends without Python's own end.
+def as_rank(rank: int, ranks: int, folder: str, work: Callable[..., None], given: tuple[object, ...]) -> None:
+    """`work(rank, folder, *given)` as one of so many gloo ranks, which ends without Python's own end.
 
     A thread of gloo's may still let go of the last collective's tensors then, which needs the interpreter: where it comes too late, the process is aborted.
     """
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
+    )
     work(rank, folder, *given)
     torch.distributed.destroy_process_group()
     os._exit(0)
 
 
+def on_ranks(ranks: int, folder: Path, work: Callable[..., None], *given: object) -> None:
+    folder.mkdir(exist_ok=True)
+    torch.multiprocessing.spawn(as_rank, (ranks, str(folder), work, given), nprocs=ranks)
+
+
 def on_two_ranks(folder: Path, work: Callable[..., None], *given: object) -> None:
-    torch.multiprocessing.spawn(as_rank, (str(folder), work, given), nprocs=2)
+    on_ranks(2, folder, work, *given)
 
 
 def one_of_two(rank: int, folder: str, differing: bool) -> None:
@@ -119,3 +128,41 @@ def test_a_batch_that_is_not_shared_out_evenly_trains_as_on_one_worker(tmp_path:
     alone = trained_unevenly(tmp_path / "alone", Rank(0, 1, torch.device("cpu")))
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"rank-{rank}"), alone, rtol=1e-4, atol=1e-5)
+
+
+class Residual(Network):
+    """Its gradients do not come in the opposite order of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = nn.Conv2d(1, 6, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(images))) + self.short(images)
+        out: Tensor = self.head(self.drop(nn.functional.max_pool2d(x, 2).flatten(1)))
+        return out
+
+
+def one_of_three(rank: int, folder: str, killed_after: int | None) -> None:
+    def made() -> Trainer:
+        model = network(Residual)
+        return trainer(
+            Path(folder) / "c", model, make_plan(model, PLAN), schedule=schedule(batch_size=30), rank=Rank(rank, 3, torch.device("cpu"))
+        )  # fmt: skip
+
+    if killed_after:
+        with pytest.raises(Killed):
+            run(made(), killed_after=killed_after)
+        torch.distributed.barrier()  # the first has left its checkpoint
+    last = made()
+    run(last)
+    torch.save(last.model.state_dict(), Path(folder) / f"rank-{rank}")
+
+
+@pytest.mark.slow
+def test_on_three_ranks_too_a_training_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    for killed_after in (None, 1):
+        on_ranks(3, tmp_path / str(killed_after), one_of_three, killed_after)
+    for rank in range(3):
+        whole, cut = (torch.load(tmp_path / str(one) / f"rank-{rank}") for one in (None, 1))
+        assert all(torch.equal(value, cut[name]) for name, value in whole.items())

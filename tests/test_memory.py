@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
+from test_finetune import Killed, Network, network, trainer
+from torch import Tensor
 
 from clipq_ray import manifest
 from clipq_ray.errors import RunError
@@ -136,6 +138,19 @@ def test_an_attempt_without_enough_memory_is_retried_with_half_as_many_images(
     notes = manifest.read_manifest(runs[0].store)["notes"]
     (note,) = [note for note in notes if f"micro-batches of {share // 2}" in note]
     assert "the bytes may be others than with more memory" in note
+
+
+def test_an_attempt_that_is_ended_in_its_very_first_step_is_followed_by_a_smaller_one(tmp_path: Path) -> None:
+    class Ended(Network):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 2:
+                raise Killed  # as the kernel ends a process
+            return super().forward(images)
+
+    with pytest.raises(Killed):
+        trainer(tmp_path, network(Ended))
+    attempts(tmp_path).heard("a worker was ended")
+    assert attempts(tmp_path).most() == 10  # of batches of 20
 
 
 def test_where_half_does_not_help_the_error_says_what_does(tmp_path: Path) -> None:
