@@ -69,7 +69,7 @@ class _Layer:
 
     def put(self) -> None:
         """The quantized weights into the parameter, which is zero elsewhere."""
-        self.parameter.index_put_(self.kept, self.levels[self.codes])
+        self.parameter.index_put_(self.kept, self.levels[self.codes].to(self.parameter.dtype))
 
     def spread_gradient(self) -> None:
         """The gradient of the quantized weights becomes that of their twins."""
@@ -193,7 +193,9 @@ def _layer(name: str, parameter: nn.Parameter, one: Quantized) -> _Layer:
     levels = one.levels[~one.levels.isnan() & (one.levels != 0)].to(values.device)
     if not len(levels):  # all is clipped
         levels = values.new_zeros(1)
-    codes = torch.bucketize(values[kept], levels[:-1])
+    # the nearest, which a parameter of half the bits may have lost the last bits of
+    between = levels.double()
+    codes = torch.bucketize(values[kept].double(), (between[1:] + between[:-1]) / 2)
     return _Layer(name, parameter, values.clone(), kept, codes, levels)
 
 

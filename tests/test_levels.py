@@ -71,6 +71,22 @@ def test_a_twin_gets_the_gradient_of_its_weight_and_of_its_level() -> None:
             torch.testing.assert_close(given[mask], weight.grad[mask] + of_level)
 
 
+def test_weights_of_half_the_bits_are_trained_too() -> None:
+    model = network().bfloat16()
+    plan = plan_of(model)
+    quantized = codes_of(model, plan)["head.weight"]
+    trained = Levels(model, plan, levels.PRICE)
+    head = model.get_parameter("head.weight")
+    with torch.no_grad():
+        assert head.dtype == torch.bfloat16
+        assert torch.equal(head, quantized.values.to(head))
+        head.grad = torch.ones_like(head)
+        with trained.full_precision():
+            head.sub_(1e-3)
+    assert ((head != 0) == (quantized.codes != 0)).all()
+    assert len(head.unique()) <= 1 + 2**2
+
+
 def test_a_weight_goes_to_the_nearest_level_on_its_side_and_levels_are_the_means_of_their_twins() -> None:
     weight = torch.tensor([-0.9, -0.5, 0.0, 0.3, 0.35, 0.9])
     model = nn.ParameterDict({"w": nn.Parameter(weight.clone())})
