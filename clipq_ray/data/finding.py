@@ -174,14 +174,30 @@ def _folders(listing: Listing, _: int, expected: Expected) -> Found | None:
                 f"expected one folder of {split} images, got {few(sorted(same))} in {listing.store.uri}; rename or remove the others"
             )
     sources: dict[str, Source] = {}
+    notes += _without_unlabelled(groups, listing)
     first = next((key for key in groups if key[0] in ("train", "any")), next(iter(groups)))
-    known = expected.known(sorted({class_of(name, first[1]) for name in groups[first]} - {""}))
+    known = expected.known(sorted({class_of(name, first[1]) for name in groups[first]}))
     for (split, folder), names in groups.items():
-        loose = [name for name in names if not class_of(name, folder)]
-        if loose:
-            raise DataError(
-                f"expected images in a folder per class ({folder or listing.store.uri}/<class>/*.jpg), "
-                f"found {len(loose)} in none, as {listing.at(loose[0])}; sort them into class folders"
-            )
         sources[split] = ImageFiles(listing, names, folder, known)
     return Found(sources, tuple(known), f"image folders at {listing.store.uri}", tuple(notes))
+
+
+def _without_unlabelled(groups: dict[tuple[str, str], list[str]], listing: Listing) -> list[str]:
+    """Takes those without a class folder from `groups`, names by (split, folder), as ImageNet's test images are published, beside others with some; notes.
+    `DataError` for other images in none."""
+    loose = {key: [name for name in names if not class_of(name, key[1])] for key, names in groups.items()}
+    whole = [key for key, names in groups.items() if len(loose[key]) == len(names)]
+    notes = []
+    for key, names in loose.items():
+        split, folder = key
+        if key in whole and split not in ("train", "any") and len(whole) < len(loose):
+            notes.append(
+                f"the {split} images lie in no class folders, so they have no labels and are not used"
+            )
+            del groups[key]
+        elif names:
+            raise DataError(
+                f"expected images in a folder per class ({folder or listing.store.uri}/<class>/*.jpg), "
+                f"found {len(names)} in none, as {listing.at(names[0])}; sort them into class folders"
+            )
+    return notes

@@ -219,9 +219,28 @@ def test_images_in_no_class_folder_and_unreadable_ones_are_named(tmp_path: Path)
     write(tmp_path, {"train/ant/broken.png": png(1)[:30]})
     with pytest.raises(DataError, match=r"at most 0 unreadable images, found 1: .*broken\.png"):
         opened(str(tmp_path))
-    write(tmp_path, {"val/1.png": png(1)})
-    with pytest.raises(DataError, match=r"a folder per class .*val/1\.png"):
+    write(tmp_path, {"val/1.png": png(1), "val/ant/2.png": png(2)})
+    with refused(DataError, match=r"a folder per class .*val/1\.png"):
         opened(str(tmp_path))
+
+
+def test_test_images_in_no_class_folders_have_no_labels_and_the_validation_images_judge(
+    tmp_path: Path,
+) -> None:
+    folder(tmp_path, "train", 30)
+    folder(tmp_path, "val", 6, first=100)
+    write(tmp_path, {f"test/T{number}.png": png(number) for number in range(4)})
+    data = opened(str(tmp_path))
+    assert (len(data.test or []), data.validation_held_out) == (6, True)
+    assert "the test images lie in no class folders, so they have no labels and are not used" in data.notes
+    preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
+    split, kind = open_test(str(tmp_path), preprocessing, 3, CLASSES)
+    assert (len(split), kind) == (6, "test")
+    # the training images decide which classes there are: they are never passed over
+    write(tmp_path / "loose", {"train/1.png": png(1), "test/ant/2.png": png(2)})
+    for only in ("loose", "test"):
+        with refused(DataError, match=r"a folder per class .*found \d in none"):
+            opened(str(tmp_path / only))
 
 
 def test_gray_networks_take_gray_images(tmp_path: Path) -> None:
