@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +34,9 @@ Decoded = Pixels | str
 _WORTH_A_THREAD = 8192
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MORE_BITS = ("I", "F")
+_RESIZED = 1 << 22
+"""Pixels that an image is resized to as a whole and then cropped, at most, unless the crop itself has a 16th of them: 16 MiB."""
+_ADDRESS = re.compile(r" *<[^<>]* at 0x[0-9a-fA-F]+>")
 _log = logs.logger(__name__)
 
 
@@ -83,7 +88,8 @@ def decode(data: bytes | None, preprocessing: Preprocessing, numbers: Numbers | 
                 return f"more than 8 bits a pixel (Pillow's mode {file.mode}); convert it to 8"
             image: Image.Image = file.convert("L" if preprocessing.input_shape[0] == 1 else "RGB")
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
-        return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        # where its bytes lay in memory is of no use, and another every time
+        return " ".join(_ADDRESS.sub("", f"{type(error).__name__}: {error}").split())[:120]
     return _fitted(image, preprocessing, numbers)
 
 
@@ -94,16 +100,29 @@ def _fitted(image: Image.Image, preprocessing: Preprocessing, numbers: Numbers |
         if image.size != (width, height):
             return WrongSize(f"expected {width}x{height} pixels, got {image.width}x{image.height}")
     elif numbers is None:
-        shorter = min(image.size)
-        size = [preprocessing.resize * side // shorter for side in image.size]  # as torchvision rounds
-        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-        image = image.resize((size[0], size[1]), resampling)
-        image = image.crop((left, top, left + width, top + height))
+        image = _centre(image, preprocessing.resize, (width, height), resampling)
     else:
         box, mirrored = crop_box(numbers, image.height, image.width)
         image = image.resize((width, height), resampling, box=box)
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
     return (pixels[:, ::-1] if mirrored and channels == 3 else pixels).transpose(2, 0, 1)
+
+
+def _centre(
+    image: Image.Image, resize: int, size: tuple[int, int], resampling: Image.Resampling
+) -> Image.Image:
+    """`image` with its shorter side scaled to `resize`, then the middle of `size` (width, height) [pixels]."""
+    shorter = min(image.size)
+    whole = (resize * image.width // shorter, resize * image.height // shorter)  # as torchvision rounds
+    left, top = round((whole[0] - size[0]) / 2), round((whole[1] - size[1]) / 2)
+    right, bottom = left + size[0], top + size[1]
+    if math.prod(whole) <= max(_RESIZED, 16 * math.prod(size)):
+        return image.resize(whole, resampling).crop((left, top, right, bottom))
+    # Of 3,000 x 1 pixels, which are 83 bytes as PNG, the whole would be 768,000 x 256. Pillow resizes a box of an image as if it
+    # cropped afterwards, but for rounding; so others keep the bits that they always had.
+    wide, high = image.width / whole[0], image.height / whole[1]
+    box = left * wide, top * high, min(right * wide, image.width), min(bottom * high, image.height)
+    return image.resize(size, resampling, box=box)
 
 
 def decode_many(

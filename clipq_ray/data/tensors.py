@@ -80,13 +80,14 @@ class TensorSplit(Split):
         mode = InterpolationMode(self.preprocessing.interpolation)
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         if augment is None:
+            tensor = _without_far_ends(tensor, resize)
             # in pieces: a file may state a `resize` whose squares are many thousand times what is cropped from them
             return torch.cat(
                 [
                     functional.center_crop(
                         functional.resize(part, [resize], mode, antialias=True), [height, width]
                     )
-                    for part in tensor.split(resized_at_once(images.shape[1:], resize))
+                    for part in tensor.split(resized_at_once(tensor.shape[1:], resize))
                 ]
             )
         crops = []
@@ -115,9 +116,23 @@ class TensorSplit(Split):
 
 def resized_at_once(shape: Sequence[int], resize: int) -> int:
     """How many images of `shape` (c, h, w) are resized together, 1 at least; `resize`: pixels of the shorter side then."""
+    return max(1, _RESIZED // _values_resized(shape, resize))
+
+
+def _values_resized(shape: Sequence[int], resize: int) -> int:
     channels, height, width = shape
-    longer = resize * max(height, width) // max(1, min(height, width))
-    return max(1, _RESIZED // (channels * resize * longer))
+    return channels * resize * (resize * max(height, width) // max(1, min(height, width)))
+
+
+def _without_far_ends(images: Tensor, resize: int) -> Tensor:
+    """The middle (n, c, any, any) of images so oblong that one of them would become more than `_RESIZED` values: a view."""
+    height, width = images.shape[2:]
+    # the crop is a square of the shorter side at most; what lies close beside it counts for its borders
+    most = 4 * min(height, width) + 8
+    if _values_resized(images.shape[1:], resize) <= _RESIZED or max(height, width) <= most:
+        return images
+    top, left = (max(0, side - most) // 2 for side in (height, width))
+    return images[:, :, top : height - top, left : width - left]
 
 
 def with_channels(images: Images, channels: int) -> Images:

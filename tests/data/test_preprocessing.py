@@ -126,6 +126,30 @@ def test_images_in_memory_are_resized_in_pieces_of_bounded_memory(monkeypatch: p
     assert split.batch(torch.arange(0), None)[0].shape == (0, 1, 16, 16)
 
 
+@pytest.mark.parametrize("shape", [(1, 300), (300, 1)])
+def test_of_oblong_images_in_memory_the_middle_is_resized(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.transforms import functional
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, *shape), dtype=np.uint8)
+    split = TensorSplit(
+        images, np.arange(2, dtype=np.int64), Preprocessing((1, 14, 14), 16, (0.5,), (0.5,), "bicubic")
+    )
+    whole = split.batch(torch.arange(2), None)[0]
+    resize, values = functional.resize, []
+
+    def watching(part: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+        resized: torch.Tensor = resize(part, *given, **more)
+        values.append(resized.numel())
+        return resized
+
+    monkeypatch.setattr(functional, "resize", watching)
+    monkeypatch.setattr(tensors, "_RESIZED", 1 << 12)
+    assert torch.equal(split.batch(torch.arange(2), None)[0], whole)
+    assert max(values) <= 1 << 12  # 16 x 4,800 of each image otherwise
+
+
 def test_what_is_given_comes_over_what_is_usual() -> None:
     usual = Preprocessing((3, 32, 32), 36, (0.5,) * 3, (0.5,) * 3, "bicubic")
     given = open_data(
