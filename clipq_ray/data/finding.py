@@ -1,8 +1,7 @@
 """What lies at a URI: which kind of data, and which files are training, validation and test images.
 
 Kinds, in the order in which they are looked for: a name (`builtin`), Parquet files, idx files, image folders. Files are told apart by
-names: `train*`, `validation*` or `val*`, `test*`, of the file or of a folder above it. Not covered: reading images (`parquet`,
-`folders`, `idx`) and making splits (`opening`).
+names (`_SPLITS`), of the file or of a folder above it. Not covered: reading images (`parquet`, `folders`, `idx`) and making splits (`opening`).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ _SPLITS = {
     "valid": "validation",
     "val": "validation",
     "test": "test",
+    "testing": "test",
 }
 _SPLIT = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?![a-z])")
 

@@ -129,7 +129,7 @@ def _without_far_ends(images: Tensor, resize: int) -> Tensor:
     height, width = images.shape[2:]
     # the crop is a square of the shorter side at most; what lies close beside it counts for its borders
     most = 4 * min(height, width) + 8
-    if _values_resized(images.shape[1:], resize) <= _RESIZED or max(height, width) <= most:
+    if _values_resized(images.shape[1:], resize) <= _RESIZED:
         return images
     top, left = (max(0, side - most) // 2 for side in (height, width))
     return images[:, :, top : height - top, left : width - left]

@@ -55,6 +55,16 @@ def test_a_val_folder_is_the_test_set_and_large_images_are_cropped(tmp_path: Pat
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("names", [("training", "testing", "valid"), ("Train", "TEST", "Validation")])
+def test_folders_of_splits_may_be_called_in_all_the_usual_ways(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name, count in zip(names, (30, 6, 9), strict=True):
+        folder(tmp_path, name, count, first=100 * count)
+    data = opened(str(tmp_path))
+    assert (len(data.train), len(data.test or []), len(data.validation)) == (30, 6, 9)
+
+
 def test_validation_folders_follow_the_training_classes(tmp_path: Path) -> None:
     folder(tmp_path / "a", "train", 30)
     for name in ("one", "two"):
