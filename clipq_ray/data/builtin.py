@@ -57,8 +57,8 @@ def digits() -> dict[str, Images]:
     }
 
 
-def torchvision_set(name: str, root: str) -> tuple[dict[str, Images], tuple[str, ...]]:
-    """Train and test images and the class names; `DataError` if the files are not under `root`."""
+def torchvision_set(name: str, root: str, otherwise: str = "") -> tuple[dict[str, Images], tuple[str, ...]]:
+    """Train and test images and the class names; `DataError` if the files are not under `root`, which ends with what to do `otherwise`."""
     from torchvision import datasets
 
     kind = getattr(datasets, TORCHVISION[name])
@@ -70,7 +70,7 @@ def torchvision_set(name: str, root: str) -> tuple[dict[str, Images], tuple[str,
         except RuntimeError as error:
             raise DataError(
                 f"expected the files of {name} under {Path(root).absolute()}, as torchvision stores them, found none; "
-                f"put them there or give {name}:FOLDER"
+                f"put them there or give {name}:FOLDER{otherwise and f'; {otherwise}'}"
             ) from error
         with reading(f"{name} under {root}"):
             pixels = np.asarray(dataset.data)

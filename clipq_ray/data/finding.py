@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,9 @@ def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None =
     """What lies at `uri`; files of no split count as "any". `cache_bytes`: for row groups."""
     name, _, folder = uri.partition(":")
     if name in builtin.NAMES and not folder.startswith("//"):
-        return _named(name, folder or data_root)
+        here = f"for the folder here say ./{name}" if not folder and Path(name).is_dir() else ""
+        named = _named(name, folder or data_root, here)
+        return replace(named, notes=(f"{name} is the data set of that name; {here}",)) if here else named
     if "/" not in uri and ":" not in uri and not Path(uri).exists():
         near = difflib.get_close_matches(uri, builtin.NAMES) or builtin.NAMES
         raise DataError(
@@ -80,10 +82,16 @@ def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None =
     )
 
 
-def _named(name: str, root: str) -> Found:
+def _named(name: str, root: str, otherwise: str) -> Found:
+    """A set by name. `otherwise`: more advice where its files are not below `root`, or empty."""
     if name == "digits":
         names = tuple(str(digit) for digit in range(10))
         return Found({**builtin.digits()}, names, "digits (scikit-learn, 1,797 images enlarged to 28x28)")
+    if "://" in root:
+        raise DataError(
+            f"expected a folder on this machine with the files of {name}, got {root}; copy them here, "
+            "or give the URI itself, without a name, of Parquet files, idx files or image folders"
+        )
     if name in ("mnist", "fashion_mnist"):
         # Both sets' files are called alike: the folder that torchvision calls by the name, then one with the idx files themselves.
         for folder in (f"{root}/{builtin.TORCHVISION[name]}/raw", root):
@@ -92,7 +100,7 @@ def _named(name: str, root: str) -> Found:
             found = _idx(Listing.of(folder, below=False), 0, Expected())
             if found and {"train", "test"} <= set(found.sources):
                 return Found(found.sources, found.class_names, name)
-    images, classes = builtin.torchvision_set(name, root)
+    images, classes = builtin.torchvision_set(name, root, otherwise)
     return Found({**images}, classes, name)
 
 

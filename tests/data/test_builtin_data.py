@@ -207,6 +207,35 @@ def test_unknown_and_missing_data_say_what_was_looked_for(uri: str, expected: st
         open_data(uri, input_shape=(3, 32, 32))
 
 
+def test_a_name_that_is_a_folder_here_too_means_the_set_of_that_name_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    note = "digits is the data set of that name; for the folder here say ./digits"
+    assert note not in open_data("digits", input_shape=(1, 28, 28)).notes
+    write_mnist(tmp_path / "digits")
+    write_mnist(tmp_path / "mnist")
+    data = open_data("digits", input_shape=(1, 28, 28))
+    assert (len(data.train) + len(data.validation), note in data.notes) == (1437, True)
+    with refused(DataError, match=r"expected the files of mnist .* for the folder here say \./mnist$"):
+        open_data("mnist", input_shape=(1, 28, 28))
+    for uri in ("./mnist", "./digits"):
+        data = open_data(uri, input_shape=(1, 28, 28))
+        assert len(data.train) + len(data.validation) == 40
+        assert not any("say ./" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("uri", "root"),
+    [("cifar10:s3://bucket/c", "data"), ("cifar10", "s3://bucket/c"), ("mnist:s3://bucket/c", "data")],
+)
+def test_torchvisions_sets_on_object_storage_are_refused_with_what_works_there(uri: str, root: str) -> None:
+    with refused(
+        DataError, match=r"expected a folder on this machine .*, got s3://bucket/c; copy them here, or"
+    ):
+        open_data(uri, input_shape=(3, 32, 32), data_root=root)
+
+
 @pytest.mark.parametrize("pixels", [0, 2])
 def test_training_images_are_shifted_by_so_many_pixels_at_most(pixels: int) -> None:
     data = open_data("digits", input_shape=(1, 28, 28), shift_pixels=pixels)
