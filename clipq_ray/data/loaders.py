@@ -71,7 +71,7 @@ class LoaderSplit(Split):
             raise DataError(
                 f"expected images as float tensors (B, c, h, w), got {what}; add ToTensor and normalisation"
             )
-        return images.float().contiguous(), torch.as_tensor(labels).long()
+        return images.float().contiguous(), _class_numbers(labels, len(images))
 
     def _collate_seed(self, indices: Tensor, augment: torch.Generator | None) -> int:
         if augment is not None:  # behind those of the items, which are what they would be without it
@@ -192,17 +192,38 @@ def _stated(dataset: Any) -> Labels | None:
         labels = np.asarray(values)
     except (ValueError, TypeError):
         return None
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     return labels.astype(np.int64) if labels.ndim == 1 and labels.dtype.kind in "iu" else None
 
 
 def _label(item: Any) -> int:
     try:
         _, label = item
-        return int(label)
-    except (TypeError, ValueError) as error:
+        value = label.item() if hasattr(label, "item") else label  # of a tensor or an array of one value
+        if (number := int(value)) != value:
+            raise ValueError(f"{value!r} is no whole number")
+        return number
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DataError(
-            f"expected items (image, class number), got {type(item).__name__}: {str(error)[:100]}; wrap the dataset"
+            f"expected items (image, class number), got {type(item).__name__}: {' '.join(str(error).split())[:100]}; wrap the dataset"
         ) from error
+
+
+def _class_numbers(labels: Any, count: int) -> Tensor:
+    """int64 (count,) of the labels that a collate function gives, (count,) or a column (count, 1) of whole numbers; `DataError` for others."""
+    try:
+        values = torch.as_tensor(labels)
+        numbers = values.long()
+        whole, what = torch.equal(values, numbers.to(values.dtype)), f"{values.dtype} {tuple(values.shape)}"
+    except (TypeError, ValueError, RuntimeError):
+        whole, what = True, type(labels).__name__
+        numbers = torch.empty(0)
+    if not whole or numbers.shape not in ((count,), (count, 1)):
+        raise DataError(
+            f"expected labels as class numbers ({count},) for {count} images, got {what}{'' if whole else ', not all of them whole'}; correct the collate function"
+        )
+    return numbers.reshape(count)
 
 
 def _fingerprint(split: LoaderSplit) -> str:

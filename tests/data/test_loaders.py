@@ -172,6 +172,16 @@ def test_stated_labels_that_items_contradict_are_not_believed() -> None:
     assert data.classes == 4
 
 
+def test_a_column_of_labels_is_a_row_of_labels() -> None:
+    images, numbers = torch.rand(30, 1, 4, 4), torch.arange(30) % 5
+    row = from_loaders(loader(TensorDataset(images, numbers)))
+    for column in (numbers[:, None], numbers[:, None].float()):
+        data = from_loaders(loader(TensorDataset(images, column)))
+        assert (data.classes, data.train.labels.tolist()) == (5, row.train.labels.tolist())
+        labels = data.train.batch(torch.arange(7), None)[1]
+        assert (labels.dtype, labels.tolist()) == (torch.int64, row.train.labels[:7].tolist())
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield torch.rand(3, 4, 4), 0
@@ -197,6 +207,23 @@ class Labelled(Dataset):
         (loader(Labelled((torch.rand(3, 4), 0))), "images as float tensors"),
         (loader(Labelled((torch.zeros(3, 4, 4, dtype=torch.uint8), 0))), "images as float tensors"),
         (loader(Labelled((torch.rand(3, 4, 4), -1))), "labels from 0 on"),
+        (loader(Labelled((torch.rand(3, 4, 4), 0.7))), r"class number\), got tuple: 0\.7 is no whole number"),
+        (loader(Labelled((torch.rand(3, 4, 4), float("inf")))), r"items \(image, class number\)"),
+        (loader(Labelled((torch.rand(3, 4, 4), "3"))), "'3' is no whole number"),
+        (loader(Labelled((torch.rand(3, 4, 4), torch.zeros(2)))), r"items \(image, class number\)"),
+        (loader(TensorDataset(torch.rand(9, 3, 4, 4), torch.rand(9))), "is no whole number"),
+        (
+            loader(Noisy(), collate_fn=lambda items: (torch.rand(len(items), 3, 4, 4), torch.zeros(2))),
+            r"labels as class numbers \(32,\) for 32 images, got torch\.float32 \(2,\); correct the collate",
+        ),
+        (
+            loader(Noisy(), collate_fn=lambda items: (torch.rand(len(items), 3, 4, 4), [0.5] * len(items))),
+            r"got torch\.float32 \(32,\), not all of them whole",
+        ),
+        (
+            loader(Noisy(), collate_fn=lambda items: (torch.rand(len(items), 3, 4, 4), ["a"] * len(items))),
+            "as class numbers .*, got list",
+        ),
         (loader(TensorDataset(torch.rand(0, 3, 4, 4), torch.zeros(0))), "empty TensorDataset"),
     ],
 )
