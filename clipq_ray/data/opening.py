@@ -66,6 +66,7 @@ def open_data(
     size, by default an eighth of its height. `class_names`: those that folders of images must have, in their order; sorted ones decide where it is empty.
     Raises `DataError` and `ConfigError`.
     """
+    _check_channels(input_shape)
     _check_options(memory_limit_bytes, bad_image_limit, validation_uri, validation_images)
     found = find(uri, data_root, memory_limit_bytes // 2, Expected(tuple(class_names)))
     train, validation, test, notes = _assigned(found, uri, validation_uri is not None)
@@ -117,7 +118,9 @@ def open_test(
 ) -> tuple[Split, str]:
     """The images that judge a finished network of so many `classes`, and whether they are "test" or "validation" images: the test set of `open_data`, or
     where no training images lie beside them, all that there are. `class_names`: the network's, in its order; empty where they are not known. `DataError`
-    for images whose classes are numbered otherwise, and for training images alone: which of them the network has not seen, its file does not say."""
+    for images whose classes are numbered otherwise, and for training images alone: which of them the network has not seen, its file does not say. `ConfigError`
+    for a network of other channels than 1 or 3."""
+    _check_channels(preprocessing.input_shape)
     expected = Expected(tuple(class_names), classes)
     found = find(uri, data_root, memory_limit_bytes // 2, expected)
     _check_order(found, uri, classes, class_names)
@@ -152,6 +155,13 @@ def _check_order(found: Found, uri: str, classes: int, class_names: Sequence[str
     ):
         raise DataError(
             f"expected a folder for each of {classes} classes at {uri}, got {len(names)}; give all of them"
+        )
+
+
+def _check_channels(input_shape: tuple[int, int, int]) -> None:
+    if input_shape[0] not in (1, 3):
+        raise ConfigError(
+            f"expected a network of 1 or 3 channels for gray or colour images, got {input_shape[0]}; give it images from Python by loaders of your own"
         )
 
 

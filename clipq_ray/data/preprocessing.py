@@ -37,7 +37,7 @@ _AT_ONCE = (
 class Preprocessing:
     """Input size and normalisation of a network.
 
-    `input_shape`: (channels, height, width) in pixels. `resize`: the shorter side in pixels before the centre crop to height x width;
+    `input_shape`: (channels, height, width) in pixels; of other channels than 1 or 3 only a caller's own loaders give images. `resize`: the shorter side in pixels before the centre crop to height x width;
     None: images already have that size. `mean`, `std`: one number per channel, for pixel values in 0..1. `interpolation`: of what is resized.
     """
 
@@ -49,8 +49,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         shape = self.input_shape
-        if len(shape) != 3 or min(shape) < 1 or shape[0] not in (1, 3):
-            raise ConfigError(f"expected an input shape of 1 or 3 channels, height and width, got {shape}")
+        if len(shape) != 3 or min(shape) < 1:
+            raise ConfigError(f"expected an input shape of channels, height and width above 0, got {shape}")
         if len(self.mean) != shape[0] or len(self.std) != shape[0]:
             raise ConfigError(
                 f"expected {shape[0]} numbers each for mean and std (one per channel), got {len(self.mean)} and {len(self.std)}"

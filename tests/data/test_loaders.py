@@ -182,6 +182,13 @@ def test_a_column_of_labels_is_a_row_of_labels() -> None:
         assert (labels.dtype, labels.tolist()) == (torch.int64, row.train.labels[:7].tolist())
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_may_have_any_number_of_channels(channels: int) -> None:
+    data = from_loaders(loader(TensorDataset(torch.rand(30, channels, 4, 5), torch.arange(30) % 5)))
+    assert data.preprocessing.input_shape == (channels, 4, 5)
+    assert data.train.batch(torch.arange(3), None)[0].shape == (3, channels, 4, 5)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield torch.rand(3, 4, 4), 0

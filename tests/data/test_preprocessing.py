@@ -11,10 +11,11 @@ import pytest
 import torch
 from data_files import write
 from PIL import Image
+from refusals import refused
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from clipq_ray.data import Preprocessing, open_data, tensors
+from clipq_ray.data import Preprocessing, open_data, open_test, tensors
 from clipq_ray.data.preprocessing import Interpolation
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, FormatError
@@ -54,7 +55,7 @@ def test_json_that_is_no_preprocessing_is_a_format_error() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ((2, 4, 4), None, (0.0, 0.0), (1.0, 1.0)),
+        ((0, 4, 4), None, (), ()),
         ((3, 4, 4), None, (0.0,), (1.0,)),
         ((1, 4, 4), 3, (0.0,), (1.0,)),
         ((1, 4, 4), None, (0.0,), (0.0,)),
@@ -64,6 +65,20 @@ def test_json_that_is_no_preprocessing_is_a_format_error() -> None:
 def test_what_makes_no_sense_is_refused(arguments: tuple) -> None:
     with pytest.raises(ConfigError):
         Preprocessing(*arguments)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_other_channels_than_gray_and_colour_are_refused_where_files_are_opened(
+    channels: int,
+) -> None:
+    own = Preprocessing((channels, 28, 28), None, (0.0,) * channels, (1.0,) * channels)  # of loaders
+    assert Preprocessing.from_json(own.to_json()) == own
+    for opening in (
+        lambda: open_data("digits", input_shape=own.input_shape, mean=own.mean, std=own.std),
+        lambda: open_test("digits", own, 10),
+    ):
+        with refused(ConfigError, match=f"1 or 3 channels .*, got {channels}; .* loaders of your own"):
+            opening()
 
 
 # As torchvision prepares images
