@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ def png(number: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes
 
 
 def table(
-    images: Sequence[bytes | None], labels: Sequence[int | None], classes: Sequence[str] = CLASSES
+    images: Sequence[bytes | None],
+    labels: Sequence[int | None],
+    classes: Sequence[str] | Mapping[str, str] = CLASSES,
 ) -> pa.Table:
     """The columns as Hugging Face's data sets have them; no class names in the metadata where `classes` is empty."""
     structs = pa.array(
@@ -34,14 +36,15 @@ def table(
     made = pa.table({"image": structs, "label": pa.array(labels, pa.int64())})
     if not classes:
         return made
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(classes)}}
+    names = dict(classes) if isinstance(classes, Mapping) else list(classes)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
     return made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def parquet(
     images: Sequence[bytes | None],
     labels: Sequence[int | None],
-    classes: Sequence[str] = CLASSES,
+    classes: Sequence[str] | Mapping[str, str] = CLASSES,
     rows: int = 10,
 ) -> bytes:
     """The bytes of a Parquet file with row groups of `rows`."""

@@ -229,6 +229,9 @@ def _class_names(schema: Any, at: str) -> tuple[str, ...]:
         return ()
     try:
         names = json.loads(text)["info"]["features"]["label"].get("names") or ()
+        if isinstance(names, dict):  # by their numbers, as data set cards have them
+            by_number = {int(number): name for number, name in names.items()}
+            names = [by_number[number] for number in range(len(names))]
         return tuple(str(name) for name in names)
     except (ValueError, KeyError, TypeError, AttributeError):
         return ()  # other tools write other things under this key; names are a convenience

@@ -304,6 +304,21 @@ def test_classes_are_called_as_any_of_the_files_says(tmp_path: Path) -> None:
         assert opened(uri).class_names == CLASSES
 
 
+def test_class_names_may_stand_by_their_numbers(tmp_path: Path) -> None:
+    images, labels = [png(number) for number in range(33)], [number % 11 for number in range(33)]
+    names = {str(number): f"class {number}" for number in range(11)}
+    for case, (stated, expected) in enumerate(
+        (
+            (names, tuple(names.values())),
+            (dict(sorted(names.items())), tuple(names.values())),  # "10" before "2"
+            ({**names, "10": "ten", "12": "more"}, tuple(map(str, range(11)))),  # no one says what 11 is
+            ({"a": "b"}, tuple(map(str, range(11)))),
+        )
+    ):
+        uri = write(tmp_path / str(case), {"train.parquet": parquet(images, labels, stated)})
+        assert opened(uri).class_names == expected
+
+
 def test_which_files_are_the_test_set(tmp_path: Path) -> None:
     files = {"train.parquet": numbered(0, 60)}
     alone = opened(write(tmp_path / "a", files))
