@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from clipq_ray.data.preprocessing import Preprocessing
 from clipq_ray.data.sampling import hold_out
-from clipq_ray.data.split import Data, Labels, Split, content_hash, subset_hash
+from clipq_ray.data.split import Data, Labels, Split, content_hash, subset_hash, without_images
 from clipq_ray.errors import DataError
 from clipq_ray.seeds import derive, drawn
 
@@ -121,6 +121,7 @@ def from_loaders(
     images, _ = train.batch(torch.zeros(1, dtype=torch.int64), None)
     channels, height, width = (int(side) for side in images.shape[1:])
     notes = ["normalisation unknown: images come from the user's own transforms"]
+    notes += without_images(train.labels, len(names), not isinstance(names, range))
     if test is None:
         notes.append("no test data: results are reported on validation images only")
     used: LoaderSplit = train

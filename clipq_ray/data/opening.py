@@ -24,7 +24,7 @@ from clipq_ray.data.folders import ImageFiles
 from clipq_ray.data.listing import few
 from clipq_ray.data.preprocessing import Interpolation, Preprocessing, usual_for
 from clipq_ray.data.sampling import hold_out, stratified
-from clipq_ray.data.split import Data, Split
+from clipq_ray.data.split import Data, Split, without_images
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
 
@@ -78,6 +78,7 @@ def open_data(
     sources = {"train": train, "validation": validation, "test": test}
     present = {split: source for split, source in sources.items() if source is not None}
     names = _class_names(found.class_names, present)
+    notes += without_images(train.labels, len(names), bool(found.class_names))
     usual = usual or usual_for(input_shape)
     if interpolation != "auto":
         usual = replace(usual, interpolation=interpolation)

@@ -18,6 +18,7 @@ from torch import Tensor
 from clipq_ray.data.preprocessing import Preprocessing
 
 Labels = NDArray[np.int64]
+_RUNS = 4  # of missing classes are named in a note
 
 
 class Split(ABC):
@@ -108,3 +109,20 @@ def content_hash(*parts: bytes | NDArray[np.generic] | str) -> str:
 def subset_hash(fingerprint: str, indices: NDArray[np.int64]) -> str:
     """The fingerprint of a subset of what `fingerprint` stands for."""
     return content_hash("subset", fingerprint, indices)
+
+
+def without_images(labels: Labels, classes: int, named: bool) -> list[str]:
+    """A note on those of `classes` that `labels` int64 (n,) of training images lack, if any; where they are not `named`, numbers may begin elsewhere than at 0."""
+    missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if not len(missing):
+        return []
+    runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
+    said = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs[:_RUNS]]
+    more = sum(len(run) for run in runs[_RUNS:])
+    which = ", ".join(said) + (f" and {more} more" if more else "")
+    what = (
+        f"class {which} has no training image"
+        if len(missing) == 1
+        else f"classes {which} have no training images"
+    )
+    return [what if named else f"{what}; are labels numbered from 0?"]

@@ -170,6 +170,7 @@ def test_stated_labels_that_items_contradict_are_not_believed() -> None:
     data = from_loaders(loader(Shifted()), loader(Noisy()))
     assert data.train.labels.tolist() == [number % 3 + 1 for number in range(60)]
     assert data.classes == 4
+    assert "class 0 has no training image; are labels numbered from 0?" in data.notes
 
 
 def test_a_column_of_labels_is_a_row_of_labels() -> None:

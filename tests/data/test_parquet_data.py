@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,30 @@ def test_class_names_may_stand_by_their_numbers(tmp_path: Path) -> None:
     ):
         uri = write(tmp_path / str(case), {"train.parquet": parquet(images, labels, stated)})
         assert opened(uri).class_names == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "note"),
+    [
+        (range(1, 11), (), "class 0 has no training image; are labels numbered from 0?"),
+        ((0, 1, 1001), (), "classes 2 to 1000 have no training images; are labels numbered from 0?"),
+        ((0, 2, 5), (), "classes 1, 3 to 4 have no training images; are labels numbered from 0?"),
+        (
+            range(0, 999, 2), (),
+            "classes 1, 3, 5, 7 and 495 more have no training images; are labels numbered from 0?",
+        ),
+        ((0, 2), CLASSES, "class 1 has no training image"),
+        (range(3), (), None),
+    ],
+)  # fmt: skip
+def test_classes_without_training_images_are_said(
+    tmp_path: Path, labels: Sequence[int], names: tuple[str, ...], note: str | None
+) -> None:
+    rows = [label for label in labels for _ in range(2)]
+    data = opened(write(tmp_path, {"train.parquet": parquet([png(0)] * len(rows), rows, names)}))
+    assert [one for one in data.notes if "training image" in one and "class" in one] == (
+        [note] if note else []
+    )
 
 
 def test_which_files_are_the_test_set(tmp_path: Path) -> None:
