@@ -276,7 +276,7 @@ class Config(BaseModel):
         None,
         ge=0,
         le=100,
-        description="top-1 that the original should have; far from it (2 points) the run stops [%]",
+        description="top-1 that the original should have; far from it (2 points, and more than chance of so few images) the run stops [%]",
     )
     deadline_hours: float | None = Field(
         None,

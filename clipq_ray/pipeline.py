@@ -356,7 +356,7 @@ def _baseline(
         store = run.stage("baseline", {"weights": models.weights_sha256(state)}, CURVE, make)
     model = run.source.network()
     put_state(model, read_state(store))
-    scores = {split: scored(run, model, images) for split, images in splits(run).items()}
+    scores = stages.scored_all(run, model)
     stages.refuse_bad_baseline(run, scores, origin)
     return store, scores
 

@@ -166,7 +166,7 @@ class Searcher:
     def begin(self, index: int, behind: int = 0) -> list[Trial]:
         """The trials of group `index` that an attempt before left behind; `behind`: groups of other networks that wait behind those of this one."""
         store, name = Store(self.task.output), partial_name(index)
-        self._until = self._share(behind)
+        self._until = self._share(index, behind)
         if not store.exists(name):
             return []
         try:
@@ -174,11 +174,12 @@ class Searcher:
         except (ValueError, TypeError):  # of another version; what is measured anew is at most one group
             return []
 
-    def _share(self, behind: int) -> float | None:
-        """The time of `time.monotonic()` by which a group that begins now should end: its share of what is left, beside those under way."""
+    def _share(self, index: int, behind: int) -> float | None:
+        """The time of `time.monotonic()` by which group `index`, which begins now, should end: its share of what is left, beside those under way."""
         if self._deadline is None:
             return None
-        under_way = 1 + len(Store(self.task.output).names("partial-"))
+        begun = set(Store(self.task.output).names("partial-")) - {partial_name(index)}
+        under_way = 1 + len(begun)
         groups = max(len(self.task.open_groups()) + behind, 1)
         left = max(0.0, self._deadline - time.monotonic())
         return time.monotonic() + left * min(1.0, under_way / groups)

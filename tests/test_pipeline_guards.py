@@ -146,7 +146,7 @@ def test_a_network_far_from_the_expected_top1_stops_before_the_search(
 ) -> None:
     weights, percent = saved(digits_weights, tmp_path / "w.safetensors"), top1_percent(digits_weights)
     assert percent > 60
-    for expected in (percent - 2.5, 5.0):
+    for expected in (percent - 20.0, 5.0):
         with refused(RunError, match="labels in another order") as caught:
             run(tmp_path / "s", weights=weights, expect_top1_percent=expected)
         assert f"near {expected} % (--expect-top1-percent), got {percent:.2f} %" in str(caught.value)
@@ -197,10 +197,16 @@ def test_a_network_that_was_trained_here_and_learned_nothing_is_noted() -> None:
 
 
 def test_the_top1_that_is_expected_is_that_of_test_images_where_there_are_any() -> None:
-    judge(scored(99, 100), scored(91, 100), expect_top1_percent=90.0)
+    judge(scored(99, 100), scored(9100, 10000), expect_top1_percent=90.0)
     judge(scored(91, 100), expect_top1_percent=90.0)
     with refused(RunError, match=r"near 90\.0 % \(--expect-top1-percent\), got 95\.00 %"):
-        judge(scored(90, 100), scored(95, 100), expect_top1_percent=90.0)
+        judge(scored(90, 100), scored(9500, 10000), expect_top1_percent=90.0)
+
+
+def test_of_a_few_images_the_right_network_may_be_further_from_what_is_expected() -> None:
+    judge(scored(90, 100), scored(95, 100), expect_top1_percent=90.0)
+    with refused(RunError, match="--expect-top1-percent"):
+        judge(scored(90, 100), scored(95, 100), expect_top1_percent=80.0)
 
 
 def test_a_control_is_trained_as_long_as_a_ladder_and_its_first_round(tmp_path: Path) -> None:

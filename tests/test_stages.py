@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipq_ray import network
+from clipq_ray import network, stages
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import Data
@@ -67,6 +67,23 @@ def test_each_network_takes_its_share_of_what_is_left(tmp_path: Path) -> None:
     none = run()
     none.share_time(3, 1)
     assert none.seconds_left is None
+
+
+def test_before_a_deadline_the_file_has_the_time_that_the_original_took_to_be_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def slowly(run: Run, model: nn.Module, images: Any) -> None:
+        clock[0] += 500.0
+
+    monkeypatch.setattr(stages, "scored", slowly)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    source = Source(make(deadline_hours=1.0, limit_images=20))
+    run = Run(source, LocalEngine(), Reporter(quiet=True), Store(tmp_path), threading.Lock(), _begun=0.0)
+    assert run.seconds_left == 3540.0
+    assert set(stages.scored_all(run, nn.Identity())) == {"validation", "test"}
+    assert run.seconds_left == 3600.0 - 1000.0 - 1.2 * 1000.0
 
 
 class Watched(Run):
