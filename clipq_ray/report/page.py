@@ -1,14 +1,13 @@
 """What the page says: the run's manifest and tables become headline, sections, tables and captions, and the template sets them.
 
 Every function takes a part of the run and returns plain values for `template.html`, numbers already with their units. A part that is missing
-becomes a sentence. Not covered: how charts look (`charts`), the layers and their search (`compression`), markup and style (template).
+becomes a sentence. Not covered: how charts look (`charts`), the layers and their search (`compression`), rounds and epochs (`training`), markup and style (template).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
-from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -17,15 +16,12 @@ import pyarrow as pa
 
 from clipq_ray import tables
 from clipq_ray.errors import FormatError
-from clipq_ray.report import charts, compression, svg, words
+from clipq_ray.report import charts, compression, svg, training, words
 from clipq_ray.report.agreement import Agreement, Ints, compare, per_class
 from clipq_ray.summary import promise_line
 
 Json = Mapping[str, Any]
 
-_COLOURS = {"original": svg.ORIGINAL, "control": svg.CONTROL, "compressed": svg.COMPRESSED}
-_CURVES = {"compressed": "finetune", "its levels": "levels", "control": "control"}
-"""The lines of a curve, and what the manifest calls them."""
 _REFERENCES = {
     "original": "the original network",
     "control": "the dense control (same network and images, trained without compression for the epochs of the first round and of those on the way to it)",
@@ -56,7 +52,7 @@ def page(manifest: Json, layers: pa.Table, trials: pa.Table, predictions: pa.Tab
         ],
         "layers": compression.layer_section(rows, metrics),
         "search": compression.search_section(rows, trials.to_pylist(), manifest.get("search")),
-        "finetune": _finetune(manifest.get("curves") or {}),
+        "finetune": training.section(manifest.get("curves") or {}, manifest.get("promise") or {}),
         "predictions": _predictions(manifest, predictions),
         "record": _record(manifest),
         "notes": [words.printable(note) for note in manifest.get("notes") or ()],
@@ -198,7 +194,7 @@ def _set(name: str, values: Json | None, data: Json) -> dict[str, Any]:
     drawn = [
         charts.Top1(
             key,
-            _COLOURS[key],
+            svg.COLOURS[key],
             *(values[key][f"top1_{part}"] for part in ("percent", "low_percent", "high_percent")),
         )
         for key in networks
@@ -232,48 +228,6 @@ def _set(name: str, values: Json | None, data: Json) -> dict[str, Any]:
         ],
         "remarks": remarks,
     }
-
-
-def _finetune(curves: Json) -> dict[str, Any]:
-    """Loss and validation accuracy per epoch, behind it that of levels and codes trained while clips stay, and the control's, where there are such."""
-    runs = {name: curves.get(key) or [] for name, key in _CURVES.items()}
-    first = {name: len(runs["compressed"]) if name == "its levels" else 0 for name in runs}
-    remarks = []
-    if not runs["compressed"]:
-        remarks.append("No fine-tuning: the run has no epochs.")
-    if not runs["control"]:
-        remarks.append("No dense control was trained.")
-    told = []
-    for name, rows in runs.items():
-        if rows:
-            epochs = "1 epoch" if len(rows) == 1 else f"{len(rows)} epochs"
-            told.append(f"{name}: {epochs}, {words.duration(sum(row.get('seconds') or 0.0 for row in rows))}")
-    drawn = []
-    for key, label in (("loss", "training loss"), ("validation_top1_percent", "validation top-1, %")):
-        series = [
-            charts.Series(
-                name,
-                _COLOURS.get(name, svg.MUTED),
-                name == "control",
-                [first[name] + epoch for epoch in _epochs(rows)],
-                [row.get(key) for row in rows],
-            )
-            for name, rows in runs.items()
-            if any(words.known(row.get(key)) for row in rows)
-        ]
-        if series:
-            drawn.append(charts.curve(f"curve-{key.replace('_', '-')}", label, series))
-        elif any(runs.values()):
-            remarks.append(f"The {label.removesuffix(', %')} per epoch was not measured.")
-    return {"charts": drawn, "told": "; ".join(told), "remarks": remarks}
-
-
-def _epochs(rows: list[dict[str, Any]]) -> list[int]:
-    """The epochs' numbers; counted through where several rounds begin anew."""
-    given = [row.get("epoch") for row in rows]
-    numbers = [number for number in given if isinstance(number, int)]
-    rising = len(numbers) == len(rows) and all(a < b for a, b in pairwise(numbers))
-    return numbers if rising else list(range(1, len(rows) + 1))
 
 
 def _columns(predictions: pa.Table) -> dict[str, Ints]:

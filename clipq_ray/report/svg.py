@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 # Placeholders, not looks: the page's style sheet says what they are in light and in dark.
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 ORIGINAL, CONTROL, COMPRESSED, PAPER = "#010104", "#010105", "#010106", "#010107"
+COLOURS = {"original": ORIGINAL, "control": CONTROL, "compressed": COMPRESSED}
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",

@@ -317,11 +317,23 @@ def test_a_page_of_121_layers_and_1000_classes_can_be_made() -> None:
     assert max(heights) > 121 * 14  # rows stay as high as their text
 
 
-def test_several_rounds_of_fine_tuning_follow_each_other() -> None:
-    layers = example.layers(2)
-    manifest = example.manifest(layers)
-    manifest["curves"]["finetune"] *= 2
-    assert "16 epochs" in small(manifest)
+def test_rounds_that_led_to_the_file_are_named_and_one_alone_is_not() -> None:
+    manifest = example.manifest(example.layers(2))
+    one = {
+        "requested_bytes": 9000, "predicted_bytes": 9100, "bytes": 8950, "drop_points": 0.25, "drop_low_points": -0.5, "drop_high_points": 1.0,
+        "epochs": 8, "kept_scale": 1.0,
+    }  # fmt: skip
+    promise = {
+        "intent": "bytes", "value": 5000.0, "words": "at most 5,000 bytes", "kept": True, "reference": "original", "validation_images": 100,
+        "confidence_percent": 95, "drop_points": 0.25, "drop_low_points": -0.5, "drop_high_points": 1.0, "bytes": 4990, "predicted_bytes": 5000,
+    }  # fmt: skip
+    last = {**one, "requested_bytes": 5000, "bytes": 4990, "epochs": 1016}
+    text = small({**manifest, "promise": {**promise, "round": 2, "rounds": [one, last]}})
+    assert "The file is that of round 2" in text
+    for words in ("epochs by then", "8,950", "4,990", "1,016", "+0.25"):
+        assert words in text
+    assert "epochs by then" not in small({**manifest, "promise": {**promise, "round": 1, "rounds": [last]}})
+    assert "epochs by then" not in small(manifest)
 
 
 def test_one_epoch_is_a_curve_too() -> None:
