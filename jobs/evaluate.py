@@ -50,6 +50,9 @@ def main(arguments: list[str]) -> int:
         "--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)"
     )
     parser.add_argument(
+        "--bad-image-limit", type=int, default=0, metavar="N", help="unreadable images that are passed over, as for compress.py (default: 0)"
+    )  # fmt: skip
+    parser.add_argument(
         "--model",
         metavar="NAME",
         help="package.module:function that builds the network, where the file names none",
@@ -58,6 +61,8 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {given.batch_size}")
+    if given.bad_image_limit < 0:
+        raise ConfigError(f"--bad-image-limit: expected at least 0, got {given.bad_image_limit}")
     data = read_file(given.file)
     content = codec.metadata(data)
     architecture = _architecture(content, given.model, given.model_args)
@@ -69,7 +74,7 @@ def main(arguments: list[str]) -> int:
     preprocessing = Preprocessing.from_json(stated)
     split, kind = open_test(
         given.data, preprocessing, content["classes"], content.get("class_names", []), memory_limit_bytes=4 * 2**30,
-        data_root=given.data_root or "data",
+        bad_image_limit=given.bad_image_limit, data_root=given.data_root or "data",
     )  # fmt: skip
     exact_float32()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -460,6 +460,26 @@ def test_an_input_that_its_network_takes_is_evaluated(
     assert called("evaluate", [path, "--data", "digits"], monkeypatch, capfd)[0] == 0
 
 
+def test_test_images_that_cannot_be_read_are_passed_over_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = stated(
+        tmp_path / "network.clq", {"shape": [1, 28, 28], "resize": None, "mean": [0.5], "std": [0.5]}
+    )
+    for name in "0123456789":
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / "test" / name / "1.png")
+    (tmp_path / "test" / "3" / "2.png").write_bytes(b"junk")
+    given = [path, "--data", str(tmp_path / "test")]
+    code, lines = called("evaluate", given, monkeypatch, capfd)
+    assert (code, len(lines)) == (2, 1)
+    assert "expected at most 0 unreadable images, found 1" in lines[0]
+    assert "raise --bad-image-limit" in lines[0]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *given, "--bad-image-limit", "1"])
+    assert console.run("evaluate", imported("evaluate").main) == 0
+    assert "on 10 test images" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(("values", "images"), [(1 << 28, 250), (7 * 784 + 783, 7), (5, 1)])
 def test_the_images_of_a_batch_take_no_more_memory_whatever_a_file_states(
     values: int,

@@ -115,10 +115,11 @@ def open_test(
     class_names: Sequence[str] = (),
     *,
     memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
+    bad_image_limit: int = 0,
     data_root: str = "data",
 ) -> tuple[Split, str]:
     """The images that judge a finished network of so many `classes`, and whether they are "test" or "validation" images: the test set of `open_data`, or
-    where no training images lie beside them, all that there are. `class_names`: the network's, in its order; empty where they are not known. `DataError`
+    where no training images lie beside them, all that there are; `bad_image_limit` of them at most may be unreadable: each is logged, and left out or replaced by the next one. `class_names`: the network's, in its order; empty where they are not known. `DataError`
     for images whose classes are numbered otherwise, and for training images alone: which of them the network has not seen, its file does not say. `ConfigError`
     for a network of other channels than 1 or 3."""
     _check_channels(preprocessing.input_shape)
@@ -136,7 +137,7 @@ def open_test(
     source = found.sources[split]
     _class_names(found.class_names, {"test": source})
     chosen: Chosen = {"test": (source, np.arange(len(source.labels)))}
-    opened = _splits(chosen, preprocessing, memory_limit_bytes, BadImages(0), None)["test"]
+    opened = _splits(chosen, preprocessing, memory_limit_bytes, BadImages(bad_image_limit), None)["test"]
     # beside training images alone they are the test set of a job too; without any, they may be what decided
     return opened, "validation" if split == "validation" and not trained else "test"
 
