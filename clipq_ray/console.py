@@ -41,7 +41,7 @@ class OneLineParser(argparse.ArgumentParser):
 def json_object(option: str, text: str) -> dict[str, Any]:
     """The JSON object that was given to `option`, such as `--model-args`; `ConfigError` for anything else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)  # NaN and infinities are no JSON
     except ValueError as error:
         raise ConfigError(
             f"{option}: expected JSON such as '{{\"transform_input\": true}}', got {text!r}"
@@ -49,6 +49,10 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{option}: expected names and values, got {text!r}; write '{{\"name\": value}}'")
     return value
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(text)
 
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by this Ray's job server tells the process what it is

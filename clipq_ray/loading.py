@@ -109,10 +109,13 @@ def state_dict(data: bytes) -> dict[str, Tensor]:
 def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The network of a file's bytes, in eval mode; `ModelError` where network and file do not fit."""
     import torch
+    from torch import nn
 
     metadata = codec.metadata(data)
     state: dict[str, Any] = state_dict(data)
     model = factory() if factory is not None else _registered(metadata, state)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a factory that returns a network, got {type(model).__name__}; return it")
     wanted = model.state_dict()
     dropped = set(metadata.get("dropped", []))
     for name, value in wanted.items():
@@ -125,7 +128,7 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
             state[name] = torch.full_like(value, fill, device="cpu")
     if missing := sorted(set(wanted) - set(state)):
         raise ModelError(
-            f"the network does not fit the file: it lacks {', '.join(missing[:3])}; build the one that it was made from"
+            f"the network does not fit the file: the file lacks its {', '.join(missing[:3])}; build the one that it was made from"
         )
     empty = any(parameter.is_meta for parameter in model.parameters())
     complete = model.state_dict()  # carries the versions of the modules' state, which some networks ask for

@@ -91,6 +91,7 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     _refuse_unstorable(state)
     ties = _ties(state)
+    _refuse_overlaid(state)
     groups = _Groups(state, _kinds(model, ties), _matching(keep, state, ties))
     parameters = _parameters(state, ties)
     with evaluating(model), _differentiable(parameters):
@@ -127,6 +128,33 @@ def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     for name in names:
         first.setdefault(id(state[name]), name)
     return {name: first[id(state[name])] for name in names if first[id(state[name])] != name}
+
+
+def _refuse_overlaid(state: Mapping[str, Tensor]) -> None:
+    """A parameter on the memory of another tensor would be trained and stored apart, and in the network that is built anew the one that is loaded last would win."""
+    there: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        others = there.setdefault(tensor.untyped_storage().data_ptr(), [])
+        for other in others:
+            if state[other] is not tensor and _overlap(tensor, state[other]):
+                raise ModelError(
+                    f"expected parameters with memory of their own, got {other} and {name} on the same; tie them by assigning the parameter itself "
+                    "(b.weight = a.weight), or clone one"
+                )
+        others.append(name)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage, of which one is a parameter, lie on one another."""
+
+    def end(tensor: Tensor) -> int:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        return tensor.data_ptr() + tensor.element_size() * (1 + sum((n - 1) * step for n, step in steps))
+
+    apart = end(one) <= other.data_ptr() or end(other) <= one.data_ptr()
+    return not apart and (isinstance(one, nn.Parameter) or isinstance(other, nn.Parameter))
 
 
 def _parameters(state: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def test_a_registered_network_comes_back_in_eval_mode(name: str, tmp_path: Path)
 
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     model = models.build(models.architecture("lenet5", 10, {}))
-    with pytest.raises(ModelError, match=r"fc1\.weight"):
+    with pytest.raises(ModelError, match=r"the file lacks its fc1\.weight"):
         clipq_ray.load(written(tmp_path, packed(model, "lenet5", drop="fc1.weight")))
 
 
@@ -123,6 +123,13 @@ def test_a_small_file_cannot_make_the_loader_build_a_large_network(
             clipq_ray.load(path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_factory_that_returns_no_network_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, packed(nn.Linear(3, 2), None))
+    forgotten: Any = lambda: None  # noqa: E731
+    with refused(ModelError, match="expected a factory that returns a network, got NoneType; return it"):
+        clipq_ray.load(path, factory=forgotten)
 
 
 def test_a_buffer_that_the_file_lacks_does_not_lift_the_limit(tmp_path: Path) -> None:

@@ -142,6 +142,27 @@ class EmbeddingFirst(nn.Module):
         return self.head(self.table(x.flatten(1).argmax(1)))
 
 
+@pytest.mark.parametrize("how", ["the same", "transposed", "a buffer"])
+def test_a_parameter_on_the_memory_of_another_tensor_is_refused(how: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    first, second = model[1], model[3]
+    if how == "the same":
+        second.weight.data = first.weight.data
+    elif how == "transposed":
+        second.weight = nn.Parameter(first.weight.data.t())
+    else:
+        second.register_buffer("seen", first.weight.data[2:])
+    with refused(ModelError, match=r"got 1\.weight and 3\.\w+ on the same; tie them by assigning"):
+        inventory(model, torch.randn(2, 1, 4, 4))
+
+
+def test_parameters_that_lie_side_by_side_in_one_memory_are_two() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    whole = torch.randn(32, 16)
+    model[1].weight.data, model[3].weight.data = whole[:16], whole[16:]
+    assert [one.name for one in inventory(model, torch.randn(2, 1, 4, 4)).layers] == ["1.weight", "3.weight"]
+
+
 def test_an_embedding_tied_to_a_linear_layer_is_compressed_and_one_alone_is_kept() -> None:
     tied = inventory(EmbeddingFirst(True), images(2, 6, 1, 1))
     assert kinds(tied) == {"table.weight": "linear"}

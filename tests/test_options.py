@@ -93,6 +93,7 @@ def test_values_arrive_with_their_types(arguments: list[str], name: str, value: 
         (["--epochs", "three"], "--epochs"),
         (["--force=perhaps"], "--force"),
         (["--model-args", "{broken"], "expected JSON"),
+        (["--model-args", '{"depth": NaN}'], "expected JSON"),
         (["--mean", "a,b,c"], "--mean"),
         (["--engine", "spark"], "--engine"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),

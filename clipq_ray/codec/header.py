@@ -114,7 +114,12 @@ def build(described: Mapping[str, Any], table: Table, sizes: Iterable[int], pad:
     if pad:  # what no packer makes smaller than half a byte for each digit
         content["pad"] = hashlib.shake_256(b"").hexdigest(pad)
     kept = {key: value for key, value in content.items() if value or key == "m"}
-    text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    try:
+        text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # NaN, infinities, halves of surrogate pairs
+        raise ArtifactError(
+            f"expected metadata of finite numbers and text, got {' '.join(str(error).split())}; change it"
+        ) from error
     if len(text) > JSON_LIMIT:
         raise ArtifactError(
             f"expected a header of at most {JSON_LIMIT} bytes, got {len(text)}; shorten the metadata"

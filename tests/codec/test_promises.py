@@ -31,6 +31,12 @@ CONSTANT = bytes((1, 1)) + struct.pack("<2f", -1, 1) + b"\x00\x80\x80\x01"
 """A coder-q blob in which every code is 0."""
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
+def test_metadata_that_no_header_can_hold_is_named(value: object) -> None:
+    with pytest.raises(ArtifactError, match="expected metadata of finite numbers and text, got "):
+        codec.encode(codec.Packed({"own": value}, {"w": np.ones(3, np.float32)}))
+
+
 @pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize(
     ("shape", "coder", "blob"),
