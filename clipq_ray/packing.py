@@ -237,11 +237,17 @@ def other_bytes_of(packed: PackedNetwork) -> int:
 
 
 def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> int:
-    """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them."""
-    empty = codec.CodedLayer(np.zeros(0, np.int16), np.zeros(1, np.float32), 0)
-    blobs = {layer.name: empty for layer in inventory.layers}
-    # an empty layer still has two bytes, and its shape and size in the header are shorter than real ones
-    return _bytes(source, model, inventory, data, blobs, usual(source)) + 2 * len(blobs)
+    """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them beside layers of zeros."""
+    state = model.state_dict()
+    zeros = {
+        layer.name: codec.CodedLayer(
+            np.zeros(tuple(state[layer.name].shape), np.int16), np.zeros(1, np.float32), 0
+        )
+        for layer in inventory.layers
+    }
+    layers = sum(codec.layer_bytes(one, source.config.profile) for one in zeros.values())
+    # the size of a real layer takes a byte more in the header
+    return _bytes(source, model, inventory, data, zeros, usual(source)) - layers + len(zeros)
 
 
 def _bytes(

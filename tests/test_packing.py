@@ -82,6 +82,18 @@ def test_exact_vectors_are_the_networks_own(tmp_path: Path, digits_weights: dict
             np.testing.assert_array_equal(after[name], codec.stored(value.numpy()))
 
 
+@pytest.mark.parametrize("profile", ["fast", "small"])
+def test_what_a_file_holds_besides_layers_is_known_before_to_a_byte_for_each_layer(
+    tmp_path: Path, digits_weights: dict[str, torch.Tensor], profile: str
+) -> None:
+    model = lenet(digits_weights)
+    made = packed(tmp_path, model, profile=profile, vectors="exact", unit_order="given")
+    source = Source(make(engine="local", profile=profile, vectors="exact"), model, DIGITS)
+    inventory = network.inventory(model, DIGITS.train.batch(torch.arange(2), None)[0], ())
+    predicted = packing.other_bytes(source, model, inventory, DIGITS)
+    assert abs(predicted - packing.other_bytes_of(made)) <= len(inventory.layers)
+
+
 def test_what_the_user_names_is_on_no_grid(tmp_path: Path, digits_weights: dict[str, torch.Tensor]) -> None:
     names = [name for name, value in digits_weights.items() if value.dim() == 1]
     made = packed(tmp_path, lenet(digits_weights), keep=names[:1], unit_order="given")
