@@ -6,7 +6,7 @@ directories that jobs write is left over once nothing in it was written for `OLD
 stages of attempts that nobody continues, checkpoints, unfinished writes, parts of objects that were never completed.
 
 A job may begin while `remove` works. So that a stage never goes away under it, what says that a stage is finished is taken away first, and then
-claims are looked at once more: a job that has named the stage by then gets it back whole, a later one finds no finished stage and makes it again; what it
+claims are looked at once more: a job that has named the stage by then gets it back whole, one that looks in between or later finds no finished stage and makes it again; what it
 writes meanwhile stays.
 Not covered: files that no job wrote.
 """
