@@ -18,7 +18,7 @@ from torch import nn
 from clipq_ray import identity, network, stages
 from clipq_ray.config import Config
 from clipq_ray.consistency import idle
-from clipq_ray.errors import StorageError
+from clipq_ray.errors import ClipqError, StorageError
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.groups import grouped
@@ -37,27 +37,30 @@ _VALUES = 1 << 21  # of images that are timed at a time: 13 of ImageNet's
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do: in words, its time [s] and its disk [bytes]; nothing of both where it is committed already."""
+    """What a run would do: in words, its time [s] and its disk [bytes]; nothing of both where it is committed already, or `error` says why it cannot be made."""
 
     words: str
     seconds: float = 0.0
     disk: float = 0.0
     committed: bool = False
+    error: ClipqError | None = None
 
 
-def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> str:
-    """The plans of a job's networks in words without secrets, and their totals; nothing is kept. `StorageError` where the storage takes nothing."""
+def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> tuple[str, int]:
+    """The plans of a job's networks in words without secrets, and their totals, and the exit code: of the networks that could not be made, 0 if there are none. Nothing
+    is kept. `StorageError` where the storage takes nothing; of one network alone its error."""
     _check_storage(Store(sources[0].config.storage))
     sources = _identified(sources, ensembles)
-    plans = [_planned(source) for source in sources]
+    plans = [_planned(source) if len(sources) == 1 else _planned_or_not(source) for source in sources]
+    bad = [plan.error.exit_code for plan in plans if plan.error is not None]
     text = "\n\n".join(plan.words for plan in plans)
     if len(plans) > 1:
         done = sum(plan.committed for plan in plans)
         text += (
-            f"\n\nall {len(plans)}      {done} committed already, {len(plans) - done} to make: about {_clock(sum(plan.seconds for plan in plans))} one "
+            f"\n\nall {len(plans)}      {done} committed already, {f'{len(bad)} that cannot be made, ' if bad else ''}{len(plans) - done - len(bad)} to make: about {_clock(sum(plan.seconds for plan in plans))} one "
             f"after the other, less where trainings and searches overlap; at most {sum(plan.disk for plan in plans) / 1e6:,.0f} MB in {sources[0].config.storage}"
         )
-    return redacted(f"{text}\nnothing was done")
+    return redacted(f"{text}\nnothing was done"), max(bad, default=0)
 
 
 def _check_storage(storage: Store) -> None:
@@ -81,6 +84,14 @@ def _identified(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> lis
             )
             by_name |= {name: replace(by_name[name], ensemble=same) for name in ensemble.members}
     return list(by_name.values())
+
+
+def _planned_or_not(source: Source) -> Plan:
+    """As `_planned`; a network that cannot be made hides no other."""
+    try:
+        return _planned(source)
+    except ClipqError as error:
+        return Plan(f"network     {source.name} cannot be made: {' '.join(str(error).split())}", error=error)
 
 
 def _planned(source: Source) -> Plan:

@@ -35,8 +35,9 @@ def main(arguments: list[str]) -> int:
     sources = fleet.sources()
     shared = fleet.configs[0]
     if shared.dry_run:
-        print(dry_run(sources, fleet.ensembles))
-        return 0
+        text, code = dry_run(sources, fleet.ensembles)
+        print(text)
+        return code
     for source in sources:
         source.check()
     if fleet.name is not None:

@@ -62,7 +62,7 @@ def test_a_dry_run_says_how_its_search_is_timed(tmp_path: Any, monkeypatch: pyte
     def search(**options: Any) -> str:
         config = make(data="digits", search_images=1000, storage=str(tmp_path / "s"), **options)
         (line,) = [
-            one for one in planning.dry_run([Source(config)]).splitlines() if one.startswith("search ")
+            one for one in planning.dry_run([Source(config)])[0].splitlines() if one.startswith("search ")
         ]
         return line.partition("images: ")[2]
 

@@ -292,3 +292,12 @@ def test_what_a_fleet_would_do_has_totals_and_says_what_is_committed(
     assert "network     new (lenet5): 61,706 parameters" in ended.stdout
     assert "all 2      1 committed already, 1 to make: about " in ended.stdout
     assert not (folder / "s" / "model=new").exists()
+
+
+def test_in_what_a_fleet_would_do_a_network_that_cannot_be_made_hides_no_other(tmp_path: Path) -> None:
+    ended = submitted(fleet(tmp_path, [BROKEN, GOOD[0]]), "--dry-run")
+    assert (ended.returncode, ended.stderr) == (2, "")
+    assert "network     lenet_300_100 cannot be made: cannot read " in ended.stdout
+    assert "network     lenet5: 61,706 parameters" in ended.stdout
+    assert "all 2      0 committed already, 1 that cannot be made, 1 to make: about " in ended.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "fleet.yaml"]
