@@ -3,7 +3,7 @@
 The owner writes its claim again every `BEAT_SECONDS`; one that was not written for the seconds that it states (`lifetime`), by the clock of the store, is dead, at once if
 its process ran on this machine and does no more; then the next job creates the one with the next number. A job that finds a higher number than its own has lost the run,
 and learns it at its next stage (`Claim.check`). What protects the result is not the claim but the commit (`manifest`): claims save work. Where a store has no conditional writes two jobs at the same moment may both go on, and that is said.
-A stage that several jobs want is claimed in the same way (`sharing`).
+Not covered: stages that several jobs want (`sharing`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import re
 import threading
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipq_ray import logs
@@ -40,10 +40,11 @@ def lifetime() -> float:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a claim: `number` of the claim, and the words that name the job."""
+    """Who holds a claim: `number` of the claim, the words that name the job, and the claim's own `owner`, which no other claim has."""
 
     number: int
     words: str
+    owner: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Claim:
     """A run that this job makes; kept alive until it is given back."""
 
     def __init__(self, work: Store, number: int, owner: str) -> None:
-        self._work, self._number, self._owner = work, number, owner
+        self._work, self._number, self.owner = work, number, owner
         self._end, self._lost = threading.Event(), False
         self._thread = threading.Thread(target=logs.carried(self._beat), daemon=True, name="claim")
         self._thread.start()
@@ -140,15 +141,13 @@ class Claim:
         self._thread.join()
 
     def finish(self) -> None:
-        """What was claimed is made: the whole directory goes, with this claim, which is not written again behind that."""
+        """The run is committed: its `_work` goes, with this claim, which is not written again behind that."""
         self._rest()
         try:
             self._work.remove_tree()
         except StorageError as failed:  # the next job that finds the run removes them
             log.warning(
-                "%s is done with, but what is left there could not be removed: %s",
-                self._work.uri,
-                redacted(str(failed)),
+                "the run is committed, but its checkpoints could not be removed: %s", redacted(str(failed))
             )
 
     def give_back(self) -> None:
@@ -158,7 +157,7 @@ class Claim:
             if not self._lost:
                 self._work.remove(_name(self._number))
         except StorageError as failed:  # it expires by itself, and for this process at once
-            _ENDED.add(self._owner)
+            _ENDED.add(self.owner)
             log.warning("the claim on %s could not be given back: %s", self._work.uri, redacted(str(failed)))
 
     def _beat(self) -> None:
@@ -166,12 +165,12 @@ class Claim:
             try:
                 found = _latest(self._work)
                 if found.number > self._number or (
-                    found.number == self._number and found.owner != self._owner
+                    found.number == self._number and found.owner != self.owner
                 ):
                     self._lost = True
-                    _ENDED.add(self._owner)  # this process must not wait for itself where the new owner ends
+                    _ENDED.add(self.owner)  # this process must not wait for itself where the new owner ends
                     return
-                self._work.write(_name(self._number), _content(self._owner))
+                self._work.write(_name(self._number), _content(self.owner))
             except StorageError as failed:  # may pass; if not, the claim expires
                 log.warning(
                     "the claim on %s could not be kept alive: %s", self._work.uri, redacted(str(failed))
@@ -199,21 +198,21 @@ def _content(owner: str) -> bytes:
 def holder(work: Store) -> Holder | None:
     """Who holds the run whose `_work` this is; None where nobody does or the holder is dead."""
     found = _latest(work)
-    return Holder(found.number, found.words) if found.alive(work) else None
+    return Holder(found.number, found.words, found.owner) if found.alive(work) else None
 
 
-def claim(work: Store, *, shared: bool = False) -> Claim | Holder:
-    """Claim the run whose `_work` this is, or a `shared` stage; who holds it where somebody else does."""
+def claim(work: Store) -> Claim | Holder:
+    """Claim the run whose `_work` this is; who holds it where somebody else does."""
     owner = uuid.uuid4().hex
     while True:
         found = _latest(work)
         if found.owner == owner:  # it was put, and only the answer got lost
             return Claim(work, found.number, owner)
         if found.alive(work):
-            return Holder(found.number, found.words)
+            return Holder(found.number, found.words, found.owner)
         if work.create(_name(found.number + 1), _content(owner)):
             break
-    if not shared and not work.exclusive():  # said of the run already, whose job this is
+    if not work.exclusive():
         log.warning(
             "%s has no conditional writes: another job that is submitted at the same moment may make the same run, for nothing",
             work.uri,

@@ -112,7 +112,7 @@ class Config(BaseModel):
 
     on_claim: Literal["wait", "leave"] = Field(
         "wait",
-        description="where another job makes the same run: wait for its end and take its result, or leave with exit code 1",
+        description="where another job makes the same run, or a stage that this one needs: wait for its end and take its result, or leave with exit code 1",
     )
 
     # Intent

@@ -28,7 +28,6 @@ from clipq_ray.data.prefetch import Feed
 from clipq_ray.errors import DataError, DivergedError, ModelError
 from clipq_ray.evaluate import evaluate, logits
 from clipq_ray.levels import Levels
-from clipq_ray.memory import ran_out
 from clipq_ray.operator import Operator, Recovery
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
@@ -136,13 +135,20 @@ class Trainer:
                 self.operator.load_state(_under("operator/", found[0]))
         self.attempts = checkpoints.attempts(stage)
         self.micro_batch, unread = self._fitting_micro_batch()
+        self.wrapped = self._as_one_of_several(unread)
+
+    def _as_one_of_several(self, unread: bool) -> nn.Module:
+        """The network as this rank trains it; `unread`: whether there are parameters that get no gradient."""
+        world = self.rank.world
         # buffers follow rank 0; parameters were equal from the start and stay so. Gradients that never come (of a head that only other losses read) are not waited for
-        self.wrapped = (
-            DistributedDataParallel(model, find_unused_parameters=unread) if rank.world > 1 else model
+        wrapped = (
+            DistributedDataParallel(self.model, find_unused_parameters=unread) if world > 1 else self.model
         )
-        if rank.world > 2 and not unread:  # with some unread it lays out nothing anew
-            self._probing.settle(self.wrapped, self.micro_batch)
-        self.attempts.begin(rank.rank, self.micro_batch)
+        self.attempts.begin(self.rank.rank, self.micro_batch)
+        if world > 2 and not unread:  # with some unread it lays out nothing anew
+            with self.attempts.watching(self.micro_batch):
+                self._probing.settle(wrapped, self.micro_batch)
+        return wrapped
 
     def _settle_bits(self, begun: dict[str, Any], precision: str) -> None:
         """What decides the bits stays as the training began, wherever it goes on; `begun`: its checkpoint's words."""
@@ -251,15 +257,11 @@ class Trainer:
             draws = seeds.everywhere(self.seed, self.drawn, "step", epoch, step, self.rank.rank)
             masks = seeds.generator(self.seed, self.drawn, "cutout", epoch, step, self.rank.rank)
             try:
-                images = cut_out(sent(images, self.rank.device), self.schedule.cutout_pixels, masks)
-                with draws:
+                with self.attempts.watching(self.micro_batch), draws:
+                    images = cut_out(sent(images, self.rank.device), self.schedule.cutout_pixels, masks)
                     total += self._step(images, sent(labels, self.rank.device))
             except _NotFinite as error:
                 raise self._diverged(epoch, "weights NaN or infinite") from error
-            except Exception as error:
-                if ran_out(error):
-                    raise self.attempts.ask_for_less(self.micro_batch) from error
-                raise
             progress(epoch * steps + step + 1, self.epochs * steps, f"epoch {epoch + 1} of {self.epochs}")
         if self.operator:
             try:

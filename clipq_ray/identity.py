@@ -123,8 +123,10 @@ def stage_key(stage: str, config: Config, inputs: Mapping[str, Any]) -> str:
     """16 hex digits for the outputs of `stage` on `inputs`."""
     platform = _platform(config)
     if stage == "search":  # a trial is one process, however many train
-        several = ("workers", "min_workers", "first_step")
-        platform = {name: value for name, value in platform.items() if name not in several}
+        platform = {name: value for name, value in platform.items() if name not in ("workers", "min_workers")}
+    elif config.workers > 2:
+        # gradients of three and more were added in another order in the first step of each attempt before
+        platform["first_step"] = "settled"
     return _sha256({"stage": stage, "version": STAGE_VERSIONS[stage], **platform, **inputs})[:16]
 
 
@@ -151,8 +153,6 @@ def _platform(config: Config) -> dict[str, Any]:
     elastic = config.fewest_workers < config.workers
     return {
         **({"min_workers": config.fewest_workers} if elastic else {}),
-        # gradients of three and more were added in another order in the first step of each attempt before
-        **({"first_step": "settled"} if config.workers > 2 else {}),
         "libraries": _installed(_COMPUTES),
         "threads": config.threads_per_worker,
         "workers": config.workers,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,16 @@ class Attempts:
     def afresh(self) -> None:
         """Whoever runs again after an error may have more memory now."""
         self._store.remove(LOW)
+
+    @contextmanager
+    def watching(self, images: int) -> Iterator[None]:
+        """`OutOfMemory` where there is no memory for what is done here with `images` at a time, and the next attempt takes less."""
+        try:
+            yield
+        except Exception as error:
+            if ran_out(error):
+                raise self.ask_for_less(images) from error
+            raise
 
     def ask_for_less(self, images: int) -> OutOfMemory:
         """The error of an attempt that could not have memory for `images` at a time."""

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from clipq_ray.errors import ConfigError, ModelError
 from clipq_ray.evaluate import evaluating, scores
+from clipq_ray.ties import names_of_one, refuse_overlaid
 
 _PRODUCTS = {
     F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -90,8 +91,8 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     _refuse_unstorable(state)
-    ties = _ties(state)
-    _refuse_overlaid(state)
+    refuse_overlaid(state)
+    ties = names_of_one(state, but=_COUNTER)
     groups = _Groups(state, _kinds(model, ties), _matching(keep, state, ties))
     parameters = _parameters(state, ties)
     with evaluating(model), _differentiable(parameters):
@@ -119,42 +120,6 @@ def _refuse_unstorable(state: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"expected tensors of {known}, got {name} of {got}; convert it, or use another network"
             )
-
-
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Further names of one tensor (a weight or a module used twice), each with its first; counters aside."""
-    first: dict[int, str] = {}
-    names = [name for name in state if not name.endswith(_COUNTER)]
-    for name in names:
-        first.setdefault(id(state[name]), name)
-    return {name: first[id(state[name])] for name in names if first[id(state[name])] != name}
-
-
-def _refuse_overlaid(state: Mapping[str, Tensor]) -> None:
-    """A parameter on the memory of another tensor would be trained and stored apart, and in the network that is built anew the one that is loaded last would win."""
-    there: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        if not tensor.numel() or tensor.is_meta:
-            continue
-        others = there.setdefault(tensor.untyped_storage().data_ptr(), [])
-        for other in others:
-            if state[other] is not tensor and _overlap(tensor, state[other]):
-                raise ModelError(
-                    f"expected parameters with memory of their own, got {other} and {name} on the same; tie them by assigning the parameter itself "
-                    "(b.weight = a.weight), or clone one"
-                )
-        others.append(name)
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one storage, of which one is a parameter, lie on one another."""
-
-    def end(tensor: Tensor) -> int:
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        return tensor.data_ptr() + tensor.element_size() * (1 + sum((n - 1) * step for n, step in steps))
-
-    apart = end(one) <= other.data_ptr() or end(other) <= one.data_ptr()
-    return not apart and (isinstance(one, nn.Parameter) or isinstance(other, nn.Parameter))
 
 
 def _parameters(state: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:

@@ -112,7 +112,8 @@ def prepare(
     data = source.data()
     source.check_fit()
     run.notes += data.notes
-    reporter.say(f"data: {data.description}")
+    for words in (data.description, *data.notes):
+        reporter.say(f"data: {words}")
     state_given, origin = _given(source, run.notes)
     inputs = identity.of_run(source, data, state_given)
     notes = tuple(run.notes)

@@ -68,9 +68,9 @@ def _check_storage(storage: Store) -> None:
     if storage.local is None:
         storage.check_writable()
         return
-    there = next(one for one in (storage.local, *storage.local.parents) if one.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written to" if there.is_dir() else "is no directory"
+    there = next(one for one in (storage.local, *storage.local.parents) if os.path.lexists(one))
+    if not os.access(there, os.W_OK | os.X_OK) or not os.path.isdir(there):
+        why = "may not be written to" if os.path.isdir(there) else "is no directory"
         raise StorageError(f"cannot write to {storage.uri}: {there} {why}; choose another --storage")
 
 

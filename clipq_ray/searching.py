@@ -7,6 +7,7 @@ one evaluation is (`search`), and where it runs (`cluster`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from clipq_ray import identity, models, search, sharing, stages
-from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.data import Split
-from clipq_ray.errors import ClipqError
+from clipq_ray.errors import ClipqError, HeldError, StorageError
 from clipq_ray.groups import Group, work
 from clipq_ray.network import Inventory
 from clipq_ray.operator import bake
@@ -144,39 +144,61 @@ def search_all(
     reporter: Reporter,
     done: Done,
 ) -> None:
-    """Make what is not there yet, all in one call of the engine; `done` is told the number of each search as soon as its trials are there, or with the
+    """Make what is not there yet, all in one call of the engine, but for what other jobs make, which is waited for; `done` is told the number of each search as soon as its trials are there, or with the
     error that ended it."""
     numbers: dict[str, list[int]] = {}
     for number, one in enumerate(searches):  # networks that differ behind the search share it
         numbers.setdefault(one.task.output, []).append(number)
     waiting = [searches[found[0]] for found in numbers.values()]
-    held: dict[str, Claim] = {}
+    held: dict[str, sharing.Mine] = {}
 
     def over(one: Search, made: bool, error: ClipqError | None) -> None:
-        if claim := held.pop(one.task.output, None):
-            claim.give_back() if error else claim.finish()
+        if mine := held.pop(one.task.output, None):
+            mine.give_back() if error else mine.finish()
         for number in numbers[one.task.output]:
             if error is None and not (made and number == numbers[one.task.output][0]):
                 searches[number].run.reused("search", one.key, one.store)
             done(number, error)
 
+    def over_own(one: Search, made: bool, error: ClipqError | None) -> None:
+        over(one, made, error)
+        with contextlib.suppress(StorageError):  # looked for once more in the end
+            for other in [other for other in waiting if other.finished]:
+                waiting[:] = [left for left in waiting if left is not other]
+                over(other, False, None)
+
     began, said = time.monotonic(), set[str]()
     try:
         while waiting:
-            missing = _missing(waiting, over)
-            for one in missing:
-                if claim := sharing.claimed("search", one.store, reporter, said):
-                    held[one.task.output] = claim
-            waiting = [one for one in missing if one.task.output not in held]
+            waiting[:], own = _taken(_missing(waiting, over), held, said, over)
             late = time.monotonic() - began
-            own = [replace(one, task=one.task.after(late)) for one in missing if one.task.output in held]
+            own = [replace(one, task=one.task.after(late)) for one in _missing(own, over)]
             if own:
-                _make(_missing(own, over), engine, reporter, over)
+                _make(own, engine, reporter, over_own)
             elif waiting:
                 time.sleep(sharing.WAIT_SECONDS)
     finally:
         while held:
             held.popitem()[1].give_back()
+
+
+def _taken(
+    missing: Sequence[Search], held: dict[str, sharing.Mine], said: set[str], over: _Over
+) -> tuple[list[Search], list[Search]]:
+    """Those of `missing` that other jobs make, and those that are this job's, which `held` holds then; `over` is told of those that are not to be waited for."""
+    waiting, own = [], []
+    for one in missing:
+        try:
+            mine = one.run.take("search", one.store, said)
+        except HeldError as left:
+            over(one, False, left)
+            continue
+        if mine is None:
+            waiting.append(one)
+        else:
+            held[one.task.output] = mine
+            own.append(one)
+    return waiting, own
 
 
 def _missing(searches: Sequence[Search], over: _Over) -> list[Search]:

@@ -1,52 +1,112 @@
 """Stages that several jobs want at the same time: one of them makes a stage, the others wait for it and take what it has made.
 
-Whoever waits holds no claim on another stage, so no two jobs wait for each other; a job that dies leaves the stage to the next one, which goes on from its
-checkpoints or trials where they are kept with the stage. As with runs (`claims`) this saves work and decides nothing: two that made a stage would write the same.
+Who makes a stage is named in it by an object `maker-{n}`, created only if it is not there, n rising; it counts as long as the claim on the run that it names
+(`claims`), so nothing more is kept alive. Whoever waits makes no other stage, so no two jobs wait for each other. As with runs this saves work and decides nothing: two that made a
+stage would write the same. What a job that died has left of a search is gone on with; checkpoints of its training lie with its run, and the next job begins anew.
 Not covered: the networks of one job, of which one at a time makes a stage (`stages.Run.alone`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+import re
+from dataclasses import dataclass
 
 from clipq_ray import claims
 from clipq_ray.errors import StorageError
-from clipq_ray.progress import Reporter
 from clipq_ray.storage import Store
 
 MAKING = "_making"
-"""Where the claim on a stage lies, in the stage."""
+"""Where it stands who makes a stage, in the stage."""
 WAIT_SECONDS = 5.0
 """Between two looks at a stage that another job makes."""
+_MAKER = re.compile(r"maker-(\d{6})\.json")
 
 
-def claimed(name: str, store: Store, reporter: Reporter, said: set[str]) -> claims.Claim | None:
-    """This job's claim on the stage `name` in `store`; None while another job makes it, which is said where `said` does not hold it yet. What was made
-    between the caller's look and the claim is the caller's to see."""
-    found = claims.claim(store.child(MAKING), shared=True)
-    if isinstance(found, claims.Claim):
-        return found
-    words = f"{name}: is being made by another job ({found.words}) for a run of its own; waiting for it ({store.uri})"
-    if words not in said:
-        reporter.say(words)
-        said.add(words)
-    return None
+@dataclass(frozen=True)
+class Maker:
+    """A job's run, as it is named in a stage: its `_work` below the storage, and the owner of the claim on it."""
+
+    work: str
+    owner: str
 
 
-@contextlib.contextmanager
-def held(claim: claims.Claim) -> Iterator[None]:
-    """While a stage is made; it is anybody's again where that fails."""
+@dataclass(frozen=True)
+class Mine:
+    """A stage that is this job's to make; `making` None where nobody is to know."""
+
+    making: Store | None = None
+    name: str = ""
+
+    def finish(self) -> None:
+        """The stage is made, so nobody asks any more who makes it."""
+        with contextlib.suppress(StorageError):  # it counts no longer than this job's run
+            if self.making is not None:
+                self.making.remove_tree()
+
+    def give_back(self) -> None:
+        """Others may make it now."""
+        with contextlib.suppress(StorageError):
+            if self.making is not None:
+                self.making.remove(self.name)
+
+    def __enter__(self) -> None:
+        """While it is made; it is anybody's again where that fails."""
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.give_back()
+
+
+def take(storage: Store, stage: Store, maker: Maker) -> Mine | str:
+    """The stage for `maker`, or the words that name the job that makes it already; all runs lie in `storage`. What was made between the caller's look and this is
+    the caller's to see."""
+    making, mine = stage.child(MAKING), json.dumps({"work": maker.work, "owner": maker.owner}).encode()
+    while True:
+        number, content = _latest(making)
+        if (
+            content == mine
+        ):  # of this very run: it was put, and only the answer got lost, or a try before this one failed
+            return Mine(making, _name(number))
+        if words := _alive(storage, content):
+            return words
+        if making.create(_name(number + 1), mine):
+            return Mine(making, _name(number + 1))
+
+
+def _name(number: int) -> str:
+    return f"maker-{number:06d}.json"
+
+
+def _latest(making: Store) -> tuple[int, bytes]:
+    """Number and content of the last maker; 0 and nothing if there is none."""
+    while True:
+        numbers = [int(found[1]) for name in making.names() if (found := _MAKER.fullmatch(name))]
+        if not numbers:
+            return 0, b""
+        try:
+            return max(numbers), making.read(_name(max(numbers)))
+        except StorageError:
+            if making.exists(_name(max(numbers))):
+                raise  # else given back since it was listed
+
+
+def _alive(storage: Store, content: bytes) -> str:
+    """The words that name the job of a maker whose run is still its own, empty where it is not."""
     try:
-        yield
-    except BaseException:
-        claim.give_back()
-        raise
-    claim.finish()
+        said = json.loads(content)
+        maker = Maker(str(said["work"]), str(said["owner"]))
+        holder = claims.holder(storage.child(*maker.work.split("/")))
+    except (ValueError, KeyError, TypeError):  # none, or damaged
+        return ""
+    return holder.words if holder is not None and holder.owner == maker.owner else ""
 
 
-def clear(store: Store) -> None:
-    """Remove the claim of a job that died right behind the end of the stage in `store`."""
+def clear(stage: Store) -> None:
+    """Remove what a job that died right behind the end of a stage has left."""
     with contextlib.suppress(StorageError):  # nobody looks at it any more
-        if store.names(f"{MAKING}/") and claims.holder(store.child(MAKING)) is None:
-            store.child(MAKING).remove_tree()
+        if stage.names(f"{MAKING}/"):
+            stage.child(MAKING).remove_tree()

@@ -23,7 +23,7 @@ from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
-from clipq_ray.errors import ClipqError, RunError, StorageError
+from clipq_ray.errors import ClipqError, HeldError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
@@ -101,22 +101,43 @@ class Run:
     def stage(
         self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], float | None]
     ) -> Store:
-        """The store of a stage's outputs; `make` runs unless `finished` lies there already, and gives the seconds of its time that it waited."""
+        """The store of a stage's outputs; `make` runs unless `finished` lies there already, and gives the seconds of its time that it waited. What another job
+        makes is waited for."""
         key, store = self.stage_store(name, inputs)
         said: set[str] = set()
         with self.alone(store):
             while not store.exists(finished):
-                claim = sharing.claimed(name, store, self.reporter, said)
-                if claim is None:
+                mine = self.take(name, store, said)
+                if mine is None:
                     with self.away():
                         time.sleep(sharing.WAIT_SECONDS)
                     continue
-                with sharing.held(claim):
+                with mine:
                     if not store.exists(finished):
                         self._made(name, key, store, make)
                         return store
             self.reused(name, key, store)
         return store
+
+    def take(self, name: str, store: Store, said: set[str]) -> sharing.Mine | None:
+        """The stage, if it is this run's to make; None while another job makes it, which is said where `said` does not hold it yet. Before a deadline nobody waits
+        any longer; `HeldError` with `--on-claim leave`."""
+        if self.claim is None or self.work is None:
+            return sharing.Mine()
+        maker = sharing.Maker(self.work.uri.removeprefix(f"{self.storage.uri}/"), self.claim.owner)
+        found = sharing.take(self.storage, store, maker)
+        if isinstance(found, sharing.Mine):
+            return found
+        left = self.seconds_left
+        if left is not None and left <= 0:
+            return sharing.Mine()
+        words = f"{name}: is being made by another job ({found}) for a run of its own"
+        if self.config.on_claim == "leave":
+            raise HeldError(f"{words}; run again when it has ended, or with --on-claim wait")
+        if words not in said:
+            self.reporter.say(f"{words}; waiting for it, --on-claim leave would end here ({store.uri})")
+            said.add(words)
+        return None
 
     @contextlib.contextmanager
     def alone(self, store: Store) -> Iterator[None]:

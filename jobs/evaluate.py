@@ -6,6 +6,7 @@ built by `--model package.module:function`, with the `--model-args` that it was 
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping
@@ -37,28 +38,7 @@ UNFIT_OWN = "check --model and --model-args"
 
 def main(arguments: list[str]) -> int:
     """The job, from its arguments to its lines."""
-    parser = console.OneLineParser(description=__doc__)
-    parser.add_argument("file", metavar="FILE", help=".clq file or run directory")
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="URI",
-        help="data as for compress.py; its test set is used, or all of it where there are no training images; training images alone are refused",
-    )
-    parser.add_argument("--data-root", metavar="DIR", help="folder that holds the files of a torchvision set")
-    parser.add_argument(
-        "--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)"
-    )
-    parser.add_argument(
-        "--bad-image-limit", type=int, default=0, metavar="N", help="unreadable images that are passed over, as for compress.py (default: 0)"
-    )  # fmt: skip
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="package.module:function that builds the network, where the file names none",
-    )
-    parser.add_argument("--model-args", metavar="JSON", help="its keyword arguments, as for compress.py")
-    given = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
     if given.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {given.batch_size}")
     if given.bad_image_limit < 0:
@@ -99,6 +79,31 @@ def main(arguments: list[str]) -> int:
     if given.model is not None and preprocessing == _as_they_are(preprocessing.input_shape):
         print("note        " + PLAIN)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = console.OneLineParser(description=__doc__)
+    parser.add_argument("file", metavar="FILE", help=".clq file or run directory")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="URI",
+        help="data as for compress.py; its test set is used, or all of it where there are no training images; training images alone are refused",
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="folder that holds the files of a torchvision set")
+    parser.add_argument(
+        "--batch-size", type=int, default=250, metavar="N", help="images per batch (default: 250)"
+    )
+    parser.add_argument(
+        "--bad-image-limit", type=int, default=0, metavar="N", help="unreadable images that are passed over, as for compress.py (default: 0)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="package.module:function that builds the network, where the file names none",
+    )
+    parser.add_argument("--model-args", metavar="JSON", help="its keyword arguments, as for compress.py")
+    return parser
 
 
 def _as_they_are(shape: tuple[int, int, int]) -> Preprocessing:

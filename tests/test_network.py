@@ -156,10 +156,11 @@ def test_a_parameter_on_the_memory_of_another_tensor_is_refused(how: str) -> Non
         inventory(model, torch.randn(2, 1, 4, 4))
 
 
-def test_parameters_that_lie_side_by_side_in_one_memory_are_two() -> None:
+@pytest.mark.parametrize("rows", [True, False])
+def test_parameters_that_lie_side_by_side_in_one_memory_are_two(rows: bool) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    whole = torch.randn(32, 16)
-    model[1].weight.data, model[3].weight.data = whole[:16], whole[16:]
+    whole = torch.randn(32, 16) if rows else torch.randn(16, 32)
+    model[1].weight.data, model[3].weight.data = whole.chunk(2, dim=0 if rows else 1)
     assert [one.name for one in inventory(model, torch.randn(2, 1, 4, 4)).layers] == ["1.weight", "3.weight"]
 
 

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from clipq_ray import claims, network, sharing
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, LocalEngine
 from clipq_ray.config import make
-from clipq_ray.errors import ClipqError, RunError
+from clipq_ray.errors import ClipqError, HeldError, RunError
 from clipq_ray.groups import grouped
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import DONE, Search, planned, search_all
+from clipq_ray.sharing import Maker, Mine
 from clipq_ray.source import Source
 from clipq_ray.stages import Run
 from clipq_ray.states import WEIGHTS, write_state
-from clipq_ray.storage import Store
+from clipq_ray.storage import WORK, Store
 from clipq_ray.work import CURVE, SearchTask, group_name
 
 
@@ -44,16 +48,56 @@ class Heard(Reporter):
             self.then()
 
 
-def others(store: Store) -> Claim:
-    """The claim of another job on this stage."""
-    found = claims.claim(store.child(sharing.MAKING), shared=True)
-    assert isinstance(found, Claim)
-    return found
+@dataclass
+class Other:
+    """Another job, which makes a stage for a run of its own."""
+
+    run: Claim
+    stage: Mine
+
+    def end(self) -> None:
+        """It dies, or comes to its end without the stage."""
+        self.run.give_back()
+
+
+def others(storage: Path, store: Store) -> Other:
+    claim, maker = claimed(storage, "theirs")
+    found = sharing.take(Store(storage), store, maker)
+    assert isinstance(found, Mine)
+    return Other(claim, found)
+
+
+def claimed(storage: Path, run: str) -> tuple[Claim, Maker]:
+    claim = claims.claim(Store(storage).child("model=lenet5", f"run={run}", WORK))
+    assert isinstance(claim, Claim)
+    return claim, Maker(f"model=lenet5/run={run}/{WORK}", claim.owner)
 
 
 def started(storage: Path, reporter: Reporter, **options: Any) -> Run:
     source = Source(make(weights="random", limit_images=40, engine="local", **options))
-    return Run(source, LocalEngine(), reporter, Store(storage), threading.Lock())
+    run = Run(source, LocalEngine(), reporter, Store(storage), threading.Lock())
+    run.work = run.storage.child("model=lenet5", f"run={uuid.uuid4().hex}", WORK)
+    claim = claims.claim(run.work)
+    assert isinstance(claim, Claim)
+    run.claim = claim
+    return run
+
+
+@pytest.fixture(autouse=True)
+def claims_end() -> Iterator[None]:
+    """Claims beat until they are given back."""
+    kept: list[Claim] = []
+    begin = Claim.__init__
+
+    def noted(claim: Claim, *given: Any) -> None:
+        begin(claim, *given)
+        kept.append(claim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Claim, "__init__", noted)
+        yield
+    for one in kept:
+        one.give_back()
 
 
 def stage(run: Run, made: list[str]) -> Store:
@@ -71,11 +115,11 @@ def test_a_stage_that_another_job_makes_is_waited_for_and_taken(tmp_path: Path) 
     def end() -> None:
         with run.turn:  # the networks beside it go on
             store.write(CURVE, b"{}")
-            other.finish()
+            other.stage.finish()
 
     run = started(tmp_path, reporter := Heard(threading.Thread(target=end, daemon=True).start))
     _, store = run.stage_store("baseline", {"weights": "w"})
-    other = others(store)
+    other = others(tmp_path, store)
     assert stage(run, made).uri == store.uri
     assert (made, reporter.waits, [one["reused"] for one in run.stages]) == ([], 1, [True])
     assert store.names() == [CURVE]
@@ -83,9 +127,9 @@ def test_a_stage_that_another_job_makes_is_waited_for_and_taken(tmp_path: Path) 
 
 def test_a_stage_that_another_job_gives_up_is_made(tmp_path: Path) -> None:
     made: list[str] = []
-    run = started(tmp_path, reporter := Heard(lambda: other.give_back()))
+    run = started(tmp_path, reporter := Heard(lambda: other.end()))
     _, store = run.stage_store("baseline", {"weights": "w"})
-    other = others(store)
+    other = others(tmp_path, store)
     stage(run, made)
     assert (made, reporter.waits, [one["reused"] for one in run.stages]) == (["here"], 1, [False])
     assert store.names() == [CURVE]
@@ -93,7 +137,7 @@ def test_a_stage_that_another_job_gives_up_is_made(tmp_path: Path) -> None:
 
 def test_a_stage_that_fails_is_the_next_jobs(tmp_path: Path) -> None:
     def fail(store: Store, progress: Any) -> None:
-        assert store.names() == [f"{sharing.MAKING}/claim-000001.json"]
+        assert store.names() == [f"{sharing.MAKING}/maker-000001.json"]
         raise RunError("diverged")
 
     run = started(tmp_path, Reporter(quiet=True))
@@ -103,26 +147,57 @@ def test_a_stage_that_fails_is_the_next_jobs(tmp_path: Path) -> None:
     assert store.names() == []
 
 
-def test_what_a_job_that_died_behind_the_end_of_a_stage_has_left_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_job_that_died_behind_the_end_of_a_stage_has_left_goes(tmp_path: Path) -> None:
     run = started(tmp_path, Reporter(quiet=True))
     _, store = run.stage_store("baseline", {"weights": "w"})
     store.write(CURVE, b"{}")
-    other = others(store)
+    others(tmp_path, store)
     made = list[str]()
-    stage(run, made)
-    assert store.names() == [f"{sharing.MAKING}/claim-000001.json", CURVE]  # it lives, and ends by itself
-    other._rest()
-    monkeypatch.setattr(claims, "runs", lambda process: False)
     stage(run, made)
     assert (made, store.names()) == ([], [CURVE])
 
 
-def search(run: Run, seed: int) -> Search:
+def test_a_run_that_was_taken_over_makes_no_stage_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(tmp_path, Heard(lambda: None))
+    _, store = run.stage_store("baseline", {"weights": "w"})
+    other = others(tmp_path, store)
+    real = Store.now
+    with monkeypatch.context() as later:
+        later.setattr(Store, "now", lambda store: real(store) + claims.lifetime() + 1)
+        claimed(tmp_path, "theirs")
+    stage(run, made := list[str]())
+    assert made == ["here"]
+    other.stage.give_back()
+    assert store.names() == [CURVE]
+
+
+def test_a_damaged_maker_and_a_try_before_this_one_keep_nobody_from_a_stage(tmp_path: Path) -> None:
+    run = started(tmp_path, Heard(lambda: None))
+    _, store = run.stage_store("baseline", {"weights": "w"})
+    store.write(f"{sharing.MAKING}/maker-000004.json", b"{")
+    assert run.take("baseline", store, set()) == Mine(store.child(sharing.MAKING), "maker-000005.json")
+    assert run.take("baseline", store, set()) == Mine(store.child(sharing.MAKING), "maker-000005.json")
+    stage(run, made := list[str]())
+    assert (made, store.names()) == (["here"], [CURVE])
+
+
+def test_nobody_waits_who_is_not_to_or_has_no_time_left(tmp_path: Path) -> None:
+    run = started(tmp_path, Heard(lambda: None), on_claim="leave")
+    _, store = run.stage_store("baseline", {"weights": "w"})
+    others(tmp_path, store)
+    with refused(HeldError, match="baseline: is being made by another job .* --on-claim wait"):
+        stage(run, [])
+    late = started(tmp_path, Heard(lambda: None), deadline_hours=1e-6)
+    stage(late, made := list[str]())
+    assert made == ["here"]
+
+
+def search(run: Run, seed: int, **options: Any) -> Search:
     """That of a LeNet-5; another seed's is another search."""
-    source = Source(make(weights="random", limit_images=40, engine="local", seed=seed))
-    run = Run(source, run.engine, run.reporter, run.storage, threading.Lock())
+    source = Source(make(weights="random", limit_images=40, engine="local", seed=seed, **options))
+    run = Run(source, run.engine, run.reporter, run.storage, threading.Lock(), run.work, run.claim)
     model, weights = source.network(), run.storage.child("weights", str(seed))
     write_state(weights, WEIGHTS, model.state_dict())
     images = torch.zeros(2, 1, 28, 28)
@@ -138,6 +213,7 @@ class Searching(LocalEngine):
     def __init__(self, failing: str = "") -> None:
         super().__init__()
         self.calls, self.failing = list[list[str]](), failing
+        self.then: Callable[[], None] = lambda: None
 
     def search(self, tasks: Any, progress: Any, done: Done) -> None:
         self.calls.append([task.output for task in tasks])
@@ -146,6 +222,7 @@ class Searching(LocalEngine):
                 done(number, RunError("no host"))
                 continue
             end(task)
+            self.then()
             done(number, None)
 
 
@@ -158,11 +235,11 @@ def test_a_search_that_another_job_makes_is_taken_behind_this_jobs_own(tmp_path:
     def finish() -> None:
         end(first.task)
         first.store.write(DONE, b'{"late": false}')
-        other.finish()
+        other.stage.finish()
 
     run = started(tmp_path, reporter := Heard(finish))
     first, second = search(run, 0), search(run, 1)
-    other, engine, ended = others(first.store), Searching(), list[tuple[int, ClipqError | None]]()
+    other, engine, ended = others(tmp_path, first.store), Searching(), list[tuple[int, ClipqError | None]]()
     search_all([first, second], engine, reporter, lambda number, error: ended.append((number, error)))
     assert engine.calls == [[second.task.output]]
     assert (reporter.waits, sorted(ended, key=str)) == (1, [(0, None), (1, None)])
@@ -170,10 +247,38 @@ def test_a_search_that_another_job_makes_is_taken_behind_this_jobs_own(tmp_path:
     assert not [name for one in (first, second) for name in one.store.names() if sharing.MAKING in name]
 
 
+def test_a_search_that_another_job_has_made_meanwhile_waits_for_no_more_of_this_jobs_own(
+    tmp_path: Path,
+) -> None:
+    def finish() -> None:
+        if not first.finished:
+            end(first.task)
+            first.store.write(DONE, b'{"late": false}')
+            other.stage.finish()
+
+    run = started(tmp_path, Heard(lambda: None))
+    first, second, third = (search(run, seed) for seed in range(3))
+    other, engine, ended = others(tmp_path, first.store), Searching(), list[int]()
+    engine.then = finish
+    search_all([first, second, third], engine, run.reporter, lambda number, error: ended.append(number))
+    assert ended == [1, 0, 2]
+    assert len(engine.calls) == 1
+
+
+def test_a_search_that_is_not_to_be_waited_for_is_left_and_the_others_are_made(tmp_path: Path) -> None:
+    run = started(tmp_path, Heard(lambda: None))
+    first, second = search(run, 0, on_claim="leave"), search(run, 1)
+    others(tmp_path, first.store)
+    ended: dict[int, ClipqError | None] = {}
+    search_all([first, second], Searching(), run.reporter, ended.__setitem__)
+    assert isinstance(ended[0], HeldError)
+    assert ended[1] is None
+
+
 def test_a_search_that_fails_or_is_left_by_another_job_is_the_next_ones(tmp_path: Path) -> None:
-    run = started(tmp_path, reporter := Heard(lambda: other.give_back()))
+    run = started(tmp_path, reporter := Heard(lambda: other.end()))
     first, second = search(run, 0), search(run, 1)
-    other, engine = others(first.store), Searching(failing=second.task.output)
+    other, engine = others(tmp_path, first.store), Searching(failing=second.task.output)
     ended: dict[int, ClipqError | None] = {}
     search_all([first, second], engine, reporter, ended.__setitem__)
     assert sorted(engine.calls) == sorted([[second.task.output], [first.task.output]])

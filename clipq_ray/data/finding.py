@@ -191,17 +191,15 @@ def _folders(listing: Listing, _: int, expected: Expected) -> Found | None:
 
 
 def _without_unlabelled(groups: dict[tuple[str, str], list[str]], listing: Listing) -> list[str]:
-    """Takes those without a class folder from `groups`, names by (split, folder), as ImageNet's test images are published, beside others with some; notes.
-    `DataError` for other images in none."""
+    """Takes test images without a class folder from `groups`, names by (split, folder), as ImageNet's are published, beside others with some; notes. `DataError`
+    for other images in none: those of ImageNet's validation set have labels that must not be missed."""
     loose = {key: [name for name in names if not class_of(name, key[1])] for key, names in groups.items()}
-    whole = [key for key, names in groups.items() if len(loose[key]) == len(names)]
+    some = any(len(names) < len(groups[key]) for key, names in loose.items())
     notes = []
     for key, names in loose.items():
         split, folder = key
-        if key in whole and split not in ("train", "any") and len(whole) < len(loose):
-            notes.append(
-                f"the {split} images lie in no class folders, so they have no labels and are not used"
-            )
+        if split == "test" and len(names) == len(groups[key]) and some:
+            notes.append("the test images lie in no class folders, so they have no labels and are not used")
             del groups[key]
         elif names:
             raise DataError(

@@ -202,7 +202,7 @@ def _label(item: Any) -> int:
     try:
         _, label = item
         value = label.item() if hasattr(label, "item") else label  # of a tensor or an array of one value
-        if (number := int(value)) != value:
+        if (number := int(value)) != value and isinstance(value, float):
             raise ValueError(f"{value!r} is no whole number")
         return number
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

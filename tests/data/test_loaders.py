@@ -217,7 +217,7 @@ class Labelled(Dataset):
         (loader(Labelled((torch.rand(3, 4, 4), -1))), "labels from 0 on"),
         (loader(Labelled((torch.rand(3, 4, 4), 0.7))), r"class number\), got tuple: 0\.7 is no whole number"),
         (loader(Labelled((torch.rand(3, 4, 4), float("inf")))), r"items \(image, class number\)"),
-        (loader(Labelled((torch.rand(3, 4, 4), "3"))), "'3' is no whole number"),
+        (loader(Labelled((torch.rand(3, 4, 4), "cat"))), "invalid literal for int"),
         (loader(Labelled((torch.rand(3, 4, 4), torch.zeros(2)))), r"items \(image, class number\)"),
         (loader(TensorDataset(torch.rand(9, 3, 4, 4), torch.rand(9))), "is no whole number"),
         (
