@@ -122,13 +122,15 @@ def prepare(
             held.append(own.claim)
             try:
                 return _ready(run, own, inputs, state_given, origin)
-            except HeldError as lost:  # asked for anew, like any run that another job makes
-                reporter.say(str(lost))
+            except Exception as error:
+                if not isinstance(error, HeldError) or config.on_claim == "leave":
+                    held.remove(
+                        own.claim
+                    )  # others need not wait for the networks that this job makes beside it
+                    own.claim.give_back()
+                    raise
+                reporter.say(str(error))  # asked for anew, like any run that another job makes
                 run.notes[:] = notes
-            except Exception:  # others need not wait for the networks that this job makes beside it
-                held.remove(own.claim)
-                own.claim.give_back()
-                raise
     return own
 
 
@@ -208,7 +210,7 @@ def finish(given: Prepared) -> Result:
         try:
             return _finished(given)
         except HeldError as lost:
-            if not given.own.wait:
+            if not given.own.wait or given.run.config.on_claim == "leave":
                 raise
             given.run.reporter.say(str(lost))
             given.run.notes[:] = notes

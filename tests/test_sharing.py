@@ -15,6 +15,7 @@ import torch
 from refusals import refused
 
 from clipq_ray import claims, network, sharing
+from clipq_ray.batch import compress
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, LocalEngine
 from clipq_ray.config import make
@@ -285,3 +286,22 @@ def test_a_search_that_fails_or_is_left_by_another_job_is_the_next_ones(tmp_path
     assert ended[0] is None
     assert isinstance(ended[1], RunError)
     assert not [name for one in (first, second) for name in one.store.names() if sharing.MAKING in name]
+
+
+@pytest.mark.parametrize("stage", ["baseline", "search", "finetune"])
+def test_a_job_that_is_not_to_wait_for_a_stage_says_which_and_holds_nothing(
+    tmp_path: Path, stage: str
+) -> None:
+    options: dict[str, Any] = {
+        "engine": "local", "limit_images": 60, "epochs": 1, "baseline_epochs": 1, "search_evaluations": 4, "search_start": 3, "search_images": 20, "tradeoff": 1.0,
+    }  # fmt: skip
+    first = compress(
+        Source(make(**options, storage=str(tmp_path / "a"))), LocalEngine(), Reporter(quiet=True)
+    )
+    (key,) = (one["key"] for one in first.manifest["stages"] if one["stage"] == stage)
+    others(tmp_path / "b", Store(tmp_path / "b").child("_stages", f"{stage}-{key}"))
+    source = Source(make(**options, storage=str(tmp_path / "b"), on_claim="leave"))
+    with refused(HeldError, match=f"^{stage}: is being made by another job"):
+        compress(source, LocalEngine(), Reporter(quiet=True))
+    (work,) = (tmp_path / "b" / "model=lenet5").glob(f"run=r-*/{WORK}")
+    assert claims.holder(Store(work)) is None
