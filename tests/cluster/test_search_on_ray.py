@@ -145,24 +145,22 @@ def held_searchers(job: Job, node: Any) -> list[int]:
 
 
 def the_second_waits(
-    first: list[str], second: list[str], storage: Path, tmp_path: Path, cluster: Cluster
+    first: list[str], second: list[str], storage: Path, tmp_path: Path, cluster: Cluster, said: str
 ) -> None:
-    """Two jobs on one cluster, of which the second comes to its search in the middle of the first one's, in `storage`; both finish."""
+    """Two jobs on one cluster, of which the second comes to its search in the middle of the first one's, in `storage`, and says so by `said`; both finish."""
     node = cluster.add_node(num_cpus=2)
     with started(first, tmp_path / "first", RAY_ADDRESS=cluster.address) as one:
         one.until(lambda: rows_so_far(storage))
         held = held_searchers(one, node)
         with started(second, tmp_path / "second", RAY_ADDRESS=cluster.address) as other:
-            other.until(lambda: "search: waits" in (tmp_path / "second").read_text())
+            other.until(lambda: said in (tmp_path / "second").read_text())
             assert not searched(storage)
             for process in held:
                 os.kill(process, signal.SIGCONT)
             assert one.wait() == (0, [])
-            ended = other.wait()
-    (line,) = ended.lines
-    assert line.startswith("search: waits for that of another job on this cluster (")
+            assert other.wait().code == 0
+    (line,) = (line for line in (tmp_path / "second").read_text().splitlines() if said in line)
     assert str(one.process.pid) in line
-    assert ended.code == 0
 
 
 def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_finish(
@@ -171,7 +169,8 @@ def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_
     first, second = (
         command(tmp_path / name, weights, **{**SEARCHED, "seed": seed}) for name, seed in (("a", 0), ("b", 1))
     )
-    the_second_waits(first, second, tmp_path / "a", tmp_path, cluster)
+    said = "search: waits for that of another job on this cluster ("
+    the_second_waits(first, second, tmp_path / "a", tmp_path, cluster, said)
     for name in ("a", "b"):
         (run,) = manifest.committed(Store(tmp_path / name))
         assert manifest.verify(run.store) == []
@@ -180,13 +179,14 @@ def test_a_second_job_on_the_cluster_waits_with_its_search_and_says_so_and_both_
 def test_a_second_job_on_the_cluster_that_needs_the_same_search_takes_it_as_it_is(
     weights: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
-    """Two networks that differ behind the search: by its turn the second one's has been made."""
+    """Two networks that differ behind the search."""
     storage = tmp_path / "s"
     first, second = (
         command(storage, weights, **{**SEARCHED, "name": name, "target_ratio": ratio})
         for name, ratio in (("a", 15), ("b", 20))
     )
-    the_second_waits(first, second, storage, tmp_path, cluster)
+    said = "search: is being made by another job ("
+    the_second_waits(first, second, storage, tmp_path, cluster, said)
     a, b = (committed_run(storage, name) for name in ("a", "b"))
     assert a == b  # with their seconds, which a second measurement would have changed
 
