@@ -28,7 +28,7 @@ from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import Search, Searched, original_error, planned, sample, scoring_images
 from clipq_ray.source import Source
-from clipq_ray.stages import Run, scored, splits
+from clipq_ray.stages import Run, scored
 from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
 from clipq_ray.work import CURVE, prepare_process, read_record
@@ -375,7 +375,7 @@ def _dense(run: Run, control: Store | None) -> dict[str, Evaluation | None]:
         return {"validation": None, "test": None}
     model = run.source.network()
     put_state(model, read_state(control))
-    return {split: scored(run, model, images) for split, images in splits(run).items()}
+    return stages.scored_all(run, model)
 
 
 def _scores(

@@ -67,9 +67,8 @@ def take(storage: Store, stage: Store, maker: Maker) -> Mine | str:
     making, mine = stage.child(MAKING), json.dumps({"work": maker.work, "owner": maker.owner}).encode()
     while True:
         number, content = _latest(making)
-        if (
-            content == mine
-        ):  # of this very run: it was put, and only the answer got lost, or a try before this one failed
+        # of this very run: it was put, and only the answer got lost, or a try before this one failed
+        if content == mine:
             return Mine(making, _name(number))
         if words := _alive(storage, content):
             return words

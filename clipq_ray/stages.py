@@ -124,8 +124,8 @@ class Run:
         any longer; `HeldError` with `--on-claim leave`."""
         if self.claim is None or self.work is None:
             return sharing.Mine()
-        maker = sharing.Maker(self.work.uri.removeprefix(f"{self.storage.uri}/"), self.claim.owner)
-        found = sharing.take(self.storage, store, maker)
+        below = self.work.uri.removeprefix(self.storage.uri.rstrip("/") + "/")  # a bucket's root ends in one
+        found = sharing.take(self.storage, store, sharing.Maker(below, self.claim.owner))
         if isinstance(found, sharing.Mine):
             return found
         left = self.seconds_left
@@ -223,7 +223,7 @@ def scored(run: Run, model: nn.Module, images: Split | None) -> Evaluation | Non
 
 
 def scored_all(run: Run, model: nn.Module) -> dict[str, Evaluation | None]:
-    """What the original scores on the images that judge; how long that takes is kept free at the end, when the file is scored on them."""
+    """What the original or its dense control scores on the images that judge; how long that takes is kept free at the end, when the file is scored on them."""
     started = time.monotonic()
     scores = {split: scored(run, model, images) for split, images in splits(run).items()}
     run.tail = max(run.tail, _SCORING_SHARE * (time.monotonic() - started))

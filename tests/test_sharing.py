@@ -288,6 +288,24 @@ def test_a_search_that_fails_or_is_left_by_another_job_is_the_next_ones(tmp_path
     assert not [name for one in (first, second) for name in one.store.names() if sharing.MAKING in name]
 
 
+def test_in_the_root_of_a_bucket_the_maker_is_named_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Store("memory://" + uuid.uuid4().hex + "/")
+    run = Run(
+        Source(make(weights="random", limit_images=40)),
+        LocalEngine(),
+        Heard(lambda: None),
+        storage,
+        threading.Lock(),
+    )
+    run.work = storage.child("model=lenet5", "run=mine", WORK)
+    claim = claims.claim(run.work)
+    assert isinstance(claim, Claim)
+    run.claim = claim
+    _, store = run.stage_store("baseline", {"weights": "w"})
+    assert isinstance(run.take("baseline", store, set()), Mine)
+    assert sharing.take(storage, store, Maker("model=lenet5/run=other", "o")) == claims.holder(run.work).words  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("stage", ["baseline", "search", "finetune"])
 def test_a_job_that_is_not_to_wait_for_a_stage_says_which_and_holds_nothing(
     tmp_path: Path, stage: str

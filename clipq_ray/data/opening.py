@@ -79,10 +79,9 @@ def open_data(
     present = {split: source for split, source in sources.items() if source is not None}
     names = _class_names(found.class_names, present)
     notes += without_images(train.labels, len(names), bool(found.class_names))
-    usual = usual or usual_for(input_shape)
+    first, usual = _first_size(train), usual or usual_for(input_shape)
     if interpolation != "auto":
         usual = replace(usual, interpolation=interpolation)
-    first = _first_size(train)
     preprocessing = _preprocessing(first, usual, mean, std, resize)
     notes += _size_notes(first, preprocessing)
     if interpolation != "auto" and preprocessing.resize is None:
