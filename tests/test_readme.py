@@ -42,6 +42,7 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize(
     ("record", "data"),
     [
+        pytest.param("resnet56-cifar10-noloss", "cifar10", marks=pytest.mark.slow),
         pytest.param("resnet20-cifar10-noloss", "cifar10", marks=pytest.mark.slow),
         ("lenet5_caffe-mnist-noloss", "mnist"),
         ("lenet_300_100-mnist-noloss", "mnist"),
