@@ -53,7 +53,9 @@ class Round:
         """That of the run in a folder, with other options `given`; `SystemExit` where nothing says what its plan was."""
         document = manifest.read_manifest(Store(run))
         trained = [one for one in document["stages"] if one["stage"] == "finetune"]
-        tuned = stage_store(Store(run.parents[1]), "finetune", trained[-1]["key"])
+        tuned = stage_store(
+            Store(run.parents[1]), "finetune", trained[document["promise"]["round"] - 1]["key"]
+        )
         plan, _ = plan_after(tuned, Plan(()))
         if not plan.layers:
             raise SystemExit(f"{run}: expected a run with --hold-size, whose plan is stored, got one without")

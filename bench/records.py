@@ -4,11 +4,11 @@ One (target, variant, seed) is one unit: its JSON and its .clq are stored under 
 was cut off goes on behind its last finished epoch. Bytes are those of the file, errors those of the decoded file on the test images, as `jobs/evaluate.py`
 says them; the test set decides nothing. The file of the median seed lies under `bench/records/`.
 
-A unit that was made with other settings than the recipe's by now counts as not there.
+A unit that was made with other settings than the recipe's by now counts as not there; so does one for the size of another `ours` than the one that is there.
 
 Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
-layers). All are for the size of `ours` of their seed, in as many epochs, so `ours` comes first; the last two take its plan or size. `without-LEVER`: the recipe
-with one option as --paper has it, in as many epochs.
+layers). All are made in as many epochs as `ours` of their seed, so it comes first. The last two are for the size of its file, and `two-stage` takes its plan; `paper` is asked
+for the target's size, as the recipe is. `without-LEVER`: the recipe with one option as --paper has it, in as many epochs as the recipe takes without codes at a price.
 
 `--epochs N` gives all variants, `ours` too, a last round of N epochs: what takes a GPU in full is so compared on a CPU. Such units stand beside the row, and in no record.
 """
@@ -16,6 +16,7 @@ with one option as --paper has it, in as many epochs.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -39,7 +40,8 @@ from clipq_ray.consistency import PAPER
 from clipq_ray.storage import Store
 
 UNITS, RECORDS = RESULTS / "records-units", ROOT / "bench" / "records"
-VARIANTS = ("ours", "paper", "two-stage", "uniform")
+PEERS = ("two-stage", "uniform")
+VARIANTS = ("ours", "paper", *PEERS)
 PLACES = ("storage", "data", "data_root", "weights", "validation_data")
 OF_LADDERS = ("rung_epochs",)
 LEVERS = (
@@ -130,7 +132,8 @@ class Unit:
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found if agree(found["config"], self.options()) else None
+        of = self.of() if "of" in found else None
+        return found if agree(found["config"], self.options()) and found.get("of") == of else None
 
     def options(self) -> dict[str, Any]:
         """Its settings by now; `SystemExit` where they follow from what `ours` was made in, and it was not."""
@@ -158,27 +161,38 @@ class Unit:
             )
         return found
 
+    def of(self) -> str | None:
+        """The hash of the file whose size and plan a peer takes, so that another one makes it anew."""
+        if self.variant not in PEERS:
+            return None
+        return hashlib.sha256(
+            Unit(self.target, "ours", self.seed, self.epochs).stem.with_suffix(".clq").read_bytes()
+        ).hexdigest()
+
     def make(self, shared: Path, storage: Path, extra: list[str]) -> None:
         """Measure it, unless it was."""
         if self.result is not None:
             return
         print(f"{self.stem.name}", flush=True)
-        if self.variant not in ("two-stage", "uniform"):
+        if self.variant not in PEERS:
             found, file = self._job(shared, storage, extra)
         else:
             options = {**self.options(), "data": data_of(self.target, shared), "engine": "local"}
             if self.target.weights is not None:
                 options["weights"] = str(shared / "weights" / self.target.weights)
             found, file = records_peers.peer(self.variant, options, self.recipe(), self.ours(), storage)
+            found["of"] = self.of()
         self.stem.parent.mkdir(parents=True, exist_ok=True)
-        self.stem.with_suffix(".clq").write_bytes(file)
-        top1, images = verified(self.stem.with_suffix(".clq"), data_of(self.target, shared))
+        made = self.stem.with_suffix(".made.clq")  # what was there before stays until this one is verified
+        made.write_bytes(file)
+        top1, images = verified(made, data_of(self.target, shared))
         document = {
             "target": self.target.name, "variant": self.variant, "seed": self.seed, "bytes": len(file), "test_top1_percent": top1,
             "test_error_percent": round(100 - top1, 4), "test_images": images, **found, "commit": commit(), "machine": machine(), "versions": identity.versions(),
         }  # fmt: skip
         partial = self.stem.with_suffix(".part")
         partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        made.replace(self.stem.with_suffix(".clq"))
         partial.replace(self.stem.with_suffix(".json"))
 
     def _job(self, shared: Path, storage: Path, extra: list[str]) -> tuple[dict[str, Any], bytes]:

@@ -110,6 +110,20 @@ def test_units_of_other_epochs_stand_beside_the_recipes_own(
     assert not (tmp_path / "records").exists()
 
 
+def test_a_peer_of_another_file_than_the_one_that_is_there_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "UNITS", tmp_path)
+    ours, peer = (records.Unit(records.TARGETS[0], variant, 0) for variant in ("ours", "uniform"))
+    ours.stem.with_suffix(".json").write_text(json.dumps({"epochs": 61, "config": ours.options()}))
+    ours.stem.with_suffix(".clq").write_bytes(b"one")
+    found = {"config": peer.options(), "of": peer.of()}
+    peer.stem.with_suffix(".json").write_text(json.dumps(found))
+    assert peer.result == found
+    ours.stem.with_suffix(".clq").write_bytes(b"made anew")
+    assert peer.result is None
+
+
 QUICK: dict[str, Any] = {
     "epochs": 2, "baseline_epochs": 2, "search_evaluations": 4, "search_images": 50, "batch_size": 32, "rounds": 1, "target_bytes": 20_000,
 }  # fmt: skip
