@@ -249,7 +249,7 @@ class _Job:
             self.found[number].run.share_time(len(set(waiting) - set(numbers)), self._at_once)
 
     def _finished(self, unit: tuple[int, ...]) -> Mapping[int, Result | Taken]:
-        """Everything behind the search of what is finished together; `Taken` where another job has taken it over meanwhile."""
+        """Everything behind the search of what is finished together; `Taken` where another job has taken it over meanwhile, or makes a stage of it."""
         whole = next((one for one in self._ensembles if set(unit) <= set(one)), None)
         try:
             if whole is None:
@@ -257,7 +257,7 @@ class _Job:
             members = [self.found[number] for number in whole]
             made = finish_ensemble(self._ensembles[whole], members, self._engine.parallel)
         except HeldError as lost:
-            if self._alone:
+            if self._alone or self._sources[unit[0]].config.on_claim == "leave":
                 raise
             self._reporters[unit[0]].say(f"{lost}; the other networks of this job come first")
             return dict.fromkeys(unit, Taken())

@@ -2,30 +2,32 @@
 
 Everything is named as AWS's own clients name it: the environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, ...), a profile
 (AWS_PROFILE), or the role of the machine; where an endpoint is named, buckets stand in the path. pyarrow gets the same connection (`Objects.arrow`).
-A request to S3 is tried again by its client, four times (AWS_MAX_ATTEMPTS, 5) with backoff and jitter; and by `Connection.call` for `PATIENCE_SECONDS`, where the
+A request to S3 is tried again by its client, four times (AWS_MAX_ATTEMPTS, 5) with backoff and jitter; and by `Connection.patiently` for `PATIENCE_SECONDS`, where the
 store has answered before, this process or others of its job (`answered`): one that never did is a mistake in the URI, and said at once. Not covered: what is asked of a store (`backends`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import fsspec
+
+from clipq_ray.errors import ConfigError
 
 S3 = ("s3", "s3a")
 PATIENCE_SECONDS = 120.0
 """How long a store that has answered before is asked again; the environment's CLIPQ_S3_PATIENCE_SECONDS counts more."""
 
-_BODY_ATTEMPTS = (
-    2  # of s3fs: answers that are cut off in the middle, for pyarrow, which does not come through `call`
-)
+_BODY_ATTEMPTS = 2  # of s3fs: answers that are cut off in the middle
 
 
 _ANSWERED = False
+_T = TypeVar("_T")
 
 
 class Connection:
@@ -52,11 +54,15 @@ class Connection:
         return made[1]
 
     def call(self, method: str, *given: Any, **options: Any) -> Any:
-        """What the file system's `method` gives; where the store has answered before and fails for the moment, it is asked again."""
+        """What the file system's `method` gives, `patiently`."""
+        return self.patiently(lambda: getattr(self.open(), method)(*given, **options))
+
+    def patiently(self, ask: Callable[[], _T]) -> _T:
+        """What `ask` gives, which asks this store; where it has answered before and fails for the moment, it is asked again."""
         waits = delays(patience()) if self._answers else iter(())
         while True:
             try:
-                result = getattr(self.open(), method)(*given, **options)
+                result = ask()
             except Exception as error:
                 if not passing(error):
                     self._answers = True
@@ -92,8 +98,21 @@ def answered() -> None:
 
 
 def patience() -> float:
-    """How long this process waits for a store that has answered before [s]; `ValueError` where the environment says no number."""
-    return float(os.environ.get("CLIPQ_S3_PATIENCE_SECONDS", PATIENCE_SECONDS))
+    """How long this process waits for a store that has answered before [s]; `ConfigError` where the environment says no such time."""
+    return _seconds("CLIPQ_S3_PATIENCE_SECONDS", PATIENCE_SECONDS)
+
+
+def _seconds(name: str, usual: float) -> float:
+    said = os.environ.get(name, "")
+    try:
+        found = float(said) if said else usual
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise ConfigError(
+            f"expected a number of seconds, 0 or more, in {name}, got {said!r}; correct it, or unset it"
+        )
+    return found
 
 
 def delays(limit: float) -> Iterator[float]:
@@ -111,7 +130,7 @@ def _options(protocol: str) -> dict[str, Any]:
         return {}
     config: dict[str, Any] = {
         "connect_timeout": 10,
-        "read_timeout": float(os.environ.get("CLIPQ_S3_TIMEOUT_SECONDS", 60)),
+        "read_timeout": _seconds("CLIPQ_S3_TIMEOUT_SECONDS", 60.0),
         "retries": {"total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", 5)), "mode": "standard"},
     }
     return {"config_kwargs": {**config, **_checksums()}}

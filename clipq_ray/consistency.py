@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -111,6 +112,10 @@ def _limits(config: Config) -> Iterator[str]:
 
 
 def _values(config: Config) -> Iterator[str]:
+    try:
+        json.dumps(config.model_args, allow_nan=False)
+    except (ValueError, TypeError):  # the file and the manifest hold them
+        yield f"expected JSON values (text, numbers, true, false, null, lists, mappings; no NaN, infinity or date) in --model-args, got {config.model_args}"
     if config.warmup_epochs >= config.epochs:
         yield f"expected --warmup-epochs below --epochs ({config.epochs}), got {config.warmup_epochs}"
     if config.std is not None and min(config.std, default=1.0) <= 0:

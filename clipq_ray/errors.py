@@ -58,7 +58,7 @@ class RunError(ClipqError):
 
 
 class HeldError(RunError):
-    """Another job makes the run, and this one was told not to wait for it."""
+    """Another job makes the run, or a stage of it, and this one was told not to wait for it."""
 
 
 class DivergedError(RunError):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from clipq_ray.consistency import idle
 from clipq_ray.errors import ClipqError, StorageError
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
+from clipq_ray.fleet.shares import without
 from clipq_ray.groups import grouped
 from clipq_ray.operator import Operator, make_plan
 from clipq_ray.pipeline import inputs_of
@@ -32,6 +34,7 @@ from clipq_ray.storage import Store
 from clipq_ray.work import prepare_process
 
 _RAY_SECONDS = 20.0  # start of a worker group, seen
+_T = TypeVar("_T")
 _VALUES = 1 << 21  # of images that are timed at a time: 13 of ImageNet's
 
 
@@ -50,8 +53,7 @@ def dry_run(sources: Sequence[Source], ensembles: Sequence[Ensemble] = ()) -> tu
     """The plans of a job's networks in words without secrets, and their totals, and the exit code: of the networks that could not be made, 0 if there are none. Nothing
     is kept. `StorageError` where the storage takes nothing; of one network alone its error."""
     _check_storage(Store(sources[0].config.storage))
-    sources = _identified(sources, ensembles)
-    plans = [_planned(source) if len(sources) == 1 else _planned_or_not(source) for source in sources]
+    plans = [_planned(sources[0])] if len(sources) == 1 else _plans(sources, ensembles)
     bad = [plan.error.exit_code for plan in plans if plan.error is not None]
     text = "\n\n".join(plan.words for plan in plans)
     if len(plans) > 1:
@@ -74,24 +76,43 @@ def _check_storage(storage: Store) -> None:
         raise StorageError(f"cannot write to {storage.uri}: {there} {why}; choose another --storage")
 
 
-def _identified(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> list[Source]:
-    """Members of an ensemble with one intent as the job identifies them: by all the others too."""
+def _plans(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> list[Plan]:
+    """The plans of several networks: one that cannot be made hides no other, but that members of its ensemble with one intent are not made without it."""
     by_name = {source.name: source for source in sources}
-    for ensemble in ensembles:
-        if ensemble.wants:
-            same = identity.of_ensemble(
-                *ensemble.wants, {name: inputs_of(by_name[name]) for name in ensemble.members}
-            )
+    failed: dict[str, ClipqError] = {}
+    together = [one for one in ensembles if one.wants]
+    for ensemble in together:  # as the job identifies them: by all the others too
+        inputs = dict[str, Mapping[str, Any]]()
+        for name in ensemble.members:
+            match _or_error(inputs_of, by_name[name]):
+                case ClipqError() as error:
+                    failed[name] = error
+                case found:
+                    inputs[name] = found
+        if len(inputs) == len(ensemble.members):
+            assert ensemble.wants is not None
+            same = identity.of_ensemble(*ensemble.wants, inputs)
             by_name |= {name: replace(by_name[name], ensemble=same) for name in ensemble.members}
-    return list(by_name.values())
+    plans: dict[str, Plan | ClipqError] = {
+        name: failed[name] if name in failed else _or_error(_planned, source)
+        for name, source in by_name.items()
+    }
+    for ensemble in together:
+        bad = {name: one for name in ensemble.members if isinstance(one := plans[name], ClipqError)}
+        if bad:
+            plans |= {name: without(ensemble, bad) for name in ensemble.members if name not in bad}
+    return [_not_made(name, one) if isinstance(one, ClipqError) else one for name, one in plans.items()]
 
 
-def _planned_or_not(source: Source) -> Plan:
-    """As `_planned`; a network that cannot be made hides no other."""
+def _or_error(make: Callable[[Source], _T], source: Source) -> _T | ClipqError:
     try:
-        return _planned(source)
+        return make(source)
     except ClipqError as error:
-        return Plan(f"network     {source.name} cannot be made: {' '.join(str(error).split())}", error=error)
+        return error
+
+
+def _not_made(name: str, error: ClipqError) -> Plan:
+    return Plan(f"network     {name} cannot be made: {' '.join(str(error).split())}", error=error)
 
 
 def _planned(source: Source) -> Plan:

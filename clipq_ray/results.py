@@ -5,6 +5,7 @@ Sizes are those of the file, accuracies those of the decoded file. Not covered: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Scores:
     compressed: dict[str, Evaluation | None]
 
 
-def _score(found: Evaluation | None) -> dict[str, float] | None:
+def _score(found: Evaluation | None) -> dict[str, float | None] | None:
     if found is None:
         return None
     low, high = found.interval()
@@ -44,7 +45,7 @@ def _score(found: Evaluation | None) -> dict[str, float] | None:
         "top1_low_percent": 100 * low,
         "top1_high_percent": 100 * high,
         "top5_percent": 100 * found.top5,
-        "loss": found.loss,
+        "loss": found.loss if math.isfinite(found.loss) else None,  # JSON has no other
     }
 
 

@@ -71,8 +71,9 @@ class Search:
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
         found = read_trials(self.task)
-        if read_record(self.store, DONE)["late"]:
-            fewest = min(len(points) for points in found.values())
+        fewest = min(len(points) for points in found.values())
+        # another job whose time was over may have begun groups that this one then searched in full
+        if read_record(self.store, DONE)["late"] and fewest < self.task.settings.evaluations:
             self.run.notes.append(
                 f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer or group by --deadline-hours"
             )

@@ -31,13 +31,19 @@ class Maker:
     work: str
     owner: str
 
+    @classmethod
+    def of(cls, storage: Store, work: Store, owner: str) -> Maker:
+        """The maker whose unfinished things lie in `work`, somewhere below `storage`."""
+        return cls(work.uri.removeprefix(storage.uri.rstrip("/") + "/"), owner)  # the root itself ends in one
+
 
 @dataclass(frozen=True)
 class Mine:
-    """A stage that is this job's to make; `making` None where nobody is to know."""
+    """A stage that is this job's to make; `making` None where nobody is to know; `beside`: another job makes it too, for which there was no time to wait."""
 
     making: Store | None = None
     name: str = ""
+    beside: bool = False
 
     def finish(self) -> None:
         """The stage is made, so nobody asks any more who makes it."""

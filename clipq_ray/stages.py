@@ -112,6 +112,8 @@ class Run:
                     with self.away():
                         time.sleep(sharing.WAIT_SECONDS)
                     continue
+                if mine.beside:  # what a deadline cuts short must not take the place of what its maker ends
+                    return self.stage(name, {**inputs, "beside": self._maker().work}, finished, make)
                 with mine:
                     if not store.exists(finished):
                         self._made(name, key, store, make)
@@ -120,17 +122,16 @@ class Run:
         return store
 
     def take(self, name: str, store: Store, said: set[str]) -> sharing.Mine | None:
-        """The stage, if it is this run's to make; None while another job makes it, which is said where `said` does not hold it yet. Before a deadline nobody waits
-        any longer; `HeldError` with `--on-claim leave`."""
-        if self.claim is None or self.work is None:
+        """The stage, if it is this run's to make; None while another job makes it, which is said where `said` does not hold it yet. Behind a deadline nobody waits
+        any longer, and it is made `beside` that job's; `HeldError` with `--on-claim leave`."""
+        if self.claim is None:
             return sharing.Mine()
-        below = self.work.uri.removeprefix(self.storage.uri.rstrip("/") + "/")  # a bucket's root ends in one
-        found = sharing.take(self.storage, store, sharing.Maker(below, self.claim.owner))
+        found = sharing.take(self.storage, store, self._maker())
         if isinstance(found, sharing.Mine):
             return found
         left = self.seconds_left
         if left is not None and left <= 0:
-            return sharing.Mine()
+            return sharing.Mine(beside=True)
         words = f"{name}: is being made by another job ({found}) for a run of its own"
         if self.config.on_claim == "leave":
             raise HeldError(f"{words}; run again when it has ended, or with --on-claim wait")
@@ -138,6 +139,12 @@ class Run:
             self.reporter.say(f"{words}; waiting for it, --on-claim leave would end here ({store.uri})")
             said.add(words)
         return None
+
+    def _maker(self) -> sharing.Maker:
+        """What this run is called in the stages that it makes."""
+        assert self.claim is not None
+        assert self.work is not None
+        return sharing.Maker.of(self.storage, self.work, self.claim.owner)
 
     @contextlib.contextmanager
     def alone(self, store: Store) -> Iterator[None]:

@@ -17,9 +17,9 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clipq_ray import refusals
 from clipq_ray.backends import INTERNAL, Backend, Directory, Entry, Objects, Upload
@@ -36,6 +36,7 @@ REPORT = "report.html"
 MANIFEST = "manifest.json"
 WORK = "_work"
 USES = "uses"
+_T = TypeVar("_T")
 
 
 class Store:
@@ -201,6 +202,10 @@ class Store:
         """A `pyarrow.fs.FileSystem` with the same credentials and endpoint, and this directory's path in it."""
         with _translated(self.uri, "open"):
             return self._backend.arrow()
+
+    def patiently(self, ask: Callable[[], _T]) -> _T:
+        """What `ask` gives, which reads from here through `arrow`: a store that has answered before is waited for, and what it raises is raised as it is."""
+        return self._backend.connection.patiently(ask) if isinstance(self._backend, Objects) else ask()
 
     def _at(self, name: str) -> str:
         return f"{self.uri.rstrip('/')}/{_checked(self.uri, name)}"

@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a checkout runs without being installed, as in a Ray job's working directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clipq_ray import console, options
+from clipq_ray import connections, console, options
 from clipq_ray.api import make_engine
 from clipq_ray.batch import compress_all
 from clipq_ray.errors import ClipqError, HeldError
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
         text, code = dry_run(sources, fleet.ensembles)
         print(text)
         return code
+    connections.patience()  # a slip in the environment is said before hours are spent
     for source in sources:
         source.check()
     if fleet.name is not None:
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
     together = ensembles.all_scored(fleet.ensembles, sources, found)
     if fleet.name is not None and any(isinstance(one, HeldError) for one in found):
         print(
-            "fleet: not written, since another job makes some of its runs; submit it again when that has ended",
+            "fleet: not written, since another job makes some of its runs or their stages; submit it again when that has ended",
             file=sys.stderr,
         )
     elif fleet.name is not None:

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from clipq_ray import claims, connections
 from clipq_ray.claims import Claim, Holder, claim
-from clipq_ray.errors import HeldError, StorageError
+from clipq_ray.errors import ConfigError, HeldError, StorageError
 from clipq_ray.storage import Store
 
 pytest_plugins = ["s3_server"]
@@ -96,6 +97,15 @@ def test_a_claim_that_is_not_kept_alive_expires_by_the_stores_clock(
     assert work.names() == ["claim-000001.json", "claim-000002.json"]
     first.give_back()
     second.give_back()
+
+
+@pytest.mark.parametrize("said", ["2m", "nan", "-1", "inf"])
+def test_a_patience_that_is_no_time_is_refused_in_one_line(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPQ_S3_PATIENCE_SECONDS", said)
+    with refused(ConfigError, match=f"seconds, 0 or more, in CLIPQ_S3_PATIENCE_SECONDS, got '{said}'"):
+        claims.lifetime()
 
 
 def test_a_claim_outlives_every_outage_that_its_own_job_waits_for(

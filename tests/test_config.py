@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import re
 from typing import Any
 
@@ -106,6 +108,9 @@ def test_a_value_out_of_range_is_refused_by_name_in_one_line(options: dict[str, 
         ({"engine": "local", "workers": 2}, "--engine ray"),
         ({"workers": 64, "batch_size": 32}, "--batch-size of at least"),
         ({"epochs": 1, "warmup_epochs": 1.0}, "--warmup-epochs below"),
+        ({"model_args": {"clip": math.inf}}, "expected JSON values .* in --model-args, got {'clip': inf}"),
+        ({"model_args": {"layers": [{"scale": math.nan}]}}, "expected JSON values .* in --model-args"),
+        ({"model_args": {"day": datetime.date(2026, 1, 1)}}, "expected JSON values .* in --model-args"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], words: str) -> None:

@@ -15,12 +15,13 @@ import torch
 from refusals import refused
 
 from clipq_ray import claims, network, sharing
-from clipq_ray.batch import compress
+from clipq_ray.batch import compress, compress_all
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, LocalEngine
 from clipq_ray.config import make
 from clipq_ray.errors import ClipqError, HeldError, RunError
 from clipq_ray.groups import grouped
+from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import DONE, Search, planned, search_all
 from clipq_ray.sharing import Maker, Mine
@@ -29,6 +30,10 @@ from clipq_ray.stages import Run
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import WORK, Store
 from clipq_ray.work import CURVE, SearchTask, group_name
+
+TINY: dict[str, Any] = {
+    "engine": "local", "limit_images": 60, "epochs": 1, "baseline_epochs": 1, "search_evaluations": 4, "search_start": 3, "search_images": 20, "tradeoff": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -187,12 +192,19 @@ def test_a_damaged_maker_and_a_try_before_this_one_keep_nobody_from_a_stage(tmp_
 def test_nobody_waits_who_is_not_to_or_has_no_time_left(tmp_path: Path) -> None:
     run = started(tmp_path, Heard(lambda: None), on_claim="leave")
     _, store = run.stage_store("baseline", {"weights": "w"})
-    others(tmp_path, store)
+    other = others(tmp_path, store)
     with refused(HeldError, match="baseline: is being made by another job .* --on-claim wait"):
         stage(run, [])
     late = started(tmp_path, Heard(lambda: None), deadline_hours=1e-6)
-    stage(late, made := list[str]())
+    beside = stage(late, made := list[str]())
     assert made == ["here"]
+    # what was cut short must not become the stage of the job that had time
+    assert (store.exists(CURVE), beside.names()) == (False, [CURVE])
+    assert late.stages[-1]["key"] in beside.uri
+    assert stage(late, made) == beside  # submitted again while the other one goes on
+    assert made == ["here"]
+    other.end()
+    assert stage(started(tmp_path, Heard(lambda: None), deadline_hours=1e-6), made) == store
 
 
 def search(run: Run, seed: int, **options: Any) -> Search:
@@ -288,37 +300,37 @@ def test_a_search_that_fails_or_is_left_by_another_job_is_the_next_ones(tmp_path
     assert not [name for one in (first, second) for name in one.store.names() if sharing.MAKING in name]
 
 
-def test_in_the_root_of_a_bucket_the_maker_is_named_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Store("memory://" + uuid.uuid4().hex + "/")
-    run = Run(
-        Source(make(weights="random", limit_images=40)),
-        LocalEngine(),
-        Heard(lambda: None),
-        storage,
-        threading.Lock(),
-    )
-    run.work = storage.child("model=lenet5", "run=mine", WORK)
-    claim = claims.claim(run.work)
-    assert isinstance(claim, Claim)
-    run.claim = claim
-    _, store = run.stage_store("baseline", {"weights": "w"})
-    assert isinstance(run.take("baseline", store, set()), Mine)
-    assert sharing.take(storage, store, Maker("model=lenet5/run=other", "o")) == claims.holder(run.work).words  # type: ignore[union-attr]
+@pytest.mark.parametrize("storage", ["/", "/runs", "s3://bucket", "s3://bucket/runs/", "memory://x"])
+def test_a_maker_is_named_below_the_storage_whatever_that_ends_in(storage: str) -> None:
+    work = Store(storage).child("model=lenet5", "run=mine", WORK)
+    assert Maker.of(Store(storage), work, "o") == Maker(f"model=lenet5/run=mine/{WORK}", "o")
+
+
+def test_a_fleet_that_is_not_to_wait_for_a_stage_ends_that_network_alone(tmp_path: Path) -> None:
+    first = compress(Source(make(**TINY, storage=str(tmp_path / "a"))), LocalEngine(), Reporter(quiet=True))
+    (key,) = (one["key"] for one in first.manifest["stages"] if one["stage"] == "finetune")
+    storage = tmp_path / "b"
+    others(storage, Store(storage).child("_stages", f"finetune-{key}"))
+    sources = [
+        Source(make(**TINY, storage=str(storage), on_claim="leave", name=name, seed=seed))
+        for seed, name in enumerate(("held", "free"))
+    ]
+    held, free = compress_all(sources, LocalEngine(), Reporter(quiet=True))
+    assert isinstance(held, HeldError)
+    assert "finetune: is being made by another job" in str(held)
+    assert isinstance(free, Result)
+    (work,) = (storage / "model=held").glob(f"run=r-*/{WORK}")
+    assert claims.holder(Store(work)) is None
 
 
 @pytest.mark.parametrize("stage", ["baseline", "search", "finetune"])
 def test_a_job_that_is_not_to_wait_for_a_stage_says_which_and_holds_nothing(
     tmp_path: Path, stage: str
 ) -> None:
-    options: dict[str, Any] = {
-        "engine": "local", "limit_images": 60, "epochs": 1, "baseline_epochs": 1, "search_evaluations": 4, "search_start": 3, "search_images": 20, "tradeoff": 1.0,
-    }  # fmt: skip
-    first = compress(
-        Source(make(**options, storage=str(tmp_path / "a"))), LocalEngine(), Reporter(quiet=True)
-    )
+    first = compress(Source(make(**TINY, storage=str(tmp_path / "a"))), LocalEngine(), Reporter(quiet=True))
     (key,) = (one["key"] for one in first.manifest["stages"] if one["stage"] == stage)
     others(tmp_path / "b", Store(tmp_path / "b").child("_stages", f"{stage}-{key}"))
-    source = Source(make(**options, storage=str(tmp_path / "b"), on_claim="leave"))
+    source = Source(make(**TINY, storage=str(tmp_path / "b"), on_claim="leave"))
     with refused(HeldError, match=f"^{stage}: is being made by another job"):
         compress(source, LocalEngine(), Reporter(quiet=True))
     (work,) = (tmp_path / "b" / "model=lenet5").glob(f"run=r-*/{WORK}")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from clipq_ray import errors, logs
 from clipq_ray.config import Config
+from clipq_ray.connections import answered
 from clipq_ray.data import batches
 from clipq_ray.data.decoding import Decoded
 from clipq_ray.data.encoded import EncodedSplit
@@ -211,6 +212,7 @@ def _plan(held: Any) -> Reading:
 
 def _decode(pieces: dict[str, Any], key: tuple[Any, ...], split: Any, plan: Any) -> Iterator[dict[str, Any]]:
     """What a task does. Named errors travel as rows, since Ray would wrap them beyond recognition."""
+    answered()
     shape: tuple[int, ...] = (1, 1, 1)
     try:
         images, order = _split(key, split), _plan(plan)

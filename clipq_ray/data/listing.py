@@ -13,8 +13,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from clipq_ray import refusals
-from clipq_ray.errors import ClipqError, DataError
+from clipq_ray import connections, refusals
+from clipq_ray.errors import ClipqError, DataError, StorageError
 from clipq_ray.storage import Store
 
 
@@ -35,7 +35,8 @@ class Listing:
         store = Store(uri)
         with reading(store.uri):
             system, base = store.arrow()
-            found = system.get_file_info(fs.FileSelector(base, recursive=below, allow_not_found=True))
+            wanted = fs.FileSelector(base, recursive=below, allow_not_found=True)
+            found = store.patiently(lambda: system.get_file_info(wanted))
             root = base.rstrip("/") + "/"
             # a name that is no UTF-8 cannot be told
             sizes = {
@@ -64,15 +65,16 @@ class Listing:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever storage or Arrow raise becomes one `DataError` line that names `what`."""
+    """Whatever storage or Arrow raise becomes one line that names `what`: a `StorageError` where the store may answer later, else a `DataError`."""
     try:
         yield
     except ClipqError:
         raise
     except Exception as error:  # fsspec packages and Arrow have exceptions of their own
-        raise DataError(
-            f"cannot read {what}: {refusals.line(error)}; check that it is whole and may be read"
-        ) from error
+        line = f"cannot read {what}: {refusals.line(error)}"
+        if connections.passing(error):
+            raise StorageError(f"{line}; {refusals.advice(error)}") from error
+        raise DataError(f"{line}; check that it is whole and may be read") from error
 
 
 def few(names: list[str] | tuple[str, ...], most: int = 4) -> str:

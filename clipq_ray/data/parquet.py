@@ -148,10 +148,15 @@ class ParquetRows:
         """A `pyarrow.ChunkedArray` of bytes."""
         position, inside = self._groups[group]
         file = self.files[position]
-        with reading(self.listing.at(file.name)), self.listing.open(file.name) as source:
-            reader = pq.ParquetFile(source, metadata=file.metadata)
-            column = reader.read_row_group(inside, columns=[file.image_leaf], use_threads=False).column(0)
-            return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+
+        def read() -> Any:
+            with self.listing.open(file.name) as source:
+                reader = pq.ParquetFile(source, metadata=file.metadata)
+                return reader.read_row_group(inside, columns=[file.image_leaf], use_threads=False).column(0)
+
+        with reading(self.listing.at(file.name)):
+            column = self.listing.store.patiently(read)
+        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict(), "_cached_bytes": 0, "_lock": None}

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from clipq_ray import loading, logs, search, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
-from clipq_ray.errors import ClipqError, DataError, DivergedError, RunError
+from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, RunError
 from clipq_ray.fleet.ensembles import Votes, classes_of, probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import (
@@ -349,6 +349,13 @@ def _steps(shares: Sequence[Share]) -> list[list[int]]:
 
 def without(ensemble: Ensemble, failed: Mapping[str, ClipqError]) -> RunError:
     """Why the other members of an ensemble with one intent are not made."""
+    left = [name for name, error in failed.items() if isinstance(error, HeldError)]
+    names = ", ".join(left if len(left) == len(failed) else failed)
+    words = (
+        "made by another job; run again when that has ended"
+        if len(left) == len(failed)
+        else "failed; run again when that is mended"
+    )
     return RunError(
-        f"its ensemble {ensemble.name} has one intent for all members, and {', '.join(failed)} failed; run again when that is mended"
+        f"its ensemble {ensemble.name} has one intent for all members, and {names} {'are' if len(left) > 1 else 'is'} {words}"
     )

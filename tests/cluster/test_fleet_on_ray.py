@@ -294,7 +294,7 @@ def test_the_second_of_two_jobs_waits_and_takes_the_result_or_leaves(
             os.kill(first.process.pid, signal.SIGCONT)
             assert left.code == 1
             assert "is being made by another job" in "".join(left.lines)
-            said = "fleet: not written, since another job makes some of its runs; submit it again when that has ended"
+            said = "fleet: not written, since another job makes some of its runs or their stages; submit it again when that has ended"
             assert said in left.lines
             assert first.wait().code == 0
             assert second.wait().code == 0

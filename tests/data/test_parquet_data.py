@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from data_files import CLASSES, number_of, numbered, parquet, partly_unreadable, png, write
+from fsspec.implementations.memory import MemoryFileSystem
 from refusals import refused
 
+from clipq_ray import connections
+from clipq_ray.connections import Connection
 from clipq_ray.data import Data, Preprocessing, Split, batches, open_data, open_test
 from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.tensors import TensorSplit
-from clipq_ray.errors import ConfigError, DataError
+from clipq_ray.errors import ConfigError, DataError, StorageError
 from clipq_ray.storage import Store
 from clipq_ray.work import search_images
 
@@ -451,3 +455,32 @@ def test_the_given_cifar10_opens_lazily_with_its_class_names(shared: Path) -> No
     images, labels = data.train.batch(data.train.order(torch.Generator().manual_seed(0))[:64], None)
     assert images.shape == (64, 3, 32, 32)
     assert len(labels.unique()) > 5
+
+
+class Away(MemoryFileSystem):
+    """A store that does not answer a number of requests for files of Parquet."""
+
+    failures = 0
+
+    def isfile(self, path: str) -> bool:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionResetError(errno.ECONNRESET, "reset by the store")
+        return bool(super().isfile(path))
+
+
+def test_row_groups_of_a_store_that_is_away_are_waited_for_and_are_no_mistake_in_the_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    away = Away(skip_instance_cache=True)
+    monkeypatch.setattr(Connection, "open", lambda _: away)
+    monkeypatch.setattr(connections, "delays", lambda limit: iter([0.0, 0.0]))
+    Store("memory://away").write("train-0.parquet", numbered(0, 40))
+    Store("memory://away").write("test-0.parquet", numbered(500, 20))
+    train = opened("memory://away", memory_limit_bytes=3000, validation_images=2).train
+    away.failures = 2
+    assert len(numbers(train, torch.arange(3))) == 3
+    away.failures = 9
+    again = pickle.loads(pickle.dumps(train))  # with no row group kept
+    with refused(StorageError, match=r"cannot read memory://away/train-0\.parquet: "):
+        again.batch(torch.arange(3), None)

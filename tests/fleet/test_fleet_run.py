@@ -294,6 +294,23 @@ def test_what_a_fleet_would_do_has_totals_and_says_what_is_committed(
     assert not (folder / "s" / "model=new").exists()
 
 
+def test_in_what_a_fleet_would_do_members_of_one_intent_are_not_made_without_each_other(
+    tmp_path: Path,
+) -> None:
+    vote = [{"name": "vote", "members": ["lenet_300_100", "lenet5"], "max_drop": 1.0}]
+    other = {"model": "lenet5", "name": "other"}
+    defaults = {name: value for name, value in DEFAULTS.items() if name != "target_ratio"}
+    defaults["storage"] = str(tmp_path / "s")
+    ended = submitted(
+        fleet(tmp_path, [BROKEN, GOOD[0], other], ensembles=vote, defaults=defaults), "--dry-run"
+    )
+    assert (ended.returncode, ended.stderr) == (2, "")
+    assert "network     lenet_300_100 cannot be made: cannot read " in ended.stdout
+    assert "network     lenet5 cannot be made: its ensemble vote has one intent" in ended.stdout
+    assert "network     other (lenet5): 61,706 parameters" in ended.stdout
+    assert "all 3      0 committed already, 2 that cannot be made, 1 to make: about " in ended.stdout
+
+
 def test_in_what_a_fleet_would_do_a_network_that_cannot_be_made_hides_no_other(tmp_path: Path) -> None:
     ended = submitted(fleet(tmp_path, [BROKEN, GOOD[0]]), "--dry-run")
     assert (ended.returncode, ended.stderr) == (2, "")
