@@ -349,13 +349,8 @@ def _steps(shares: Sequence[Share]) -> list[list[int]]:
 
 def without(ensemble: Ensemble, failed: Mapping[str, ClipqError]) -> RunError:
     """Why the other members of an ensemble with one intent are not made."""
-    left = [name for name, error in failed.items() if isinstance(error, HeldError)]
-    names = ", ".join(left if len(left) == len(failed) else failed)
-    words = (
-        "made by another job; run again when that has ended"
-        if len(left) == len(failed)
-        else "failed; run again when that is mended"
-    )
-    return RunError(
-        f"its ensemble {ensemble.name} has one intent for all members, and {names} {'are' if len(left) > 1 else 'is'} {words}"
-    )
+    names = ", ".join(failed)
+    why = f"{names} failed; run again when that is mended"
+    if all(isinstance(error, HeldError) for error in failed.values()):
+        why = f"another job makes {names}; run again when it has ended"
+    return RunError(f"its ensemble {ensemble.name} has one intent for all members, and {why}")

@@ -28,7 +28,7 @@ from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, Ru
 from clipq_ray.evaluate import evaluate
 from clipq_ray.fleet.ensembles import classes_of, probabilities, together
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_out
+from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_out, without
 from clipq_ray.intent import Drop, Intent, Outcome, next_request
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
@@ -389,3 +389,12 @@ def test_a_members_round_that_diverges_leaves_the_round_that_all_have(tmp_path: 
 def test_votes_that_are_no_numbers_are_for_no_class() -> None:
     votes = np.array([[0.1, 0.9], [math.nan, 0.2], [0.7, 0.3]])
     assert classes_of(votes).tolist() == [1, -1, 0]
+
+
+def test_members_of_an_ensemble_are_told_why_the_others_are_not_made() -> None:
+    vote = Ensemble("vote", ("one", "two", "three"), ("max_drop", 1.0))
+    left: dict[str, ClipqError] = {"one": HeldError("another job's"), "two": HeldError("another job's")}
+    assert str(without(vote, left)).endswith("another job makes one, two; run again when it has ended")
+    assert str(without(vote, {**left, "two": RunError("broke")})).endswith(
+        "one, two failed; run again when that is mended"
+    )
