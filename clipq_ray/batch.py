@@ -234,7 +234,9 @@ class _Job:
         """Search all units; what stops that is the error of those of which something is `left` then, and no other's."""
         numbers = [number for unit in left for number in unit]
         try:
-            searches = [self.found[number].search.within_deadline() for number in numbers]
+            searches = [self.found[number].search for number in numbers]
+            for one in searches:
+                one.keep_deadline()
             search_all(searches, self._engine, reporter, searched)
         except Exception as error:
             told = error if isinstance(error, ClipqError) else self._unexpected(error)

@@ -68,8 +68,21 @@ def logits(output: Any) -> Tensor:
 
 def scores(network: nn.Module, images: Tensor, advice: str) -> Tensor:
     """`logits` of a network that may be anybody's, so that whatever it raises is a `ModelError` in one line, which ends with `advice`."""
-    try:
+    with _answering(images, advice):
         return logits(network(images))
+
+
+def gradients(network: nn.Module, images: Tensor, labels: Tensor, advice: str) -> None:
+    """Those of a step of a network in training mode, as `scores`; labels are folded into its outputs."""
+    with _answering(images, advice):
+        output = logits(network(images))
+        nn.functional.cross_entropy(output.float(), labels % output.shape[1]).backward()
+
+
+@contextmanager
+def _answering(images: Tensor, advice: str) -> Iterator[None]:
+    try:
+        yield
     except ClipqError:
         raise
     except Exception as error:  # torchvision's assert

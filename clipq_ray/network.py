@@ -90,7 +90,7 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
     values of the network are as before.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    _refuse_unstorable(state)
+    refuse_unstorable(state)
     refuse_overlaid(state)
     ties = names_of_one(state, but=_COUNTER)
     groups = _Groups(state, _kinds(model, ties), _matching(keep, state, ties))
@@ -108,7 +108,8 @@ def inventory(model: nn.Module, sample: Tensor, keep: Sequence[str] = ()) -> Inv
     return groups.result(ties, [name for name in frozen if name not in dropped])
 
 
-def _refuse_unstorable(state: Mapping[str, Any]) -> None:
+def refuse_unstorable(state: Mapping[str, Any]) -> None:
+    """`ModelError` for what no file can hold in a state dict with its parameters."""
     for name, value in state.items():
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise ModelError(
@@ -313,7 +314,13 @@ class _Groups:
             self.dropped.append(name)
         elif not tensor.is_floating_point():
             self.integers.append(name)
-        elif parameter and tensor.dim() >= 2 and kind not in (None, "embedding") and name not in self.wanted:
+        elif (
+            parameter
+            and tensor.dim() >= 2
+            and kind not in (None, "embedding")
+            and name not in self.wanted
+            and tensor.numel()
+        ):
             self.layers.append(Layer(name, str(kind), tuple(tensor.shape), tensor.numel()))
         else:
             self.kept.append(name)

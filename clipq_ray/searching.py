@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class Searched:
     error: float
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Search:
-    """The search of one network: where its trials go, and what makes them."""
+    """The search of one network: where its trials go, and what makes them; both change where another job makes it too (`beside`)."""
 
     run: Run
     key: str
@@ -64,16 +65,20 @@ class Search:
         """Whether all trials are there."""
         return self.store.exists(DONE) and not self.task.open_groups()
 
-    def within_deadline(self) -> Search:
-        """The same, ending by the run's deadline as it is now."""
-        return replace(self, task=replace(self.task, deadline=stages.deadline_of(self.run, "search")))
+    def keep_deadline(self) -> None:
+        """End by the run's deadline as it is now."""
+        self.task = replace(self.task, deadline=stages.deadline_of(self.run, "search"))
+
+    def move(self, inputs: Mapping[str, Any]) -> None:
+        """Go to where the search of these `inputs` lies."""
+        self.key, store = self.run.stage_store("search", inputs)
+        self.task = replace(self.task, output=store.uri)
 
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
         found = read_trials(self.task)
-        fewest = min(len(points) for points in found.values())
-        # another job whose time was over may have begun groups that this one then searched in full
-        if read_record(self.store, DONE)["late"] and fewest < self.task.settings.evaluations:
+        if read_record(self.store, DONE)["late"]:
+            fewest = min(len(points) for points in found.values())
             self.run.notes.append(
                 f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer or group by --deadline-hours"
             )
@@ -168,10 +173,17 @@ def search_all(
                 waiting[:] = [left for left in waiting if left is not other]
                 over(other, False, None)
 
+    def move(one: Search) -> None:
+        """Away from what another job makes, with the searches of this job that share its trials: what a deadline cuts short must not take the place of what that one ends."""
+        shared, inputs = numbers.pop(one.task.output), one.run.beside({"search": one.key})
+        for number in shared:
+            searches[number].move(inputs)
+        numbers[one.task.output] = shared
+
     began, said = time.monotonic(), set[str]()
     try:
         while waiting:
-            waiting[:], own = _taken(_missing(waiting, over), held, said, over)
+            waiting[:], own = _taken(_missing(waiting, over), held, said, over, move)
             late = time.monotonic() - began
             own = [replace(one, task=one.task.after(late)) for one in _missing(own, over)]
             if own:
@@ -184,9 +196,10 @@ def search_all(
 
 
 def _taken(
-    missing: Sequence[Search], held: dict[str, sharing.Mine], said: set[str], over: _Over
-) -> tuple[list[Search], list[Search]]:
-    """Those of `missing` that other jobs make, and those that are this job's, which `held` holds then; `over` is told of those that are not to be waited for."""
+    missing: Sequence[Search], held: dict[str, sharing.Mine], said: set[str], over: _Over, move: Callable[[Search], None],
+) -> tuple[list[Search], list[Search]]:  # fmt: skip
+    """Those of `missing` that other jobs make, and those that are this job's, which `held` holds then; `over` is told of those that are not to be waited for, `move`
+    of those that it makes beside another job."""
     waiting, own = [], []
     for one in missing:
         try:
@@ -197,6 +210,8 @@ def _taken(
         if mine is None:
             waiting.append(one)
         else:
+            if mine.beside:
+                move(one)
             held[one.task.output] = mine
             own.append(one)
     return waiting, own

@@ -17,7 +17,9 @@ from clipq_ray import models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Preprocessing, open_data
 from clipq_ray.errors import ConfigError, DataError, ModelError
-from clipq_ray.evaluate import scores
+from clipq_ray.evaluate import gradients, scores
+from clipq_ray.network import refuse_unstorable
+from clipq_ray.trainable import training_mode
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,14 @@ class Source:
     def network(self) -> nn.Module:
         """A new network with weights seeded by the run."""
         if self.module is not None:
-            return copy.deepcopy(self.module).cpu()  # a caller may have trained it on a GPU
-        architecture = self.architecture()
-        assert architecture is not None
-        with seeds.everywhere(self.config.seed, "initial weights"):
-            return models.build(architecture, allow_import=":" in self.config.model)
+            network = _copied(self.module).cpu()  # a caller may have trained it on a GPU
+        else:
+            architecture = self.architecture()
+            assert architecture is not None
+            with seeds.everywhere(self.config.seed, "initial weights"):
+                network = models.build(architecture, allow_import=":" in self.config.model)
+        refuse_unstorable(network.state_dict(keep_vars=True))
+        return network
 
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width [pixels] of the network's input."""
@@ -134,9 +139,10 @@ class Source:
                 self.architecture()
 
     def check_fit(self) -> None:
-        """One image through the network: it must take the data's size, have an output for every label, and something to train, in batches that it takes."""
+        """Two images through the network: it must take the data's size, have an output for every label, and something to train, in batches that it takes, by the
+        loss of its class scores. What only training mode does would else be met behind the search."""
         data, network = self.data(), self.network()
-        images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
+        images, labels = data.train.batch(torch.arange(min(2, len(data.train))), None)
         self._check_sides(min(images.shape[2:]))
         whole = all(one.dtype == torch.float32 for one in network.parameters() if one.is_floating_point())
         own = ", and for its channels the numbers of --mean" if ":" in self.config.model else ""
@@ -151,9 +157,13 @@ class Source:
             raise ModelError(
                 "expected parameters to fine-tune, got a network without any that has requires_grad; call .requires_grad_(True) on it first"
             )
+        advice = "in training mode, in which it is fine-tuned, it must return class scores (alone, first, or as logits) for images alone"
         if min(self.config.batch_size, len(data.train)) < 2 * self.config.workers:
             advice = f"it may be too few for training: raise --batch-size ({self.config.batch_size}, shared by {self.config.workers} workers)"
-            scores(network.train(), images[:1], advice)  # batch norm wants two values of each channel
+            images, labels = images[:1], labels[:1]  # batch norm wants two values of each channel
+        training_mode(network)
+        with seeds.everywhere(self.config.seed, "check"):
+            gradients(network, images, labels, advice)
 
     def _check_sides(self, pixels: int) -> None:
         """What moves or masks an image must leave something of it."""
@@ -172,6 +182,18 @@ class Source:
         if wanted == "cuda" and not there and self.config.engine == "local":
             raise ConfigError("--device: expected a GPU on this machine, got none; use --device cpu")
         return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares nothing; `ModelError` where torch makes none, as of tensors that were computed."""
+    try:
+        return copy.deepcopy(module)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ModelError(
+            f"expected a network that can be copied, got: {reason}; make pruning and weight norm permanent (torch.nn.utils.prune.remove, remove_weight_norm), "
+            "and detach tensors that it keeps from one call to the next"
+        ) from error
 
 
 _DATA_OPTIONS = (

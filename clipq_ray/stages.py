@@ -113,7 +113,7 @@ class Run:
                         time.sleep(sharing.WAIT_SECONDS)
                     continue
                 if mine.beside:  # what a deadline cuts short must not take the place of what its maker ends
-                    return self.stage(name, {**inputs, "beside": self._maker().work}, finished, make)
+                    return self.stage(name, self.beside(inputs), finished, make)
                 with mine:
                     if not store.exists(finished):
                         self._made(name, key, store, make)
@@ -139,6 +139,10 @@ class Run:
             self.reporter.say(f"{words}; waiting for it, --on-claim leave would end here ({store.uri})")
             said.add(words)
         return None
+
+    def beside(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a stage that this run makes for itself alone."""
+        return {**inputs, "beside": self._maker().work}
 
     def _maker(self) -> sharing.Maker:
         """What this run is called in the stages that it makes."""

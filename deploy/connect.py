@@ -15,7 +15,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
@@ -29,6 +29,10 @@ def edited(cluster: str) -> None:
     """`Refused` with the line where the file is no YAML, as long as it has a mark."""
     try:
         yaml.safe_load(Path(cluster).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(
+            f"{cluster}: expected a cluster file as UTF-8 text, got what cannot be read as such ({error})"
+        ) from error
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark.line if error.problem_mark else 0) + 1
         raise Refused(
@@ -47,7 +51,12 @@ def fetched(cluster: str) -> Path:
     target = folder / name
     target.unlink(missing_ok=True)
     command = ["ray", "rsync-down", cluster, "~/.ray/auth_token", str(target)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise Refused(
+            "expected the command `ray`, got none; activate the environment that has it (. .venv/bin/activate)"
+        ) from error
     if ended.returncode or not target.is_file():
         said = [line.strip() for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
         raise Refused(
@@ -72,9 +81,15 @@ def check(address: str, token: str, cluster: str) -> None:
         raise Refused(
             f"no job server answers at {address} ({error}); run `ray dashboard {cluster}` in another terminal and leave it"
         ) from error
-    if theirs != version("ray"):
+    try:
+        ours = version("ray")
+    except PackageNotFoundError as error:
         raise Refused(
-            f"expected the cluster's Ray {theirs} on this machine, got {version('ray')}; pip install 'ray[default]=={theirs}', "
+            f"expected Ray {theirs} on this machine, got none; pip install 'ray[default]=={theirs}'"
+        ) from error
+    if theirs != ours:
+        raise Refused(
+            f"expected the cluster's Ray {theirs} on this machine, got {ours}; pip install 'ray[default]=={theirs}', "
             f"or bring this one to the cluster: ray up {cluster}"
         )
 

@@ -73,3 +73,32 @@ def test_another_error_of_numba_is_no_lack_of_a_place(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiled, "njit", refuse)
     with pytest.raises(RuntimeError, match="something else"):
         compiled.cached(nogil=True)(abs)
+
+
+def test_what_calls_compiled_functions_of_another_file_is_compiled_anew_when_that_is_edited(
+    tmp_path: Path,
+) -> None:
+    inner, outer = tmp_path / "inner_kernels.py", tmp_path / "outer_kernels.py"
+    outer.write_text(
+        "import inner_kernels\n"
+        "from clipq_ray.compiled import cached, source_of\n"
+        "@cached(nogil=True)\n"
+        "def twice(x, of=source_of(inner_kernels)):\n"
+        "    return 2 * inner_kernels.changed(x)\n"
+    )
+    found = []
+    for more in (1, 1, 5):
+        inner.write_text(
+            f"from clipq_ray.compiled import cached\n@cached(nogil=True)\ndef changed(x):\n    return x + {more}\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", "import outer_kernels as o; print(o.twice(10), sum(o.twice.stats.cache_hits.values()))"],
+            capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        )  # fmt: skip
+        found.append(done.stdout.split())
+    assert found == [["22", "0"], ["22", "1"], ["30", "0"]]
+
+
+def test_the_whole_operator_is_compiled_anew_when_its_thresholds_are_edited() -> None:
+    assert kernels.whole_layer.py_func.__defaults__ == (compiled.source_of(selection),)

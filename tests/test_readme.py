@@ -44,7 +44,9 @@ def test_make_targets_exist() -> None:
     [
         pytest.param("resnet56-cifar10-noloss", "cifar10", marks=pytest.mark.slow),
         pytest.param("resnet20-cifar10-noloss", "cifar10", marks=pytest.mark.slow),
+        pytest.param("resnet20-cifar10-small", "cifar10", marks=pytest.mark.slow),
         ("lenet5_caffe-mnist-noloss", "mnist"),
+        ("lenet5_caffe-mnist-small", "mnist"),
         ("lenet_300_100-mnist-noloss", "mnist"),
     ],
 )
@@ -61,6 +63,13 @@ def test_a_record_scores_what_the_readme_says(shared: Path, record: str, data: s
     assert (f"{float(found[1]):.1f}x", found[2]) == (ratio, top1)
     assert size in printed
     assert before in printed
+
+
+def test_every_row_of_the_first_table_is_a_record() -> None:
+    table = README.partition("\n\n| network, data |")[2].partition("\n\n")[0]
+    sizes = [int(line.split("|")[3].replace(",", "")) for line in table.splitlines()[2:]]
+    files = {path.stem: path.stat().st_size for path in (ROOT / "bench" / "records").glob("*-*-*.clq")}
+    assert sorted(sizes) == sorted(files.values())
 
 
 def test_the_commands_on_a_file_run(tmp_path: Path) -> None:

@@ -288,6 +288,27 @@ def test_a_search_that_is_not_to_be_waited_for_is_left_and_the_others_are_made(t
     assert ended[1] is None
 
 
+def test_a_search_with_no_time_left_is_made_beside_that_of_a_job_that_has_it(tmp_path: Path) -> None:
+    run = started(tmp_path, reporter := Heard(lambda: None), deadline_hours=1e-6)
+    first, same, engine = (
+        search(run, 0, deadline_hours=1e-6),
+        search(run, 0, deadline_hours=1e-6),
+        Searching(),
+    )
+    theirs = first.store
+    others(tmp_path, theirs)
+    ended: list[tuple[int, ClipqError | None]] = []
+    search_all([first, same], engine, reporter, lambda number, error: ended.append((number, error)))
+    assert sorted(ended, key=str) == [(0, None), (1, None)]
+    assert engine.calls == [[first.task.output]]
+    assert first.task.output == same.task.output != theirs.uri
+    assert first.finished
+    assert [name for name in theirs.names() if sharing.MAKING not in name] == []
+    assert [one["key"] for one in (*first.run.stages, *same.run.stages)] == [first.key, first.key]
+    search_all([first], engine, reporter, lambda number, error: ended.append((number, error)))
+    assert len(engine.calls) == 1
+
+
 def test_a_search_that_fails_or_is_left_by_another_job_is_the_next_ones(tmp_path: Path) -> None:
     run = started(tmp_path, reporter := Heard(lambda: other.end()))
     first, second = search(run, 0), search(run, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from refusals import refused
 from torch import nn
+from torch.nn.utils import prune
 
 from clipq_ray.config import make
 from clipq_ray.errors import ConfigError, ModelError
@@ -90,6 +92,45 @@ def test_a_network_in_half_precision_is_refused_with_what_to_do() -> None:
     half = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).half()
     with pytest.raises(ModelError, match=r"got: .*; call \.float\(\) on the network first$"):
         Source(make(limit_images=20, engine="local"), half).check_fit()
+
+
+class Learning(nn.Module):
+    """Wants labels in training mode, as detection networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        scores: torch.Tensor = self.linear(images.flatten(1))
+        return nn.functional.cross_entropy(scores, labels) if self.training else scores  # type: ignore[arg-type]
+
+
+class Stateful(nn.Module):
+    """Holds something else than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: Learning(), "got: cross_entropy.*; in training mode, in which it is fine-tuned, it must return class scores"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), r"got 1\.weight without a shape \(lazy\); run the network once before"),
+        (lambda: Stateful(), "got _extra_state of dict; convert it"),
+        (lambda: prune.l1_unstructured(linear()[2], "weight", 0.5), r"that can be copied, got: .*; make pruning and weight norm permanent"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_behind_the_search_is_said_before_it(
+    model: Callable[[], nn.Module], words: str
+) -> None:
+    with refused(ModelError, match=words):
+        Source(make(limit_images=20, engine="local"), model()).check_fit()
 
 
 def test_one_set_of_images_is_held_at_a_time() -> None:

@@ -95,7 +95,12 @@ class Watched(Run):
 
 
 def decided(
-    tmp_path: Path, model: nn.Module, number: int = 1, data: Data | None = None, size: Size | None = None
+    tmp_path: Path,
+    model: nn.Module,
+    number: int = 1,
+    data: Data | None = None,
+    size: Size | None = None,
+    **options: Any,
 ) -> tuple[str, dict[str, Any], TrainTask]:
     """The key of a training of a network from its own start, what decided it, and the task."""
 
@@ -107,7 +112,7 @@ def decided(
 
     tasks: list[TrainTask] = []
     source = Source(
-        make(limit_images=20, weights="train", storage=str(tmp_path), engine="local"), model, data
+        make(limit_images=20, weights="train", storage=str(tmp_path), engine="local", **options), model, data
     )
     run = Watched(source, Noting(), Reporter(quiet=True), Store(tmp_path), threading.Lock())
     with run.turn:
@@ -156,6 +161,39 @@ def test_what_classes_are_called_decides_a_training_that_is_held_at_a_file_of_a_
     ]
     assert keys[0] == keys[2]  # plain weights do not know them
     assert keys[1] != keys[3]
+
+
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [
+        ({"precision": "bfloat16"}, False),
+        ({"shift_pixels": 1}, False),
+        ({"deadline_hours": 9.0}, False),
+        ({"seed": 1}, False),
+        ({"profile": "small"}, True),
+        ({"vectors": "exact"}, True),
+        ({"dead_units": "keep"}, True),
+        ({"unit_order": "given"}, True),
+        ({"keep": ("nothing*",)}, True),
+    ],
+)
+def test_an_option_that_decides_a_training_is_in_its_key(
+    tmp_path: Path, options: dict[str, Any], held: bool
+) -> None:
+    data = Source(make(limit_images=20)).data()
+    inventory = network.inventory(net(), data.train.batch(torch.arange(2), None)[0], ())
+
+    def keys(size: Size | None) -> list[str]:
+        places = (tmp_path / f"{number}{size is None}" for number in range(2))
+        return [
+            decided(place, net(), data=data, size=size, **given)[0]
+            for place, given in zip(places, ({}, options), strict=True)
+        ]
+
+    of_a_size = keys(Size(900, inventory, None))
+    assert of_a_size[0] != of_a_size[1]
+    free = keys(None)
+    assert (free[0] != free[1]) is not held  # how a file is packed decides nothing else
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,30 @@ a script, whose other lines may change). Values count, addresses and the order o
 
 from __future__ import annotations
 
+import argparse
 import builtins
+import datetime
 import functools
 import hashlib
 import inspect
 import json
+import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from enum import Enum
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from fractions import Fraction
+from pathlib import PurePath
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -26,9 +41,12 @@ _LIBRARIES = {"torch", "torchvision", *sys.stdlib_module_names}
 """Their versions count by themselves."""
 _OF_MODULES = set(vars(nn.Module()))
 _PLAIN = (
-    bool, int, float, complex, str, bytes, range, slice, Enum, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout,
+    bool, int, float, complex, str, bytes, range, slice, Enum, np.generic, Decimal, Fraction, PurePath, re.Pattern, datetime.date, datetime.time, datetime.timedelta,
+    torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout,
 )  # fmt: skip
 """What is told by its text."""
+_HOLDERS = (SimpleNamespace, argparse.Namespace)
+"""Of Python's own: what a user keeps in them is the user's."""
 
 
 def definition_sha256(model: nn.Module, maker: Callable[..., Any] | None = None) -> str:
@@ -49,6 +67,28 @@ def _in_a_library(one: Any) -> bool:
     if name == "builtins":
         return getattr(builtins, one.__qualname__.partition(".")[0], None) is not None
     return name.partition(".")[0] in _LIBRARIES
+
+
+def _names(code: CodeType) -> dict[str, None]:
+    """What a function's code names, and that of the functions, generators and comprehensions in it, in order."""
+    inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
+    return dict.fromkeys([*code.co_names, *inner])
+
+
+def _held(value: Any) -> dict[str, Any] | None:
+    """What an object holds; None of a library's: locks, loggers and caches change while they are used."""
+    of = type(value)
+    own = isinstance(value, _HOLDERS) or of.__module__.startswith("torchvision.transforms")
+    if _in_a_library(of) and not own:
+        return None
+    places = [
+        (name, place)
+        for one in of.__mro__
+        for name, place in vars(one).items()
+        if isinstance(place, MemberDescriptorType) and not _in_a_library(one)
+    ]
+    slots = {name: place.__get__(value) for name, place in places if hasattr(value, name)}
+    return slots | getattr(value, "__dict__", {})
 
 
 class _Told:
@@ -99,11 +139,18 @@ class _Told:
         """What a state dict holds, without the values of tensors."""
         return [list(value.shape), str(value.dtype)] if isinstance(value, Tensor) else self.of(value)
 
-    def tensor(self, value: Any) -> Any:
-        """A tensor or array by its values."""
+    def array(self, value: np.ndarray[Any, Any]) -> Any:
+        """An array by its values, of whatever they are."""
+        told = ["array", list(value.shape), value.dtype.str]
+        if value.dtype.hasobject:
+            return [*told, self.of(value.tolist())]
+        return [*told, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
+
+    def tensor(self, value: Tensor | None) -> Any:
+        """A tensor by its values."""
         if value is None:
             return None
-        array = torch.as_tensor(value).detach().cpu().contiguous()
+        array = value.detach().cpu().contiguous()
         data = array.flatten().view(torch.uint8).numpy().tobytes() if array.numel() else b""
         return ["tensor", list(array.shape), str(array.dtype), hashlib.sha256(data).hexdigest()]
 
@@ -121,13 +168,13 @@ class _Told:
             return ["import", value.__name__]
         if (number := self._again(value)) is not None:
             return ["again", number]
-        if isinstance(value, list):
-            return ["list", [self.of(one) for one in value]]
+        if isinstance(value, (list, deque)):
+            return [type(value).__name__, [self.of(one) for one in value]]
         if isinstance(value, dict):
             return ["dict", [(self.of(key), self.of(one)) for key, one in value.items()]]
-        if isinstance(value, (Tensor, np.ndarray)):
+        if isinstance(value, Tensor):
             return self.tensor(value)
-        return self._code(value)
+        return self.array(value) if isinstance(value, np.ndarray) else self._code(value)
 
     def _code(self, value: Any) -> Any:
         """Classes, what can be called, and other objects."""
@@ -143,9 +190,7 @@ class _Told:
             return ["property", self.of(value.fget), self.of(value.fset)]
         if inspect.isroutine(value):
             return ["routine", str(getattr(value, "__module__", None)), value.__qualname__]
-        # what libraries keep in their objects (locks, loggers, caches) changes while they are used
-        held = None if _in_a_library(type(value)) else getattr(value, "__dict__", None)
-        return ["object", self.of(type(value)), self.of(held)]
+        return ["object", self.of(type(value)), self.of(_held(value))]
 
     def _class(self, one: type) -> Any:
         name = [one.__module__, one.__qualname__]
@@ -168,7 +213,7 @@ class _Told:
         closed = [self.of(cell.cell_contents) for cell in one.__closure__ or () if cell != CellType()]
         # of a script the file is not told, so what its functions name is
         names = [
-            key for key in one.__code__.co_names if key in one.__globals__ and one.__module__ == "__main__"
+            key for key in _names(one.__code__) if key in one.__globals__ and one.__module__ == "__main__"
         ]
         named = [(key, self.of(one.__globals__[key])) for key in names]
         return [

@@ -36,13 +36,13 @@ _EXPORT = "export the tensors with safetensors.torch.save_file(model.state_dict(
 
 
 def read_weights(uri: str, architecture: Architecture | None) -> dict[str, Tensor]:
-    """The state dict at `uri`, on the CPU; "torchvision" are the published weights of `architecture`.
+    """The state dict at `uri`, on the CPU, under the names that stand there; "torchvision" are the published weights of `architecture`.
 
     A checkpoint's `state_dict`, `model` or `model_state_dict` is taken out of it. `StorageError` if the file cannot be read,
     `ModelError` if it holds something else than tensors.
     """
     if uri == "torchvision":
-        return plain_names(_published(architecture))
+        return _published(architecture)
     store, name = Store.of_file(uri)
     data = store.read(name)
     if not data:
@@ -61,7 +61,7 @@ def read_weights(uri: str, architecture: Architecture | None) -> dict[str, Tenso
         raise ModelError(
             _unreadable(uri, "safetensors" if safe else "a state dict of tensors", error)
         ) from error
-    return plain_names(_state_of(content, uri))
+    return _state_of(content, uri)
 
 
 def _load_checkpoint(data: bytes) -> Any:

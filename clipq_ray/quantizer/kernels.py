@@ -14,7 +14,8 @@ import math
 import numpy as np
 from numba import float64, int32, int64, uint8, uint32
 
-from clipq_ray.compiled import cached
+from clipq_ray.compiled import cached, source_of
+from clipq_ray.quantizer import selection
 from clipq_ray.quantizer.selection import CHUNK, SURVEY, guess, rank_of, select, settle, survey, track
 
 _CELLS = 4096
@@ -23,6 +24,7 @@ _NARROW, _WIDE = 1e-30, 1e30  # between them the width of a cell is far from flo
 _COMPARED = 31
 """Up to so many walls, comparing with each costs less than a look-up by cell (measured: 0.03 ns each against 1.2 ns)."""
 _STEPS = 4
+_SELECTION = source_of(selection)
 
 
 @cached(nogil=True)
@@ -234,11 +236,26 @@ def look_up(index, table, values):
 
 @cached(nogil=True)
 def whole_layer(
-    weights, values, index, fresh, p, share, lo, hi, halves, inside, walls, edges, numbers, table, counts
+    weights,
+    values,
+    index,
+    fresh,
+    p,
+    share,
+    lo,
+    hi,
+    halves,
+    inside,
+    walls,
+    edges,
+    numbers,
+    table,
+    counts,
+    of=_SELECTION,
 ):
     """All steps on one layer by one thread; -1 for NaN or infinity, else how many weights changed their state.
 
-    The arrays are those of `on_cpu._Layer`; `fresh` is 1 in the first pass, which has nothing to compare with.
+    The arrays are those of `on_cpu._Layer`; `fresh` is 1 in the first pass, which has nothing to compare with; `of` is for the cache on disk.
     """
     bits = weights.view(np.int32)
     results, clips, largest = np.empty((1, SURVEY), np.int64), np.empty(2, np.int32), np.empty(2, np.int32)

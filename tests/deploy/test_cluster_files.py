@@ -116,6 +116,16 @@ def test_the_working_directory_of_a_job_is_far_below_ray_s_limit(tmp_path: Path)
         assert not any(excluded(ROOT / name) for excluded in found), name
 
 
+@pytest.mark.parametrize(
+    ("addresses", "taken"),
+    [("203.0.113.7/32", True), ("10.0.0.0/8", True), ("0.0.0.0/0", False), ("203.0.113.7/0", False), ("0.0.0.0/1", False), ("1.2.3.4/33", False)],
+)  # fmt: skip
+def test_ssh_is_open_to_some_addresses_at_most(addresses: str, taken: bool) -> None:
+    text = (ROOT / "deploy" / "aws.yaml").read_text()
+    (found,) = re.findall(r"SshFrom:\n    Type: String\n    AllowedPattern: (.*)\n", text)
+    assert bool(re.fullmatch(yaml.safe_load(found), addresses)) is taken
+
+
 @pytest.fixture
 def aws(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """An account as deploy/aws.yaml leaves it, in moto, with a second network whose subnets come first; security groups and instances are read through the client."""

@@ -195,6 +195,22 @@ def test_a_cluster_file_that_is_none_is_one_line() -> None:
     ]
 
 
+def test_a_cluster_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_bytes(b"cluster_name: \xff\n")
+    (said,) = connected(str(tmp_path / "cluster.yaml"))
+    assert "expected a cluster file as UTF-8 text" in said
+
+
+def test_without_ray_s_command_it_is_said_what_to_activate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cluster.yaml").write_text("cluster_name: a\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (said,) = connected(str(tmp_path / "cluster.yaml"))
+    assert said.startswith("connect: expected the command `ray`, got none; activate the environment")
+
+
 @pytest.mark.parametrize("name", ["cluster.yaml", "deploy/on-premises.yaml"])
 def test_a_cluster_file_that_is_not_edited_is_one_line_with_the_number_of_the_line(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import os
 import subprocess
 import sys
+from collections import deque
+from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import transforms
 
 from clipq_ray.models import definition_sha256, imported
 
@@ -60,6 +67,11 @@ class Holding(nn.Module):
         self.register_buffer("constant", buffer, persistent=False)
 
 
+@dataclass(slots=True)
+class Slotted:
+    scale: int
+
+
 def closed(number: int) -> Any:
     return lambda x: x + number
 
@@ -96,6 +108,18 @@ DIFFER: dict[str, tuple[Any, Any]] = {
     "hooks": (hooked(1), hooked(2)),
     "modules in a list": (own_order("linear", "other"), own_order("other", "linear")),
     "graphs": (graph(torch.relu), graph(torch.tanh)),
+    "parsed arguments": (Holding(argparse.Namespace(scale=1)), Holding(argparse.Namespace(scale=2))),
+    "namespaces": (Holding(SimpleNamespace(scale=1)), Holding(SimpleNamespace(scale=2))),
+    "numbers of numpy": (Holding(np.float32(1.0)), Holding(np.float32(1.5))),
+    "types of numbers": (Holding(np.int32(1)), Holding(np.int64(1))),
+    "arrays": (Holding(np.array([1.0, 2.0])[::-1]), Holding(np.array([1.0, 2.0]))),
+    "arrays of text": (Holding(np.array(["cat", "dog"])), Holding(np.array(["dog", "cat"]))),
+    "arrays of objects": (Holding(np.array([1, "a"], object)), Holding(np.array([2, "a"], object))),
+    "objects with slots": (Holding(Slotted(1)), Holding(Slotted(2))),
+    "paths": (Holding(Path("a")), Holding(Path("b"))),
+    "decimals": (Holding(Decimal("0.1")), Holding(Decimal("0.2"))),
+    "queues": (Holding(deque([1, 2])), Holding(deque([2, 1]))),
+    "transforms": (Holding(transforms.CenterCrop(8)), Holding(transforms.CenterCrop(9))),
 }
 
 
@@ -175,7 +199,11 @@ class Own(nn.Module):
     def small(x):
         return x.{what}()
     def forward(self, x):
-        return active(x) if self.mode in {{"a", "b"}} else self.small(x)
+        each = [scaled(one) for one in x]
+        return active(x) + sum(each) if self.mode in {{"a", "b"}} else self.small(x)
+scale = {scale}
+def scaled(x):
+    return (lambda: x * scale)()
 # {comment}
 from clipq_ray.models import definition_sha256
 print(definition_sha256(Own()))
@@ -183,9 +211,9 @@ print(definition_sha256(Own()))
 
 
 def test_of_a_script_the_classes_alone_count(tmp_path: Path) -> None:
-    def said(what: str, comment: str, mode: str = "a", seed: str = "1") -> str:
+    def said(what: str, comment: str, mode: str = "a", seed: str = "1", scale: int = 1) -> str:
         script = tmp_path / "script.py"
-        script.write_text(SCRIPT.format(what=what, comment=comment, mode=mode))
+        script.write_text(SCRIPT.format(what=what, comment=comment, mode=mode, scale=scale))
         root = str(Path(__file__).parents[2])
         return subprocess.run(
             [sys.executable, str(script)], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": seed}
@@ -194,3 +222,4 @@ def test_of_a_script_the_classes_alone_count(tmp_path: Path) -> None:
     first = said("relu", "one")
     assert first == said("relu", "two", seed="2")
     assert first not in (said("tanh", "one"), said("relu", "one", mode="b"))
+    assert first != said("relu", "one", scale=2)  # named in a comprehension and a lambda alone

@@ -74,10 +74,11 @@ def test_a_checkpoint_gives_the_same_tensors_in_whatever_form(
     state = dict(lenet.state_dict())
     torch.save(WRAPPED[form](state), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     read = read_weights(str(tmp_path / "w.pth"), None)
-    assert list(read) == list(state)
-    assert weights_sha256(read) == weights_sha256(state)
+    assert [name.removeprefix("module.").removeprefix("_orig_mod.") for name in read] == list(state)
     assert not any(value.requires_grad for value in read.values())
-    assert apply_weights(lenet, read, "w.pth") == []
+    other = models.build(Architecture("lenet5"))
+    assert apply_weights(other, read, "w.pth") == []
+    assert weights_sha256(other.state_dict()) == weights_sha256(state)
 
 
 def test_weights_are_read_from_any_uri_and_safetensors_known_by_their_content(
@@ -230,9 +231,17 @@ def test_weights_in_torchvisions_published_spelling_fit_its_networks(
         assert set(published) != set(model.state_dict())
     weights = torchvision.models.get_model_weights(name)
     monkeypatch.setattr(weights, "get_state_dict", lambda self, *args, **kwargs: published)
-    read = read_weights("torchvision", arch)
-    assert apply_weights(model, read, "torchvision") == []
-    assert weights_sha256(model.state_dict()) == weights_sha256(read)
+    expected = weights_sha256(moved(model))
+    assert apply_weights(model, read_weights("torchvision", arch), "torchvision") == []
+    assert weights_sha256(model.state_dict()) == expected
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_a_network_whose_own_names_look_wrapped_takes_its_weights(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(OrderedDict([(name, nn.Linear(3, 2))]))
+    expected = moved(model)
+    assert apply_weights(model, read_weights(written(tmp_path / "w.pt", expected), None), "w.pt") == []
+    assert weights_sha256(model.state_dict()) == weights_sha256(expected)
 
 
 # Applying
