@@ -30,12 +30,17 @@ NOTHING: tuple[Any, ...] = (nn.Dropout, nn.Identity)
 FLAT: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten")
 """From the channels on, all into one dimension."""
 NORM: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_AVERAGE_POOL: tuple[Any, ...] = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+)  # fmt: skip
 BY_CHANNEL: tuple[Any, ...] = (
     nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    F.relu6, F.silu, F.gelu, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, torch.sigmoid, torch.tanh,
+    *_AVERAGE_POOL, F.relu6, F.silu, F.gelu, F.dropout, torch.sigmoid, torch.tanh,
 )  # fmt: skip
 """What treats every channel by itself and all alike, beside the kinds above."""
+_OF_CHANNELS = (*MAX_POOL, *_AVERAGE_POOL, *FLAT)
+"""What knows channels by their dimension, the first behind the batch: a linear layer's units are in the last one."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,9 @@ def _in_graph(
 
 def _followed(node: fx.Node, modules: Mapping[str, nn.Module], through: Collection[Any]) -> Chain | None:
     """From a layer's call to the next layer's, if nothing else sees what lies between."""
-    first, relu = str(node.target), False
+    first, relu, flat = str(node.target), False, False
     norms: list[str] = []
-    units = cast(Any, modules[first]).weight.shape[0]
+    units, linear = cast(Any, modules[first]).weight.shape[0], isinstance(modules[first], nn.Linear)
     while len(node.users) == 1:
         (node,) = node.users
         what = type(modules[str(node.target)]) if node.op == "call_module" else node.target
@@ -123,12 +128,13 @@ def _followed(node: fx.Node, modules: Mapping[str, nn.Module], through: Collecti
             return None
         if what in _UNITS:
             second = str(node.target)
-            return (
-                Chain(first, second, relu, tuple(norms)) if _fits(modules[first], modules[second]) else None
-            )
-        if what not in through or (what in FLAT and not _from_channels(node, modules)):
+            fits = _fits(modules[second], units, flat or linear)
+            return Chain(first, second, relu, tuple(norms)) if fits else None
+        if what not in through or (linear and what in _OF_CHANNELS):
             return None
-        relu = relu or what in RELU
+        if what in FLAT and not _from_channels(node, modules):
+            return None
+        relu, flat = relu or what in RELU, flat or what in FLAT
         if what in NORM:
             norms.append(str(node.target))
             if cast(Any, modules[norms[-1]]).num_features != units:
@@ -145,9 +151,8 @@ def _from_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)
 
 
-def _fits(first: Any, second: Any) -> bool:
-    """Whether the second layer's inputs belong to units of the first in equal parts."""
-    units = first.weight.shape[0]
+def _fits(second: Any, units: int, last: bool) -> bool:
+    """Whether the second layer's inputs belong to the first one's `units` in equal parts; `last`: these lie in the last dimension, where a linear layer has its inputs."""
     if isinstance(second, nn.Linear):
-        return bool(second.in_features % units == 0)
-    return bool(second.groups == 1 and second.in_channels == units)
+        return last and second.in_features % units == 0
+    return bool(not last and second.groups == 1 and second.in_channels == units)

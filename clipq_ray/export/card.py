@@ -95,7 +95,7 @@ def _body(source: Source, dense_bytes: int, base_model: str | None) -> Iterator[
     yield "With torch and safetensors alone:"
     yield ""
     yield from _snippet(*_with_torch(metadata))
-    yield from _images(metadata)
+    yield from _images(source)
     yield (
         "Weights come back as dense float32: the network takes less storage, not less time. The licence is that of the weights it was made of."
     )
@@ -179,8 +179,8 @@ def _of_torchvision(name: str | None) -> bool:
     return name is not None and models.default_weights(name) == "torchvision"
 
 
-def _images(metadata: Mapping[str, Any]) -> Iterator[str]:
-    images = metadata.get("input") or {}
+def _images(source: Source) -> Iterator[str]:
+    images, classes = source.images, source.packed.metadata.get("classes", "?")
     if not images.get("shape"):
         return
     channels, height, width = images["shape"]
@@ -189,8 +189,8 @@ def _images(metadata: Mapping[str, Any]) -> Iterator[str]:
         if images.get("resize")
         else ""
     )
-    yield (
-        f"Images: {channels} x {height} x {width}{resize}; pixel values in 0..1, minus {images['mean']}, divided by {images['std']} per channel. "
-        f"{metadata.get('classes', '?')} classes."
-    )
+    normalised = f"pixel values in 0..1, minus {images['mean']}, divided by {images['std']} per channel"
+    if images["mean"] is None:
+        normalised = "prepared as in training, which the file does not say (its network was given with loaders of one's own, or without normalisation)"
+    yield f"Images: {channels} x {height} x {width}{resize}; {normalised}. {classes} classes."
     yield ""

@@ -33,7 +33,7 @@ def files(source: Source, base_model: str | None = None) -> dict[str, bytes]:
 def config(source: Source) -> dict[str, Any]:
     """What builds the network and prepares its images."""
     metadata = source.packed.metadata
-    architecture, images = metadata.get("architecture") or {}, metadata.get("input") or {}
+    architecture, images = metadata.get("architecture") or {}, source.images
     return {
         "library_name": card.LIBRARY,
         "architecture": architecture.get("name"),

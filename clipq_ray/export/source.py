@@ -40,6 +40,17 @@ class Source:
         named = (self.packed.metadata.get("architecture") or {}).get("name", "network")
         return str(self.run["model"] if self.run and "model" in self.run else named)
 
+    @property
+    def images(self) -> dict[str, Any]:
+        """How images are prepared; `mean` and `std` None where nobody stated them: of a caller's own loaders the file has pixels as they came."""
+        stated: dict[str, Any] = dict(self.packed.metadata.get("input") or {})
+        plain = (
+            stated and stated["resize"] is None and not any(stated["mean"]) and set(stated["std"]) == {1.0}
+        )
+        if plain and not self.packed.metadata.get("architecture"):
+            stated |= {"mean": None, "std": None}
+        return stated
+
     def network(self) -> nn.Module:
         """The network in eval mode; `ModelError` where the file names no registered architecture."""
         if not self.packed.metadata.get("architecture"):

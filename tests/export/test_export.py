@@ -129,6 +129,22 @@ def test_a_network_that_the_file_does_not_name_is_no_onnx_but_a_folder(tmp_path:
     assert not (tmp_path / "a.onnx").exists()
 
 
+@pytest.mark.parametrize(("mean", "stated"), [([0.0] * 3, False), ([0.5, 0.0, 0.0], True)])
+def test_a_folder_states_no_preparation_of_images_that_the_callers_loaders_made(
+    tmp_path: Path, mean: list[float], stated: bool
+) -> None:
+    packed = Source.read(RECORD).packed
+    images = {**packed.metadata["input"], "resize": None, "mean": mean, "std": [1.0] * 3}
+    unnamed = codec.Packed({**packed.metadata, "architecture": None, "input": images}, packed.tensors)
+    (tmp_path / "own.clq").write_bytes(codec.encode(unnamed))
+    export(tmp_path / "own.clq", f"{tmp_path}/out/")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (config["mean"], config["std"]) == ((mean, [1.0] * 3) if stated else (None, None))
+    assert ("divided by [1.0, 1.0, 1.0]" in card) is stated
+    assert ("prepared as in training, which the file does not say" in card) is not stated
+
+
 def test_a_folder_holds_the_original_and_weights_that_load_strictly(tmp_path: Path) -> None:
     assert main(["export", str(RECORD), f"{tmp_path}/out/"]) == 0
     out = tmp_path / "out"
