@@ -39,7 +39,8 @@ def compress(
     """Compress a network and commit the run to `storage`.
 
     `model`: a trained module; without it `options` name the network (`model_name=` or the default), as on the command line. With `weights="train"` it is trained
-    first, from the values that it has: seed them, or no later call goes on behind it. What has no `requires_grad` is compressed and not fine-tuned.
+    first, from the values that it has: seed them, or no later call goes on behind it. What has no `requires_grad` is compressed and not fine-tuned. It gets
+    images alone, in training mode too, and returns class scores (n, classes): alone, first of a tuple, or as `logits`; a copy of it is worked on.
     `train_loader`, `validation_loader`, `test_loader`: loaders over map-style datasets that give (image float32 (c, h, w), label int);
     their datasets and collate functions are used, their order is not. Without a validation loader, images are held out of training. Options that say how
     data is opened are refused beside them.
