@@ -4,7 +4,7 @@ One (target, variant, seed) is one unit: its JSON and its .clq are stored under 
 was cut off goes on behind its last finished epoch. Bytes are those of the file, errors those of the decoded file on the test images, as `jobs/evaluate.py`
 says them; the test set decides nothing. The file of the median seed lies under `bench/records/`.
 
-A unit that was made with other settings than the recipe's by now counts as not there; so does one for the size of another `ours` than the one that is there.
+A unit that was made with other settings than the recipe's by now counts as not there; so does one for the size of another `ours` than the one that is there (those without "of", made before it was kept, are taken as they are).
 
 Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
 layers). All are made in as many epochs as `ours` of their seed, so it comes first. The last two are for the size of its file, and `two-stage` takes its plan; `paper` is asked
@@ -132,8 +132,8 @@ class Unit:
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        of = self.of() if "of" in found else None
-        return found if agree(found["config"], self.options()) and found.get("of") == of else None
+        fits = agree(found["config"], self.options()) and ("of" not in found or found["of"] == self.of())
+        return found if fits else None
 
     def options(self) -> dict[str, Any]:
         """Its settings by now; `SystemExit` where they follow from what `ours` was made in, and it was not."""

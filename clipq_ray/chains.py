@@ -39,7 +39,7 @@ BY_CHANNEL: tuple[Any, ...] = (
     *_AVERAGE_POOL, F.relu6, F.silu, F.gelu, F.dropout, torch.sigmoid, torch.tanh,
 )  # fmt: skip
 """What treats every channel by itself and all alike, beside the kinds above."""
-_OF_CHANNELS = (*MAX_POOL, *_AVERAGE_POOL, *FLAT)
+_OF_CHANNELS = (*MAX_POOL, *_AVERAGE_POOL)
 """What knows channels by their dimension, the first behind the batch: a linear layer's units are in the last one."""
 
 
@@ -129,6 +129,8 @@ def _followed(node: fx.Node, modules: Mapping[str, nn.Module], through: Collecti
         if what in _UNITS:
             second = str(node.target)
             fits = _fits(modules[second], units, flat or linear)
+            # else it may have taken several dimensions, of which units are the last
+            fits = fits and (not (linear and flat) or cast(Any, modules[second]).in_features == units)
             return Chain(first, second, relu, tuple(norms)) if fits else None
         if what not in through or (linear and what in _OF_CHANNELS):
             return None

@@ -78,6 +78,8 @@ def gradients(network: nn.Module, images: Tensor, labels: Tensor, advice: str) -
         try:
             output = logits(network(images))
             nn.functional.cross_entropy(output.float(), labels % output.shape[1]).backward()
+        except ModelError as error:
+            raise ModelError(f"{error}; {advice}") from error
         except Exception as error:
             if not ran_out(error):
                 raise

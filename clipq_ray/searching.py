@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +68,9 @@ class Search:
         """End by the run's deadline as it is now."""
         self.task = replace(self.task, deadline=stages.deadline_of(self.run, "search"))
 
-    def move(self, inputs: Mapping[str, Any]) -> None:
-        """Go to where the search of these `inputs` lies."""
-        self.key, store = self.run.stage_store("search", inputs)
-        self.task = replace(self.task, output=store.uri)
+    def move(self, key: str, store: Store) -> None:
+        """Go to another place."""
+        self.key, self.task = key, replace(self.task, output=store.uri)
 
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
@@ -175,10 +173,11 @@ def search_all(
 
     def move(one: Search) -> None:
         """Away from what another job makes, with the searches of this job that share its trials: what a deadline cuts short must not take the place of what that one ends."""
-        shared, inputs = numbers.pop(one.task.output), one.run.beside({"search": one.key})
-        for number in shared:
-            searches[number].move(inputs)
-        numbers[one.task.output] = shared
+        before, inputs = one.task.output, one.run.beside({"search": one.key})
+        places = {number: searches[number].run.stage_store("search", inputs) for number in numbers[before]}
+        for number, (key, store) in places.items():
+            searches[number].move(key, store)
+        numbers[one.task.output] = numbers.pop(before)
 
     began, said = time.monotonic(), set[str]()
     try:
@@ -204,14 +203,14 @@ def _taken(
     for one in missing:
         try:
             mine = one.run.take("search", one.store, said)
+            if mine is not None and mine.beside:
+                move(one)
         except HeldError as left:
             over(one, False, left)
             continue
         if mine is None:
             waiting.append(one)
         else:
-            if mine.beside:
-                move(one)
             held[one.task.output] = mine
             own.append(one)
     return waiting, own

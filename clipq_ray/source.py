@@ -142,7 +142,7 @@ class Source:
         """Two images through the network: it must take the data's size, have an output for every label, and something to train, in batches that it takes, by the
         loss of its class scores. What only training mode does would else be met behind the search."""
         data, network = self.data(), self.network()
-        images, labels = data.train.batch(torch.arange(min(2, len(data.train))), None)
+        images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
         self._check_sides(min(images.shape[2:]))
         whole = all(one.dtype == torch.float32 for one in network.parameters() if one.is_floating_point())
         own = ", and for its channels the numbers of --mean" if ":" in self.config.model else ""
@@ -157,13 +157,24 @@ class Source:
             raise ModelError(
                 "expected parameters to fine-tune, got a network without any that has requires_grad; call .requires_grad_(True) on it first"
             )
+        self._check_training(network)
+
+    def _check_training(self, network: nn.Module) -> None:
+        """One step in training mode on two images, or on as many as a worker gets: what splits its batches may take no two."""
+        train, workers = self.data().train, self.config.workers
+        batch = min(self.config.batch_size, len(train))
         advice = "in training mode, in which it is fine-tuned, it must return class scores (alone, first, or as logits) for images alone"
-        if min(self.config.batch_size, len(data.train)) < 2 * self.config.workers:
-            advice = f"it may be too few for training: raise --batch-size ({self.config.batch_size}, shared by {self.config.workers} workers)"
-            images, labels = images[:1], labels[:1]  # batch norm wants two values of each channel
+        if batch < 2 * workers:  # batch norm wants two values of each channel
+            advice = f"it may be too few for training: raise --batch-size ({self.config.batch_size}, shared by {workers} workers)"
+        few = 1 if batch < 2 * workers else 2
         training_mode(network)
         with seeds.everywhere(self.config.seed, "check"):
-            gradients(network, images, labels, advice)
+            try:
+                gradients(network, *train.batch(torch.arange(min(few, len(train))), None), advice)
+            except ModelError:
+                if batch // workers <= few:
+                    raise
+                gradients(network, *train.batch(torch.arange(batch // workers), None), advice)
 
     def _check_sides(self, pixels: int) -> None:
         """What moves or masks an image must leave something of it."""
@@ -188,11 +199,11 @@ def _copied(module: nn.Module) -> nn.Module:
     """A copy that shares nothing; `ModelError` where torch makes none, as of tensors that were computed."""
     try:
         return copy.deepcopy(module)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise ModelError(
             f"expected a network that can be copied, got: {reason}; make pruning and weight norm permanent (torch.nn.utils.prune.remove, remove_weight_norm), "
-            "and detach tensors that it keeps from one call to the next"
+            "detach tensors that it keeps from one call to the next, and hold locks, files and the like outside of it"
         ) from error
 
 

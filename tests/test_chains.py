@@ -61,6 +61,7 @@ def test_units_of_a_linear_layer_on_the_last_of_several_dimensions_are_no_channe
     assert (
         between(nn.Linear(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)) == 0
     )  # (n, 2, 4): features of tokens
+    assert between(nn.Linear(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)) == 1  # (n, 4): flat already
     assert between(nn.Linear(4, 8), nn.MaxPool1d(3, 1, 1), nn.Linear(8, 3)) == 0
     assert between(nn.Linear(4, 8), nn.Conv1d(8, 3, 1)) == 0
     assert between(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 3)) == 0  # over the width

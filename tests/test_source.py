@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,32 @@ class Learning(nn.Module):
         return nn.functional.cross_entropy(scores, labels) if self.training else scores  # type: ignore[arg-type]
 
 
+class Split(Learning):
+    """Takes batches of eight images and more in training mode, as batch norms do that split them."""
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        if self.training and len(images) % 8:
+            raise ValueError("no batch of eights")
+        scores: torch.Tensor = self.linear(images.flatten(1))
+        return scores
+
+
+class Summing(Learning):
+    """Returns a loss in training mode."""
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        scores: torch.Tensor = self.linear(images.flatten(1))
+        return scores.sum() if self.training else scores
+
+
+class Locked(Learning):
+    """Holds what nobody can copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
 class Stateful(nn.Module):
     """Holds something else than tensors."""
 
@@ -121,6 +149,8 @@ class Stateful(nn.Module):
     ("model", "words"),
     [
         (lambda: Learning(), "got: cross_entropy.*; in training mode, in which it is fine-tuned, it must return class scores"),
+        (lambda: Summing(), r"got shape \(\); .*; in training mode, in which it is fine-tuned, it must return class scores"),
+        (lambda: Locked(), "that can be copied, got: .*; make pruning and .* hold locks, files and the like outside of it"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), r"got 1\.weight without a shape \(lazy\); run the network once before"),
         (lambda: Stateful(), "got _extra_state of dict; convert it"),
         (lambda: prune.l1_unstructured(linear()[2], "weight", 0.5), r"that can be copied, got: .*; make pruning and weight norm permanent"),
@@ -131,6 +161,15 @@ def test_what_would_fail_behind_the_search_is_said_before_it(
 ) -> None:
     with refused(ModelError, match=words):
         Source(make(limit_images=20, engine="local"), model()).check_fit()
+
+
+@pytest.mark.parametrize(
+    ("size", "workers", "taken"), [(16, 1, True), (16, 2, True), (12, 1, False), (16, 4, False)]
+)
+def test_a_network_may_want_the_batches_that_it_will_get(size: int, workers: int, taken: bool) -> None:
+    source = Source(make(limit_images=20, batch_size=size, workers=workers), Split())
+    with nullcontext() if taken else refused(ModelError, match="got: no batch of eights; in training mode"):
+        source.check_fit()
 
 
 def test_one_set_of_images_is_held_at_a_time() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from clipq_ray import connections, refusals
@@ -56,7 +57,11 @@ class Listing:
     def open(self, name: str) -> Any:
         """A `pyarrow.NativeFile` for random access."""
         system, base = self.store.arrow()
-        return system.open_input_file(f"{base.rstrip('/')}/{name}")
+        path = f"{base.rstrip('/')}/{name}"
+        if not isinstance(system, fs.PyFileSystem):
+            return system.open_input_file(path)
+        # by pyarrow itself `isfile` would be asked first, to which every failure means that there is none
+        return pa.PythonFile(system.handler.fs.open(path, "rb"), mode="r")
 
     def at(self, name: str) -> str:
         """The URI of a file, for messages."""

@@ -186,8 +186,13 @@ def class_names(files: Sequence[File], listing: Listing) -> tuple[str, ...]:
 
 
 def _open(listing: Listing, name: str) -> File:
+    with reading(listing.at(name)):
+        return listing.store.patiently(lambda: _read(listing, name))
+
+
+def _read(listing: Listing, name: str) -> File:
     at, size = listing.at(name), listing.sizes[name]
-    with reading(at), listing.open(name) as source:
+    with listing.open(name) as source:
         tail = source.read_at(min(size, _TAIL_BYTES), max(0, size - _TAIL_BYTES))
         footer = int.from_bytes(tail[-8:-4], "little") + 8
         if tail[-4:] != b"PAR1" or footer > size:

@@ -47,7 +47,10 @@ class Source:
         plain = (
             stated and stated["resize"] is None and not any(stated["mean"]) and set(stated["std"]) == {1.0}
         )
-        if plain and not self.packed.metadata.get("architecture"):
+        said = ((self.run or {}).get("config") or {}).get(
+            "mean"
+        )  # of a network of the user's own that is named
+        if plain and said is None and not self.packed.metadata.get("architecture"):
             stated |= {"mean": None, "std": None}
         return stated
 

@@ -2,7 +2,7 @@
 
 A registered network is told by its name and arguments; of another one the name stays when its `forward` changes. What is hashed: how the modules nest, names and
 shapes of what a state dict holds, all other attributes, buffers and hooks, the code of the classes with what it names, and the files that define them (not that of
-a script, whose other lines may change). Values count, addresses and the order of sets do not. Not covered: code that these files import, and weights (`weights`).
+a script, whose other lines may change). Values count; addresses, the order of sets and the folders of absolute paths do not. Not covered: code that these files import, and weights (`weights`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from types import (
     CellType,
     CodeType,
     FunctionType,
-    MemberDescriptorType,
     MethodType,
     ModuleType,
     SimpleNamespace,
@@ -41,7 +40,7 @@ _LIBRARIES = {"torch", "torchvision", *sys.stdlib_module_names}
 """Their versions count by themselves."""
 _OF_MODULES = set(vars(nn.Module()))
 _PLAIN = (
-    bool, int, float, complex, str, bytes, range, slice, Enum, np.generic, Decimal, Fraction, PurePath, re.Pattern, datetime.date, datetime.time, datetime.timedelta,
+    bool, int, float, complex, str, bytes, range, slice, Enum, np.generic, Decimal, Fraction, datetime.date, datetime.time, datetime.timedelta,
     torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout,
 )  # fmt: skip
 """What is told by its text."""
@@ -75,20 +74,15 @@ def _names(code: CodeType) -> dict[str, None]:
     return dict.fromkeys([*code.co_names, *inner])
 
 
-def _held(value: Any) -> dict[str, Any] | None:
-    """What an object holds; None of a library's: locks, loggers and caches change while they are used."""
-    of = type(value)
+def _held(value: Any) -> Any:
+    """What an object holds, in slots too; None of a library's: locks, loggers and caches change while they are used."""
+    of: Any = type(value)
     own = isinstance(value, _HOLDERS) or of.__module__.startswith("torchvision.transforms")
     if _in_a_library(of) and not own:
         return None
-    places = [
-        (name, place)
-        for one in of.__mro__
-        for name, place in vars(one).items()
-        if isinstance(place, MemberDescriptorType) and not _in_a_library(one)
-    ]
-    slots = {name: place.__get__(value) for name, place in places if hasattr(value, name)}
-    return slots | getattr(value, "__dict__", {})
+    if of.__getstate__ is object.__getstate__:
+        return value.__getstate__()
+    return getattr(value, "__dict__", None)  # what objects say of themselves may be anything
 
 
 class _Told:
@@ -160,6 +154,10 @@ class _Told:
             return [type(value).__name__, str(value)]
         if isinstance(value, tuple):
             return [type(value).__name__, [self.of(one) for one in value]]
+        if isinstance(value, re.Pattern):
+            return ["pattern", self.of(value.pattern), value.flags]
+        if isinstance(value, PurePath):  # a job's working directory is another one each time
+            return [type(value).__name__, value.name if value.is_absolute() else str(value)]
         if isinstance(value, (set, frozenset)):
             return [type(value).__name__, sorted(json.dumps(self.of(one)) for one in value)]
         if isinstance(value, CodeType):
@@ -186,6 +184,8 @@ class _Told:
             return ["partial", self.of(value.func), self.of(value.args), self.of(value.keywords)]
         if isinstance(value, (staticmethod, classmethod, MethodType)):
             return ["method", self.of(value.__func__), self.of(getattr(value, "__self__", None))]
+        if isinstance(value, np.ufunc):
+            return ["ufunc", value.__name__]
         if isinstance(value, property):
             return ["property", self.of(value.fget), self.of(value.fset)]
         if inspect.isroutine(value):

@@ -6,6 +6,7 @@ import errno
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -462,11 +463,14 @@ class Away(MemoryFileSystem):
 
     failures = 0
 
-    def isfile(self, path: str) -> bool:
+    def _open(self, path: str, *given: Any, **more: Any) -> Any:
         if self.failures:
             self.failures -= 1
             raise ConnectionResetError(errno.ECONNRESET, "reset by the store")
-        return bool(super().isfile(path))
+        return super()._open(path, *given, **more)
+
+    def isfile(self, path: str) -> bool:
+        return not self.failures and bool(super().isfile(path))  # as fsspec's, to which a failure is a no
 
 
 def test_row_groups_of_a_store_that_is_away_are_waited_for_and_are_no_mistake_in_the_data(
@@ -477,6 +481,8 @@ def test_row_groups_of_a_store_that_is_away_are_waited_for_and_are_no_mistake_in
     monkeypatch.setattr(connections, "delays", lambda limit: iter([0.0, 0.0]))
     Store("memory://away").write("train-0.parquet", numbered(0, 40))
     Store("memory://away").write("test-0.parquet", numbered(500, 20))
+    Store("memory://away").read("train-0.parquet")  # it has answered
+    away.failures = 2
     train = opened("memory://away", memory_limit_bytes=3000, validation_images=2).train
     away.failures = 2
     assert len(numbers(train, torch.arange(3))) == 3

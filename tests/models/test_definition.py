@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections import deque
@@ -72,6 +73,11 @@ class Slotted:
     scale: int
 
 
+@dataclass
+class Shadowing(Slotted):
+    scale: int = 2
+
+
 def closed(number: int) -> Any:
     return lambda x: x + number
 
@@ -116,7 +122,10 @@ DIFFER: dict[str, tuple[Any, Any]] = {
     "arrays of text": (Holding(np.array(["cat", "dog"])), Holding(np.array(["dog", "cat"]))),
     "arrays of objects": (Holding(np.array([1, "a"], object)), Holding(np.array([2, "a"], object))),
     "objects with slots": (Holding(Slotted(1)), Holding(Slotted(2))),
+    "objects whose slots a subclass shadows": (Holding(Shadowing(1)), Holding(Shadowing(2))),
     "paths": (Holding(Path("a")), Holding(Path("b"))),
+    "patterns": (Holding(re.compile("a" * 200 + "b")), Holding(re.compile("a" * 200 + "c"))),
+    "functions of numpy": (Holding(np.tanh), Holding(np.exp)),
     "decimals": (Holding(Decimal("0.1")), Holding(Decimal("0.2"))),
     "queues": (Holding(deque([1, 2])), Holding(deque([2, 1]))),
     "transforms": (Holding(transforms.CenterCrop(8)), Holding(transforms.CenterCrop(9))),
@@ -127,6 +136,27 @@ DIFFER: dict[str, tuple[Any, Any]] = {
 def test_what_a_network_holds_counts_by_its_value(what: str) -> None:
     one, other = DIFFER[what]
     assert definition_sha256(one) == definition_sha256(copy.deepcopy(one)) != definition_sha256(other)
+
+
+def test_a_working_directory_of_its_own_makes_no_other_network() -> None:
+    first, second = (definition_sha256(Holding(Path(f"/job/{number}/own/classes.txt"))) for number in (1, 2))
+    assert first == second != definition_sha256(Holding(Path("/job/1/own/names.txt")))
+
+
+class Cached:
+    """Says of itself what it holds; the rest is a cache, whose values are other ones in every process."""
+
+    __slots__ = ("cache",)
+
+    def __init__(self, cache: int) -> None:
+        self.cache = cache
+
+    def __getstate__(self) -> None:
+        return None
+
+
+def test_what_an_object_keeps_from_its_copies_makes_no_other_network() -> None:
+    assert definition_sha256(Holding(Cached(1))) == definition_sha256(Holding(Cached(2)))
 
 
 def test_libraries_wrap_and_keep_what_is_the_same() -> None:
