@@ -14,13 +14,14 @@ import re
 from dataclasses import dataclass
 
 from clipq_ray import claims
-from clipq_ray.errors import StorageError
+from clipq_ray.errors import DivergedError, StorageError
 from clipq_ray.storage import Store
 
 MAKING = "_making"
 """Where it stands who makes a stage, in the stage."""
 WAIT_SECONDS = 5.0
 """Between two looks at a stage that another job makes."""
+_DIVERGED = "diverged.txt"
 _MAKER = re.compile(r"maker-(\d{6})\.json")
 
 
@@ -57,14 +58,23 @@ class Mine:
             if self.making is not None:
                 self.making.remove(self.name)
 
+    def diverged(self) -> DivergedError | None:
+        """That of the one who made it before, if it did: it would again."""
+        if self.making is None or not self.making.exists(_DIVERGED):
+            return None
+        return DivergedError(self.making.read(_DIVERGED).decode())
+
     def __enter__(self) -> None:
         """While it is made; it is anybody's again where that fails."""
 
-    def __exit__(self, kind: object, *error: object) -> None:
-        if kind is None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if error is None:
             self.finish()
-        else:
-            self.give_back()
+            return
+        if self.making is not None and isinstance(error, DivergedError):
+            with contextlib.suppress(StorageError):  # who waits would make it in vain
+                self.making.write(_DIVERGED, str(error).encode())
+        self.give_back()
 
 
 def take(storage: Store, stage: Store, maker: Maker) -> Mine | str:

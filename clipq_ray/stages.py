@@ -102,7 +102,7 @@ class Run:
         self, name: str, inputs: Mapping[str, Any], finished: str, make: Callable[[Store, Any], float | None]
     ) -> Store:
         """The store of a stage's outputs; `make` runs unless `finished` lies there already, and gives the seconds of its time that it waited. What another job
-        makes is waited for."""
+        makes is waited for; where it diverges there, it does here."""
         key, store = self.stage_store(name, inputs)
         said: set[str] = set()
         with self.alone(store):
@@ -114,6 +114,9 @@ class Run:
                     continue
                 if mine.beside:  # what a deadline cuts short must not take the place of what its maker ends
                     return self.stage(name, self.beside(inputs), finished, make)
+                if said and (error := mine.diverged()):
+                    mine.give_back()
+                    raise error
                 with mine:
                     if not store.exists(finished):
                         self._made(name, key, store, make)

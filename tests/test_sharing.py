@@ -19,7 +19,7 @@ from clipq_ray.batch import compress, compress_all
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, LocalEngine
 from clipq_ray.config import make
-from clipq_ray.errors import ClipqError, HeldError, RunError
+from clipq_ray.errors import ClipqError, DivergedError, HeldError, RunError
 from clipq_ray.groups import grouped
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
@@ -139,6 +139,23 @@ def test_a_stage_that_another_job_gives_up_is_made(tmp_path: Path) -> None:
     stage(run, made)
     assert (made, reporter.waits, [one["reused"] for one in run.stages]) == (["here"], 1, [False])
     assert store.names() == [CURVE]
+
+
+def test_a_training_that_diverges_does_so_for_all_who_wait_for_it_and_is_tried_again_by_who_comes_then(
+    tmp_path: Path,
+) -> None:
+    def diverge() -> None:
+        other.stage.__exit__(DivergedError, DivergedError("the loss is NaN in epoch 3"), None)
+
+    run = started(tmp_path, reporter := Heard(diverge))
+    _, store = run.stage_store("baseline", {"weights": "w"})
+    other = others(tmp_path, store)
+    made: list[str] = []
+    with pytest.raises(DivergedError, match=r"^the loss is NaN in epoch 3$"):
+        stage(run, made)
+    assert (made, reporter.waits) == ([], 1)
+    stage(run, made)  # submitted again
+    assert (made, store.names()) == (["here"], [CURVE])
 
 
 def test_a_stage_that_fails_is_the_next_jobs(tmp_path: Path) -> None:
