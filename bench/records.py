@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import records_peers
+from bench import processes, records_peers
 from bench.record import RESULTS, ROOT, Row, commit, machine, row, write
 from clipq_ray import identity, manifest, tables
 from clipq_ray.consistency import PAPER
@@ -209,7 +208,7 @@ class Unit:
         ]  # fmt: skip
         if self.target.weights is not None:
             command += ["--weights", str(shared / "weights" / self.target.weights)]
-        code = code_of(command)
+        code = processes.code_of(command)
         store = newest(storage / f"model={name}", options)
         document = manifest.read_manifest(store) if store else None
         # 1 says that the promise was not kept, or that the job failed: then what lies there is from another time
@@ -322,27 +321,6 @@ def keep_median(target: Target, seeds: Iterable[int]) -> None:
         shutil.copyfile(Unit(target, "ours", seed).stem.with_suffix(".clq"), RECORDS / f"{target.name}.clq")
 
 
-_UNDER_WAY: list[subprocess.Popen[bytes]] = []
-"""Commands that end with this process."""
-
-
-def code_of(command: Sequence[str]) -> int:
-    """The exit code of a command, which hears too what ends this process."""
-    with subprocess.Popen(command) as child:
-        _UNDER_WAY.append(child)
-        try:
-            return child.wait()
-        finally:
-            _UNDER_WAY.remove(child)
-
-
-def end(number: int, frame: Any) -> None:
-    """Handler of a signal: end what is under way, which stores what it has, then this process."""
-    for child in list(_UNDER_WAY):
-        child.send_signal(number)
-    raise SystemExit(128 + number)
-
-
 def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> None:
     """As many of `series` at a time as were asked for, each by a command of its own; the order is that of the list."""
     commands = [
@@ -354,12 +332,7 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
         ]
         for target, seed in series
     ]  # fmt: skip
-    with ThreadPoolExecutor(given.parallel) as pool:
-        try:
-            codes = list(pool.map(code_of, commands))
-        except BaseException:  # ended or interrupted: what has not begun is not to begin
-            pool.shutdown(cancel_futures=True)
-            raise
+    codes = processes.codes_of(commands, given.parallel)
     failed = [
         f"{target.name} seed {seed}" for (target, seed), code in zip(series, codes, strict=True) if code
     ]
@@ -391,7 +364,7 @@ def main() -> int:
         help="targets and seeds at once: on a GPU, most of which one small network leaves idle",
     )
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, processes.end)
     wanted = [one for one in TARGETS if one.name.startswith(tuple(given.only))]
     series = [] if given.table else [(target, seed) for target in wanted for seed in given.seeds]
     if given.parallel > 1:

@@ -136,7 +136,7 @@ def made(storage: Path, **options: Any) -> Store:
 
 def test_what_is_under_way_ends_with_the_command(tmp_path: Path) -> None:
     forever = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
-    outer = f"import signal; from bench import records; signal.signal(15, records.end); records.code_of({forever!r})"
+    outer = f"import signal; from bench import processes; signal.signal(15, processes.end); processes.code_of({forever!r})"
     with subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         inner = int(job.stdout.readline())
