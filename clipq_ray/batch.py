@@ -18,7 +18,7 @@ from typing import Any
 from clipq_ray import identity, logs
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, Engine
-from clipq_ray.errors import ClipqError, HeldError, RunError
+from clipq_ray.errors import ClipqError, HeldError, RunError, StageHeldError
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import finish_ensemble, without
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
@@ -251,7 +251,7 @@ class _Job:
             self.found[number].run.share_time(len(set(waiting) - set(numbers)), self._at_once)
 
     def _finished(self, unit: tuple[int, ...]) -> Mapping[int, Result | Taken]:
-        """Everything behind the search of what is finished together; `Taken` where another job has taken it over meanwhile, or makes a stage of it."""
+        """Everything behind the search of what is finished together; `Taken` where another job has taken it over meanwhile."""
         whole = next((one for one in self._ensembles if set(unit) <= set(one)), None)
         try:
             if whole is None:
@@ -259,7 +259,7 @@ class _Job:
             members = [self.found[number] for number in whole]
             made = finish_ensemble(self._ensembles[whole], members, self._engine.parallel)
         except HeldError as lost:
-            if self._alone or self._sources[unit[0]].config.on_claim == "leave":
+            if self._alone or isinstance(lost, StageHeldError):
                 raise
             self._reporters[unit[0]].say(f"{lost}; the other networks of this job come first")
             return dict.fromkeys(unit, Taken())

@@ -10,6 +10,7 @@
     │       └── ArtifactError   a .clq file is damaged, or needs a newer version
     └── RunError             the run itself failed: exit code 1
         ├── HeldError        another job makes the run, and this one does not wait
+        │   └── StageHeldError  ... a stage of it, for a run of its own
         └── DivergedError    a training diverged; a note where a file is there without it
 
 A message says what was expected, what came and what to do, in one line. Foreign exceptions are translated once, where they enter
@@ -58,7 +59,11 @@ class RunError(ClipqError):
 
 
 class HeldError(RunError):
-    """Another job makes the run, or a stage of it, and this one was told not to wait for it."""
+    """Another job makes the run, and this one was told not to wait for it."""
+
+
+class StageHeldError(HeldError):
+    """Another job makes a stage of the run for one of its own, and this one was told not to wait for it."""
 
 
 class DivergedError(RunError):

@@ -23,7 +23,7 @@ from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.config import Config
 from clipq_ray.data import Data, Split
-from clipq_ray.errors import ClipqError, HeldError, RunError, StorageError
+from clipq_ray.errors import ClipqError, RunError, StageHeldError, StorageError
 from clipq_ray.evaluate import Evaluation, evaluate
 from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
@@ -126,7 +126,7 @@ class Run:
 
     def take(self, name: str, store: Store, said: set[str]) -> sharing.Mine | None:
         """The stage, if it is this run's to make; None while another job makes it, which is said where `said` does not hold it yet. Behind a deadline nobody waits
-        any longer, and it is made `beside` that job's; `HeldError` with `--on-claim leave`."""
+        any longer, and it is made `beside` that job's; `StageHeldError` with `--on-claim leave`."""
         if self.claim is None:
             return sharing.Mine()
         found = sharing.take(self.storage, store, self._maker())
@@ -137,7 +137,7 @@ class Run:
             return sharing.Mine(beside=True)
         words = f"{name}: is being made by another job ({found}) for a run of its own"
         if self.config.on_claim == "leave":
-            raise HeldError(f"{words}; run again when it has ended, or with --on-claim wait")
+            raise StageHeldError(f"{words}; run again when it has ended, or with --on-claim wait")
         if words not in said:
             self.reporter.say(f"{words}; waiting for it, --on-claim leave would end here ({store.uri})")
             said.add(words)

@@ -252,7 +252,7 @@ def test_what_nobody_expected_stops_no_other_and_networks_with_equal_weights_are
         "        super().__init__()\n"
         "        self.kind, self.first, self.end = kind, nn.Linear(784, 12), nn.Linear(12, 10)\n"
         "    def forward(self, x):\n"
-        "        if self.kind == 'broken' and self.training:\n"
+        "        if self.kind == 'broken' and self.training and len(x) > 2:\n"
         "            raise KeyError('nobody expected this')\n"
         "        if self.kind == 'picky' and len(self.first.weight.unique()) < 300:\n"
         "            raise KeyError('nor that: a layer with few levels, as a search tries them')\n"
