@@ -32,7 +32,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import processes, records_peers
+from bench import processes, records_peers, records_table
 from bench.record import RESULTS, ROOT, Row, commit, machine, row, write
 from clipq_ray import identity, manifest, tables
 from clipq_ray.consistency import PAPER
@@ -283,7 +283,7 @@ def seconds_of(storage: Path, stage: dict[str, Any]) -> float:
 
 def rows_of(target: Target, variant: str, seeds: Iterable[int], epochs: int | None = None) -> list[Row]:
     """Bytes and errors of the seeds that are there; goals for the recipe's own `ours`."""
-    found = [result for seed in seeds if (result := there(target, variant, seed, epochs)) is not None]
+    found = those_of(target, variant, seeds, epochs)
     if not found:
         return []
     place = f"records/{named(target, variant, epochs, '/')}"
@@ -295,11 +295,32 @@ def rows_of(target: Target, variant: str, seeds: Iterable[int], epochs: int | No
     ]
 
 
+def those_of(
+    target: Target, variant: str, seeds: Iterable[int], epochs: int | None = None
+) -> list[dict[str, Any]]:
+    """What was measured of those of the seeds that are there."""
+    return [result for seed in seeds if (result := there(target, variant, seed, epochs)) is not None]
+
+
 def there(target: Target, variant: str, seed: int, epochs: int | None = None) -> dict[str, Any] | None:
     """What was measured of a unit, where `ours` of its seed was too."""
     if variant != "ours" and Unit(target, "ours", seed, epochs).result is None:
         return None
     return Unit(target, variant, seed, epochs).result
+
+
+def sections() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """All units that are there, by what they were asked for and by variant."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for target in TARGETS:
+        for epochs in (None, *epochs_beside(target)):
+            asked = f"{target.name}: at most {target.most_bytes:,} bytes"
+            title = f"{asked}, {epochs} epochs" if epochs else f"{asked} at {target.most_error:.2f} %"
+            units = {
+                variant: those_of(target, variant, range(100), epochs) for variant in (*VARIANTS, *WITHOUT)
+            }
+            found[title] = {variant: those for variant, those in units.items() if those}
+    return {title: units for title, units in found.items() if units}
 
 
 def epochs_beside(target: Target) -> list[int]:
@@ -385,6 +406,7 @@ def main() -> int:
                 rows += rows_of(target, variant, range(100), epochs)
     settings = {one.name: one.options() for one in TARGETS if one.recipe.exists()}
     print(f"stored in {write('records', rows, notes={'recipes': settings})}")
+    (RESULTS / "records.md").write_text(records_table.document(sections()), encoding="utf-8")
     return 0
 
 

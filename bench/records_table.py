@@ -1,0 +1,83 @@
+"""The table of `make bench-records` as Markdown: every row of every target with n, the median and all, and what made it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Units = Sequence[Mapping[str, Any]]
+WORDS = {
+    "ours": "the recipe",
+    "paper": "`--paper`",
+    "two-stage": "pruned first, quantized then",
+    "uniform": "one (p, b) for all layers",
+}
+HEAD = "| | n | bytes | test error, % | validation error, % | epochs | seconds | made by |\n|---|---|---|---|---|---|---|---|"
+INTRODUCTION = """# Records
+Written by `make bench-records` from `records-units/`, which hold every setting, plan, seed, time, version and machine. Bytes of whole files; errors of the decoded file on test and on validation images, of which the latter chose between files; the median of n seeds, and
+the least and the most of them. Epochs of the last round with the levels behind it; seconds of the recipes and `--paper` are sums of epochs and evaluations, those of the others are of the attempt that ended them. How each was made, and what it says: [docs/measurements.md](../../docs/measurements.md)."""
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median of `values` in the format `form` and, where they differ, the least and the most: `4,825 (4,797 to 4,834)`."""
+    least, median, most = (format(one, form) for one in (min(values), statistics.median(values), max(values)))
+    return median if least == most else f"{median} ({least} to {most})"
+
+
+def bytes_of(units: Units) -> str:
+    """Of the files."""
+    return spread([one["bytes"] for one in units], ",.0f")
+
+
+def errors_of(units: Units) -> str:
+    """Of test images, in percent."""
+    return spread([one["test_error_percent"] for one in units], ".2f")
+
+
+def validation_errors_of(units: Units) -> str:
+    """Of validation images, in percent."""
+    return spread([100 - one["validation_top1_percent"] for one in units], ".2f")
+
+
+def line(variant: str, units: Units) -> str:
+    """One row of the table."""
+    words = WORDS.get(variant) or f"the recipe without `--{variant.removeprefix('without-')}`"
+    made = dict.fromkeys(
+        f"{one['commit']} on {one['machine']['gpu'] or one['machine']['cpu']}" for one in units
+    )
+    cells = [
+        words, str(len(units)), bytes_of(units), errors_of(units), validation_errors_of(units), spread([one["epochs"] for one in units], ".0f"),
+        spread([one["seconds"] for one in units], ",.0f"), "; ".join(made),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def beside(sections: Mapping[str, Mapping[str, Units]]) -> str:
+    """The overview that the README has too: test errors of the recipes and of what stands beside them, and the median size of their files."""
+    rows = [
+        f"| test error, %, in bytes | n | epochs | {' | '.join(WORDS.values())} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, variants in sections.items():
+        if set(WORDS) <= set(variants):
+            found = [variants[variant] for variant in WORDS]
+            counts = sorted({len(units) for units in found})
+            cells = [
+                f"{errors_of(units)} in {statistics.median(one['bytes'] for one in units):,.0f}"
+                for units in found
+            ]
+            epochs = spread([one["epochs"] for one in variants["ours"]], ".0f")
+            rows.append(
+                f"| `{title.partition(':')[0]}` | {' to '.join(map(str, counts))} | {epochs} | {' | '.join(cells)} |"
+            )
+    return "\n".join(rows)
+
+
+def document(sections: Mapping[str, Mapping[str, Units]]) -> str:
+    """The whole text; `sections` are the units of every variant by the title of what they were asked for."""
+    parts = [INTRODUCTION, beside(sections)]
+    for title, variants in sections.items():
+        lines = [line(variant, units) for variant, units in variants.items()]
+        parts.append("\n".join([f"## {title}", HEAD, *lines]))
+    return "\n\n".join(parts) + "\n"

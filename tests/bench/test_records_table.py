@@ -1,0 +1,75 @@
+"""The table of the records is what the units say, and the README has its overview."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from bench import records, records_table
+from bench.record import RESULTS, ROOT
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1413.0], "1,413"),
+        ([4834.0, 4797.0, 4825.0], "4,825 (4,797 to 4,834)"),
+        ([2548.0, 2520.0], "2,534 (2,520 to 2,548)"),
+        ([12.0, 12.0, 12.0], "12"),
+    ],
+)
+def test_a_cell_is_the_median_and_where_they_differ_the_least_and_the_most(
+    values: list[float], said: str
+) -> None:
+    assert records_table.spread(values, ",.0f") == said
+
+
+def unit(size: int, error: float, commit: str) -> dict[str, Any]:
+    return {
+        "bytes": size,
+        "test_error_percent": error,
+        "validation_top1_percent": 98.5,
+        "epochs": 61,
+        "seconds": 150.4,
+        "commit": commit,
+        "machine": {"gpu": None, "cpu": "a CPU"},
+    }
+
+
+def test_a_row_states_n_and_everything_that_made_it() -> None:
+    found = records_table.line("without-hold-size", [unit(4_683, 1.3, "aaa"), unit(4_909, 1.1, "bbb")])
+    assert found == (
+        "| the recipe without `--hold-size` | 2 | 4,796 (4,683 to 4,909) | 1.20 (1.10 to 1.30) | 1.50 | 61 | 150 | aaa on a CPU; bbb on a CPU |"
+    )
+
+
+def test_the_overview_has_those_beside_whom_all_others_stand_and_says_the_least_and_most_n() -> None:
+    whole = {variant: [unit(4_700, 1.5, "aaa")] for variant in records_table.WORDS}
+    sections = {
+        "one: at most 5,000 bytes": {**whole, "ours": [unit(4_800, 1.2, "a"), unit(4_810, 1.0, "a")]},
+        "two: alone": {"ours": whole["ours"]},
+    }
+    rows = records_table.beside(sections).splitlines()[2:]
+    assert rows == [
+        "| `one` | 1 to 2 | 61 | 1.10 (1.00 to 1.20) in 4,805 | 1.50 in 4,700 | 1.50 in 4,700 | 1.50 in 4,700 |"
+    ]
+
+
+def test_the_committed_table_is_what_the_committed_units_say() -> None:
+    assert (RESULTS / "records.md").read_text(encoding="utf-8") == records_table.document(records.sections())
+
+
+def test_the_readme_has_the_overview_and_the_rows_of_the_recipes() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert records_table.beside(records.sections()) in readme
+    said = re.findall(r"^\| \S+, \w[\w-]+: at most ([0-9,]+) bytes at ([0-9.]+) % \| (.*)$", readme, re.M)
+    assert len(said) == len(records.TARGETS)
+    for size, error, cells in said:
+        (target,) = [one for one in records.TARGETS if f"{one.most_bytes:,}" == size]
+        units = records.those_of(target, "ours", range(100))
+        assert float(error) == pytest.approx(target.most_error)
+        assert cells.startswith(records_table.bytes_of(units).removesuffix(")"))
+        median, _, all_of_them = records_table.errors_of(units).partition(" ")
+        assert f"| {median} % {all_of_them}" in cells
