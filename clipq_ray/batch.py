@@ -236,6 +236,8 @@ class _Job:
         try:
             searches = [self.found[number].search for number in numbers]
             for one in searches:
+                if self._engine.parallel:  # all at once: their groups share what time there is for all
+                    one.run.share_time(0, 1)
                 one.keep_deadline()
             search_all(searches, self._engine, reporter, searched)
         except Exception as error:

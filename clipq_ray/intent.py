@@ -53,7 +53,7 @@ class Intent:
         if config.target_bytes is not None:
             return cls("bytes", config.target_bytes)
         if config.target_ratio is not None:
-            return cls("bytes", math.floor(bytes_before / config.target_ratio))
+            return cls("bytes", max(1, math.floor(bytes_before / config.target_ratio)))
         return cls("max_drop", config.max_drop or 0.0)
 
     def words(self) -> str:

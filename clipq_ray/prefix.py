@@ -140,10 +140,6 @@ class LayerScores:
         self._cut: Cut | None = None
         self._kept: list[tuple[tuple[Any, ...], Tensor]] = []  # values and labels of the first batches
 
-    def release(self) -> None:
-        """Keep nothing until the next evaluation."""
-        self._layers, self._cut, self._kept = (), None, []
-
     @torch.inference_mode()
     def evaluate(self, layers: Sequence[str], most_wrong: float | None = None) -> Evaluation:
         """Score the network as it is; between calls with the same `layers` nothing but these parameters may have changed.

@@ -263,8 +263,10 @@ def _say_diverged(run: Run, made: Rounds, error: DivergedError) -> None:
 
 
 def _say_smallest(run: Run, made: Rounds) -> None:
-    """A note where the search had nothing as small as what was asked for, or for a rung nothing as near."""
+    """A note where the search had nothing as small as what was asked for."""
     planned, outcome = made.best.planned, made.best.outcome
+    if made.best.on_the_way:  # the size that was asked for never was in a round
+        return
     if planned is not None and outcome.requested is not None and outcome.predicted > planned:
         asked = math.floor(made.intent.value) if made.intent.kind == "bytes" else outcome.requested
         run.notes.append(
@@ -375,7 +377,7 @@ def _idle(
 ) -> Iterator[str]:
     """Notes on what was asked for of the `number`-th round and its epochs are too few for: both look at a network between two of them."""
     if size and not any(looked_at(epoch / epochs, ramp) for epoch in range(1, epochs)):
-        yield f"round {number}: --hold-size had nothing to do, no epoch of {epochs} ends behind the ramp and before {END:.0%} of them; raise --epochs or lower --ramp-share"
+        yield f"round {number}: --hold-size had nothing to do, no epoch of {epochs} ends behind the ramp and before {END:.0%} of them; raise the epochs of the round or lower --ramp-share"
     if costs and epochs == 1:
         yield f"round {number}: --rate-distortion had nothing to do, weights are divided by their costs between two epochs; raise the epochs of the round"
 

@@ -227,10 +227,6 @@ class LayerEvaluator:
         self._original: float | None = None
         self._known: dict[str, Candidates] = {}
 
-    def release(self) -> None:
-        """Keep nothing of the network until the next measurement."""
-        self._scores.release()
-
     def original(self, group: Group) -> float:
         """The top-1 error of the network as it is; measured once. `group`: whose turn it is, before whose layers values are kept."""
         if self._original is None:

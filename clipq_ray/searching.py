@@ -28,7 +28,7 @@ from clipq_ray.progress import Reporter
 from clipq_ray.stages import Run
 from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
-from clipq_ray.work import LATE, SearchTask, read_record, read_trials, search_images
+from clipq_ray.work import SearchTask, fewest_of_late, read_record, read_trials, search_images
 
 DONE = "done.json"
 _Over = Callable[["Search", bool, ClipqError | None], None]
@@ -75,8 +75,7 @@ class Search:
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
         found = read_trials(self.task)
-        if read_record(self.store, DONE)["late"]:
-            fewest = min(len(points) for points in found.values())
+        if fewest := int(read_record(self.store, DONE)["late"]):
             self.run.notes.append(
                 f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer or group by --deadline-hours"
             )
@@ -246,7 +245,7 @@ def _make(missing: Sequence[Search], engine: Engine, reporter: Reporter, over: _
 def _recorded(one: Search, seconds: float | None) -> ClipqError | None:
     """Store that a search is finished, and record its time: `seconds`, or that of its evaluations; the error of the storage, if there was one."""
     try:
-        one.store.write(DONE, json.dumps({"late": one.store.exists(LATE)}).encode())
+        one.store.write(DONE, json.dumps({"late": fewest_of_late(one.task)}).encode())
         if seconds is None:
             seconds = sum(trial.seconds for points in read_trials(one.task).values() for trial in points)
     except ClipqError as failed:

@@ -6,8 +6,10 @@ the same result. Not covered: who starts it (`cluster`), and training (`training
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import math
 import os
 import platform
 import time
@@ -32,8 +34,6 @@ from clipq_ray.source import Source
 from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
 
-LATE = "late.json"
-"""Whether a deadline cut some group short."""
 CURVE = "curve.json"
 
 
@@ -111,8 +111,21 @@ def partial_name(index: int) -> str:
     return f"partial-{index:04d}.json"
 
 
+def late_name(index: int) -> str:
+    """The object that says that a deadline cut a group short."""
+    return f"late-{index:04d}.json"
+
+
 def _to_json(trials: Sequence[Trial]) -> bytes:
     return json.dumps([trial.to_json() for trial in trials]).encode()
+
+
+def fewest_of_late(task: SearchTask) -> int:
+    """The fewest evaluations of the groups that a deadline cut short; 0 where it cut none."""
+    store = Store(task.output)
+    there, trials = set(store.names("late-")), read_trials(task)
+    late = [group.name for index, group in enumerate(task.groups) if late_name(index) in there]
+    return min((len(trials[name]) for name in late), default=0)
 
 
 def read_trials(task: SearchTask) -> dict[str, list[Trial]]:
@@ -140,7 +153,9 @@ class Searcher:
         put_state(model, read_state(Store(task.weights)))
         full = {} if task.plan is None else bake_keeping(model, task.plan)
         self._deadline = here(task.deadline, Store(task.output))
-        self._until: float | None = None
+        self._since = Store(task.output).now() if task.deadline is not None else 0.0
+        self._begun = time.monotonic()
+        self._groups = self._under_way = 1
         self._evaluator = LayerEvaluator(
             model,
             placed(
@@ -159,40 +174,40 @@ class Searcher:
             rates={layer.layer: layer.theta.p for layer in task.plan.layers} if task.plan else None,
         )
 
-    def release(self) -> None:
-        """Keep nothing of the network until the next step: another one is searched meanwhile."""
-        self._evaluator.release()
-
     def begin(self, index: int, behind: int = 0) -> list[Trial]:
         """The trials of group `index` that an attempt before left behind; `behind`: groups of other networks that wait behind those of this one."""
         store, name = Store(self.task.output), partial_name(index)
-        self._until = self._share(index, behind)
-        if not store.exists(name):
-            return []
-        try:
-            return [Trial(**row) for row in json.loads(store.read(name))]
-        except (ValueError, TypeError):  # of another version; what is measured anew is at most one group
-            return []
+        trials: list[Trial] = []
+        if store.exists(name):
+            # of another version nothing is taken; what is measured anew is at most one group
+            with contextlib.suppress(ValueError, TypeError):
+                trials = [Trial(**row) for row in json.loads(store.read(name))]
+        if self._deadline is not None:
+            self._begun = time.monotonic()
+            self._groups, self._under_way = max(len(self.task.open_groups()) + behind, 1), 1
+            store.write(name, _to_json(trials))  # so that others see that it is under way
+        return trials
 
-    def _share(self, index: int, behind: int) -> float | None:
-        """The time of `time.monotonic()` by which group `index`, which begins now, should end: its share of what is left, beside those under way."""
+    def _until(self) -> float:
+        """The time of `time.monotonic()` by which the group under way should end: its share of what was left when it began, beside as many others as were
+        seen under way since. They need not have begun before it, and what a search that was killed has left is none of them."""
         if self._deadline is None:
-            return None
-        begun = set(Store(self.task.output).names("partial-")) - {partial_name(index)}
-        under_way = 1 + len(begun)
-        groups = max(len(self.task.open_groups()) + behind, 1)
-        left = max(0.0, self._deadline - time.monotonic())
-        return time.monotonic() + left * min(1.0, under_way / groups)
+            return math.inf
+        entries, names = Store(self.task.output).entries(), map(partial_name, self.task.open_groups())
+        under_way = [name for name in names if name in entries and entries[name].modified >= self._since]
+        self._under_way = max(self._under_way, len(under_way))
+        left = max(0.0, self._deadline - self._begun)
+        return self._begun + left * min(1.0, self._under_way / self._groups)
 
     def step(self, index: int, trials: list[Trial]) -> bool:
         """One more trial of group `index`, if one is worth measuring; True when the group is done, and then its trials are stored."""
         made = step_group(self._evaluator, self.task.groups[index], trials, self.task.settings)
-        late = self._until is not None and time.monotonic() > self._until
+        late = time.monotonic() > self._until()
         if made is not None and len(trials) < self.task.settings.evaluations:
             if not late:
                 Store(self.task.output).write(partial_name(index), _to_json(trials))
                 return False
-            Store(self.task.output).write(LATE, b"{}")
+            Store(self.task.output).write(late_name(index), b"{}")
         Store(self.task.output).write(group_name(index), _to_json(trials))
         Store(self.task.output).remove(partial_name(index))
         return True

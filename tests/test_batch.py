@@ -48,6 +48,31 @@ class Failing(LocalEngine):
         return super().train(task, progress)
 
 
+class Joint(LocalEngine):
+    """Has all searches at once, as on a cluster, of which it knows the seconds until each should end; none succeeds."""
+
+    parallel = True
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def search(self, tasks: Any, progress: Any, done: Done) -> None:
+        for number, task in enumerate(tasks):
+            self.seconds.append(task.deadline - Store(task.output).now())
+            done(number, RunError("no search"))
+
+
+def test_networks_that_are_searched_at_once_have_the_whole_time_of_searches_before_a_deadline(
+    tmp_path: Path,
+) -> None:
+    options = {**OPTIONS, "weights": "random", "deadline_hours": 10.0, "storage": str(tmp_path)}
+    sources = [Source(make(**options, name=f"number{seed}", seed=seed)) for seed in range(5)]
+    engine = Joint()
+    compress_all(sources, engine, Reporter(quiet=True))
+    # four tenths of ten hours; groups of all networks share them (`Searcher.begin`)
+    assert engine.seconds == pytest.approx([4 * 3600] * 5, rel=0.03)
+
+
 @pytest.mark.parametrize("stage", ["baseline", "search", "finetune"])
 def test_a_network_that_failed_is_not_kept_from_other_jobs_until_the_others_are_made(
     tmp_path: Path, stage: str

@@ -48,6 +48,10 @@ def test_an_intent_is_what_the_options_say_and_no_loss_without_any(
     assert Intent.of(make(**options), 1_000_000) == Intent(kind, value)  # type: ignore[arg-type]
 
 
+def test_no_file_is_asked_for_to_have_no_bytes() -> None:
+    assert Intent.of(make(target_ratio=10_000), 6_000) == Intent("bytes", 1)
+
+
 def test_a_drop_is_paired_and_has_an_interval() -> None:
     labels = np.arange(1000) % 10
     reference, found = labels.copy(), labels.copy()

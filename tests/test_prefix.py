@@ -215,14 +215,3 @@ def test_tracing_leaves_modes_as_they_were() -> None:
     assert prefix.traced(model) is not None
     assert model.training
     assert not model.norm.training
-
-
-def test_what_is_kept_is_let_go_and_made_again() -> None:
-    model, split = Branches().eval(), images(12)
-    scores = LayerScores(model, split, 16, CPU, PLENTY)
-    before = scores.evaluate(("end.weight",))
-    assert scores._kept
-    scores.release()
-    assert not scores._kept
-    np.testing.assert_array_equal(scores.evaluate(("end.weight",)).predictions, before.predictions)
-    assert scores._kept

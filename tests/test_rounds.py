@@ -420,6 +420,15 @@ def test_a_size_that_the_search_did_not_have_is_said_where_the_plan_was_to_be_sm
     assert run.notes == [words] * said
 
 
+def test_a_size_that_no_round_was_made_for_is_not_said_to_have_been_asked_for() -> None:
+    """Where a deadline leaves rounds on the way to it only."""
+    outcome = Outcome(8923, 8943, 8950, Drop(0.0, -1.0, 1.0, 500), 1)
+    one: Any = SimpleNamespace(on_the_way=True, outcome=outcome, planned=8923)
+    run: Any = SimpleNamespace(notes=[], reporter=Reporter(quiet=True))
+    rounds._say_smallest(run, rounds.Rounds(Intent("bytes", 1500.0), None, (one,)))  # type: ignore[arg-type]
+    assert run.notes == []
+
+
 class Hot(LocalEngine):
     """The fine-tunings of one number, of the network of this name where one is given, are at a rate at which none stays finite."""
 

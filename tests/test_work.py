@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,11 @@ from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask, train
 from clipq_ray.work import (
     CURVE,
-    LATE,
     Searcher,
     SearchTask,
+    fewest_of_late,
+    group_name,
+    late_name,
     partial_name,
     read_trials,
     search_images,
@@ -180,18 +183,54 @@ def test_groups_that_a_deadline_cuts_are_told_from_those_that_end_early(tmp_path
     early = search_task(tmp_path, time.time() + 3600)
     early = replace(early, settings=replace(early.settings, stop_gain=1e9))
     searched(early)
-    assert not Store(early.output).exists(LATE)
+    assert Store(early.output).names("late-") == []
+    assert fewest_of_late(early) == 0
     late = search_task(tmp_path / "late", time.time() - 1)
     searched(late)
-    assert Store(late.output).exists(LATE)
+    assert Store(late.output).names("late-") == [late_name(index) for index in range(5)]
+    assert fewest_of_late(late) == 1
 
 
 def test_every_group_has_its_share_of_the_time_before_a_deadline(tmp_path: Path) -> None:
     task = search_task(tmp_path, time.time() + 3600)
     searcher = Searcher(task, torch.device("cpu"))
     searcher.begin(0)
-    assert searcher._until is not None
-    assert searcher._until - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
+    assert searcher._until() - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
+
+
+def test_groups_that_begin_together_share_their_time_with_those_behind_them_alone(tmp_path: Path) -> None:
+    task = search_task(tmp_path, time.time() + 3600)
+    searchers = [Searcher(task, torch.device("cpu")) for _ in range(2)]
+    for index, searcher in enumerate(searchers):
+        searcher.begin(index)
+    for searcher in searchers:  # the first one too, which began alone
+        assert searcher._until() - time.monotonic() == pytest.approx(3600 * 2 / 5, rel=0.1)
+
+
+def test_what_a_search_that_was_killed_left_under_way_takes_no_time_from_the_groups_behind_it(
+    tmp_path: Path,
+) -> None:
+    task = search_task(tmp_path, time.time() + 3600)
+    store = Store(task.output)
+    for index in range(4):
+        store.write(partial_name(index), b"[]")
+        os.utime(tmp_path / "out" / partial_name(index), (time.time() - 600, time.time() - 600))
+    searcher = Searcher(task, torch.device("cpu"))
+    searcher.begin(0)
+    assert searcher._until() - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
+
+
+def test_a_note_says_the_evaluations_of_what_a_deadline_cut_and_not_of_what_ended_early(
+    tmp_path: Path,
+) -> None:
+    task = search_task(tmp_path, None)
+    searched(task)
+    store = Store(task.output)
+    whole = json.loads(store.read(group_name(0)))
+    store.write(group_name(0), json.dumps(whole[:1]).encode())  # as where nothing more is worth measuring
+    store.write(group_name(1), json.dumps(json.loads(store.read(group_name(1)))[:3]).encode())
+    store.write(late_name(1), b"{}")
+    assert fewest_of_late(task) == 3
 
 
 def test_shuffled_images_of_the_search_are_the_same_images() -> None:
@@ -208,9 +247,7 @@ def test_a_group_leaves_their_share_of_the_time_to_those_of_networks_behind_it(t
     task = search_task(tmp_path, time.time() + 3600)
     searcher = Searcher(task, torch.device("cpu"))
     searcher.begin(0)
-    alone = searcher._until
+    alone = searcher._until()
     searcher.begin(0, behind=15)
-    assert alone is not None
-    assert searcher._until is not None
     assert alone - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
-    assert searcher._until - time.monotonic() == pytest.approx(3600 / 20, rel=0.1)
+    assert searcher._until() - time.monotonic() == pytest.approx(3600 / 20, rel=0.1)

@@ -96,10 +96,13 @@ class HandOut:
         if self._left[number] == 0:
             self._over(number, self._lost[number])
 
+    def close(self) -> None:
+        """No trial takes anything of the room any more, whatever ended Tune: trainings wait for it."""
+        for trial in self._known:
+            self._room.end(trial)
+
     def tell_rest(self) -> None:
         """After the end: tell `over` of tasks whose trials did not all come to an end."""
-        for trial in (*self._ended, *self._waiting):
-            self._room.end(trial.trial_id)
         for number in [number for number, left in self._left.items() if left > 0]:
             self._left[number] = 0
             self._over(number, self._lost[number])

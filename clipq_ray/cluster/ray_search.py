@@ -196,7 +196,10 @@ def search(
         steps = _Steps(tasks, places, apart)
         # the last one's stage: a job that is killed leaves it open, so whoever makes it next removes what is there
         last = tasks[places[-1][0]]
-        _tuner(tasks, places, handout, steps, watch.board, storage(Store(last.output))).fit()
+        try:
+            _tuner(tasks, places, handout, steps, watch.board, storage(Store(last.output))).fit()
+        finally:
+            handout.close()
         _remove_leftovers([last])
         handout.tell_rest()
 

@@ -186,7 +186,13 @@ class _Vote:
         seconds = 0.0
         while requested is not None:
             shares, requested = self._other(requested, shared, outcomes)
-            if shares is None or (outcomes and self._late(seconds)):
+            if shares is None:
+                self._note(
+                    f"no further round of ensemble {self._ensemble.name}: the search has no other point in that direction"
+                )
+                break
+            if outcomes and self._late(seconds):
+                self._note(f"no further round of ensemble {self._ensemble.name} before --deadline-hours")
                 break
             started = time.monotonic()
             try:
@@ -238,6 +244,12 @@ class _Vote:
 
         self._each(make, range(len(self._members)))
 
+    def _note(self, note: str) -> None:
+        """In every member's manifest, and said once."""
+        for one in self._members:
+            one.run.notes.append(note)
+        self._members[0].run.reporter.about(f"ensemble {self._ensemble.name}").say(note)
+
     def _give_up(self, outcomes: Sequence[Outcome], error: DivergedError) -> None:
         """End behind the rounds of `outcomes`, which all members have: the next one of a member diverged."""
         of = next(
@@ -249,10 +261,9 @@ class _Vote:
             f"round {len(outcomes) + 1} of ensemble {self._ensemble.name} came to nothing with {of} and no round follows it, "
             f"the files are those of round {1 + best(self._intent, outcomes)}: {error}"
         )
-        for one, making in zip(self._members, self._making, strict=True):
+        for making in self._making:
             del making.done[len(outcomes) :]  # what the others have made of it, nobody votes with
-            one.run.notes.append(note)
-        self._members[0].run.reporter.about(f"ensemble {self._ensemble.name}").say(note)
+        self._note(note)
 
     def _other(
         self, requested: int, before: Sequence[Sequence[Share]], outcomes: Sequence[Outcome]

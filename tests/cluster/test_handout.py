@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.tune.experiment import Trial
-from test_room import ONE, Desk
+from test_room import ONE, Desk, going, until
 
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.room import Room
@@ -66,3 +67,20 @@ def test_one_that_is_given_up_ends_its_task_with_what_was_lost() -> None:
     assert told == [(0, 1)]
     handout.tell_rest()
     assert told == [(0, 1), (1, 0)]
+
+
+def test_a_search_that_ends_with_an_error_of_its_own_leaves_the_whole_room_to_trainings() -> None:
+    desk = Desk(1)
+    room = Room(desk, ONE)
+    handout, trials, told = made(room, [0, 0])
+    assert chosen(handout) is trials[0]
+    desk.place("a", ONE)
+    handout.scheduler.on_trial_result(None, trials[0], {"group": "a"})
+    with going(room) as trainings:
+        trainings.start("training", ONE)
+        time.sleep(0.5)
+        assert trainings.let_in == []
+        handout.close()
+        desk.remove("a")  # as Ray does with what nobody holds any more
+        until(lambda: trainings.let_in == ["training"])
+    assert told == []

@@ -213,6 +213,27 @@ def test_what_the_files_hold_besides_layers_is_known_behind_the_first_round(
     assert vote._making[0].most_bytes == again._making[0].most_bytes
 
 
+@pytest.mark.parametrize(
+    ("sizes", "left", "why"),
+    [
+        ([100], None, ": the search has no other point in that direction"),
+        ([100, 80, 60], -1.0, " before --deadline-hours"),
+    ],
+)
+def test_rounds_that_end_without_a_kept_promise_before_their_number_say_why(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], left: float | None, why: str
+) -> None:
+    shares = "clipq_ray.fleet.shares"
+    monkeypatch.setattr(f"{shares}.loading.from_bytes", lambda *_, **__: None)
+    monkeypatch.setattr(f"{shares}.probabilities", lambda *_: (np.eye(20, 3), None))
+    monkeypatch.setattr(Run, "seconds_left", property(lambda self: left))
+    vote = Alone(Intent("bytes", 85), sizes, Member(0, 10))
+    with vote._turn:
+        document = vote.rounds()
+    assert (document["kept"], len(document["rounds"])) == (False, 1)
+    assert vote._members[0].run.notes == [f"no further round of ensemble vote{why}"]
+
+
 def test_between_a_kept_and_a_broken_size_nothing_outside_of_them_is_tried() -> None:
     """It went on from the last round alone: behind a broken one past the kept size, behind a kept one below the broken size."""
     vote = Alone(Intent("max_drop", 1.0), [800, 400, 200, 100, 50], Member(0, 0))
