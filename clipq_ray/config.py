@@ -100,7 +100,9 @@ class Config(BaseModel):
         description="decoded images of the network's input size are held in memory up to this size [GiB]; those that are resized are decoded in every epoch",
     )
     bad_image_limit: int = Field(
-        0, ge=0, description="unreadable images that are skipped before the run stops"
+        0,
+        ge=0,
+        description="unreadable images that are skipped before the run stops; of images that are streamed, those that one worker meets",
     )
 
     # Where

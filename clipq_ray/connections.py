@@ -119,7 +119,7 @@ def delays(limit: float) -> Iterator[float]:
     """Waits before further attempts [s]: doubling from half a second to 20 s, each between half of that and all of it by chance, `limit` in sum."""
     wait, left = 0.5, limit
     while left > 0:
-        chosen = min(left, wait * random.uniform(0.5, 1.0))
+        chosen = min(left, wait * _CHANCE.uniform(0.5, 1.0))
         yield chosen
         left -= chosen
         wait = min(20.0, 2 * wait)
@@ -172,6 +172,8 @@ def codes(error: BaseException) -> set[str]:
     return found
 
 
+_CHANCE = random.SystemRandom()
+"""Takes no number from those that a network may draw in another thread."""
 _PASSING = {
     "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "HTTPClientError", "IncompleteReadError",
     "ResponseStreamingError", "ClientConnectorError", "ClientPayloadError", "ServerDisconnectedError", "TimeoutError", "FSTimeoutError",

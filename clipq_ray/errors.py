@@ -68,3 +68,11 @@ class StageHeldError(HeldError):
 
 class DivergedError(RunError):
     """A training's weights or its loss became NaN or infinite, as they would again."""
+
+
+def named(kind: str, message: str) -> ClipqError:
+    """The error of the class called `kind`, which another process has raised; a `RunError` where there is none of that name."""
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, ClipqError):
+        return found(message)
+    return RunError(message)

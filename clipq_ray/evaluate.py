@@ -288,10 +288,10 @@ def _average(
 ) -> None:
     """The statistics of `norms` over batches of the images `parts`, each int64 (B,); as they were if this fails."""
     with evaluating(model), _collecting(norms):
-        for pixels, _ in batches(
-            split, parts, lambda step: seeds.generator(seed, "batch norm", "augment", step)
-        ):
-            model(pixels.to(device))
+        drawn = batches(split, parts, lambda step: seeds.generator(seed, "batch norm", "augment", step))
+        for step, (pixels, _) in enumerate(drawn):
+            with seeds.everywhere(seed, "batch norm", "step", step):  # networks may draw in eval mode, too
+                model(pixels.to(device))
 
 
 @contextmanager

@@ -163,6 +163,10 @@ class Source:
         """One step in training mode on two images, or on as many as a worker gets: what splits its batches may take no two."""
         train, workers = self.data().train, self.config.workers
         batch = min(self.config.batch_size, len(train))
+        if batch < workers:
+            raise DataError(
+                f"expected a training image for each of {workers} workers in every step, got {batch}; lower --workers"
+            )
         advice = "in training mode, in which it is fine-tuned, it must return class scores (alone, first, or as logits) for images alone"
         if batch < 2 * workers:  # batch norm wants two values of each channel
             advice = f"it may be too few for training: raise --batch-size ({self.config.batch_size}, shared by {workers} workers)"

@@ -113,8 +113,9 @@ def train(
     # of two jobs that made it, the first one has built on its own already: that one counts
     if rank.rank == 0 and not output.exists(CURVE):
         if data.train.unreadable:  # met while training; the driver has not read these images
+            more = " or more" * (rank.world > 1)  # other workers have met their own
             trainer.notes.append(
-                f"{task.stage}: {len(data.train.unreadable)} unreadable images were replaced by their next ones: "
+                f"{task.stage}: {len(data.train.unreadable)} unreadable images{more} were replaced by their next ones: "
                 f"{few(data.train.unreadable)}"
             )
         if config.precision == "auto":

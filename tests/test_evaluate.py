@@ -342,6 +342,16 @@ def test_re_estimation_is_a_function_of_the_seed_and_leaves_all_but_the_statisti
     assert changed == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
 
 
+def test_statistics_of_a_network_that_draws_do_not_depend_on_what_was_drawn_before() -> None:
+    def run(before: int) -> str:
+        model = nn.Sequential(Drawing(), nn.BatchNorm1d(192)).train()
+        torch.manual_seed(before)
+        reestimate_batch_norm(model, colour(24), images=16, batch_size=8, seed=0)
+        return models.weights_sha256(model.state_dict())
+
+    assert run(1) == run(2)
+
+
 def test_only_batch_norms_are_in_training_mode_meanwhile() -> None:
     seen: set[tuple[bool, ...]] = set()
     model = with_norms().train()

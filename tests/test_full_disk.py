@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
 from clipq_ray.storage import Store
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -67,6 +70,22 @@ def test_a_full_disk_ends_the_run_by_name_and_with_more_space_it_goes_on(small: 
     assert reused == {"baseline": True, "search": True, "finetune": False}
     undisturbed = run(tmp_path / "other")
     assert result.manifest["files"]["model.clq"] == undisturbed.manifest["files"]["model.clq"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_job_on_ray_by_the_same_words_at_its_first_epoch(small: Path) -> None:
+    options = [
+        "--epochs=2", "--batch-size=32", "--search-evaluations=4", "--search-start=3", "--search-images=60", "--control=never", "--target-ratio=15",
+        "--rounds=1", "--weights=random", f"--storage={small}", "--model=lenet5",
+    ]  # fmt: skip
+    ended = subprocess.run([sys.executable, str(ROOT / "jobs" / "compress.py"), *options], capture_output=True, text=True, check=False, timeout=400)  # fmt: skip
+    assert ended.returncode == 1
+    said = re.search(
+        r"cannot write [\d,]+ bytes to \S+/epoch-(\d+)\.safetensors: No space left on device.* what is finished is kept in",
+        ended.stderr,
+    )
+    assert said, ended.stderr
+    assert "begun again" not in ended.stderr
 
 
 def test_a_disk_that_is_full_before_anything_starts_is_a_mistake_of_the_input(

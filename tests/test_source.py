@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from clipq_ray.config import make
-from clipq_ray.errors import ConfigError, ModelError
+from clipq_ray.errors import ConfigError, DataError, ModelError
 from clipq_ray.source import Source
 
 
@@ -213,6 +213,14 @@ def test_a_batch_of_which_a_worker_has_one_image_is_refused_where_the_network_wa
         source(size, linear(normed=True)).check_fit()
     source(2 * workers, linear(normed=True)).check_fit()
     source(size, linear()).check_fit()
+
+
+def test_fewer_images_than_workers_are_refused_before_the_search() -> None:
+    source = Source(make(limit_images=5, batch_size=32, workers=8))
+    with refused(
+        DataError, match="a training image for each of 8 workers in every step, got 4; lower --workers"
+    ):
+        source.check_fit()
 
 
 def own(num_classes: int = 10) -> nn.Module:

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from clipq_ray import network
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
-from clipq_ray.errors import FormatError
+from clipq_ray.data.tensors import TensorSplit
+from clipq_ray.errors import FormatError, RunError
 from clipq_ray.groups import grouped
+from clipq_ray.memory import Attempts
 from clipq_ray.optimizers import Schedule
 from clipq_ray.ranks import Rank
 from clipq_ray.search import Settings, Trial
@@ -119,6 +122,38 @@ def test_an_image_that_cannot_be_read_while_training_is_named_in_the_notes(tmp_p
     (note,) = json.loads(out.read(CURVE))["notes"]
     assert "1 unreadable" in note
     assert "3.jpg" in note
+
+
+def test_images_that_were_left_out_when_they_were_read_were_replaced_by_no_others(tmp_path: Path) -> None:
+    uri = photographs(tmp_path / "images")
+    options = {"input_size": 40, "mean": (0.5,), "std": (0.5,)}  # their own size: they are decoded once
+    source = Source(make(model="test_work:small", data=uri, bad_image_limit=1, engine="local", **options))
+    assert isinstance(source.data().train, TensorSplit)
+    out = Store(tmp_path / "out")
+    task = TrainTask(source, "baseline", None, None, Schedule(1, 4, 0.01, 0.0, 0.9, 0.0, 0.0), out.uri, Store(tmp_path / "c").uri)  # fmt: skip
+    train(task, Rank(0, 1, torch.device("cpu")), silent, silent)
+    assert json.loads(out.read(CURVE))["notes"] == []
+    assert any("1 unreadable images left out" in note for note in source.data().notes)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 38 * 38, 2))
+
+
+def test_a_training_that_ray_s_memory_monitor_ended_is_no_end_for_the_local_engine(tmp_path: Path) -> None:
+    source = Source(make(model="lenet5", weights="random", limit_images=20, engine="local"))
+    task = TrainTask(
+        source, "baseline", None, None, Schedule(1, 4, 0.01, 0.0, 0.9, 0.0, 0.0), Store(tmp_path / "out").uri, Store(tmp_path / "c").uri,
+    )  # fmt: skip
+    attempts = Attempts(Store(task.checkpoints), task.stage)
+    for images in (4, 2):
+        attempts.begin(0, images)
+        attempts.heard(f"a node was full with {images}")
+    with pytest.raises(RunError, match="out of memory"):
+        attempts.most()
+    LocalEngine().train(task, silent)
+    assert Store(task.output).exists(CURVE)
 
 
 def test_a_further_training_of_a_kind_makes_other_weights(tmp_path: Path) -> None:

@@ -45,7 +45,13 @@ class Capacity:
         for fit, count in sorted(((_fit(kind, each), count) for kind, count in self.kinds), reverse=True):
             grown += fit * min(count, left)
             left -= min(count, left)
-        return max(there, grown)
+        return max(there, grown + sum(_fit(node, each) for node in self.nodes if not self._grows(node)))
+
+    def _grows(self, node: Resources) -> bool:
+        """Whether a node is one of those that the autoscaler starts, as the head is not."""
+        return any(
+            all(node.get(name, 0) == kind.get(name, 0) for name in ("CPU", "GPU")) for kind, _ in self.kinds
+        )
 
     def words(self) -> str:
         """What is there, for a person."""
@@ -74,9 +80,15 @@ def look() -> Capacity:
     """The capacity of the cluster that this process is connected to."""
     nodes = there().nodes
     if said := os.environ.get(GROWTH):
-        growth = json.loads(said)
-        kinds = tuple((kind["resources"], int(kind["count"])) for kind in growth["kinds"])
-        return Capacity(nodes, kinds, int(growth["nodes"]))
+        try:
+            growth = json.loads(said)
+            kinds = tuple((dict(kind["resources"]), int(kind["count"])) for kind in growth["kinds"])
+            return Capacity(nodes, kinds, int(growth["nodes"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f'expected what the cluster may grow to in {GROWTH}, as {{"nodes": 2, "kinds": [{{"resources": {{"CPU": 8}}, "count": 2}}]}}, got {said!r} '
+                f"({type(error).__name__}: {error}); correct it"
+            ) from error
     return Capacity(nodes, coming=max(0, _named_nodes() - len(nodes)))
 
 

@@ -17,7 +17,7 @@ from clipq_ray import logs
 from clipq_ray.config import Config
 from clipq_ray.errors import ClipqError
 from clipq_ray.finetune import Progress
-from clipq_ray.memory import OutOfMemory
+from clipq_ray.memory import Attempts, OutOfMemory
 from clipq_ray.ranks import Rank
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask, train
@@ -128,6 +128,7 @@ class LocalEngine:
     def train(self, task: TrainTask, progress: Progress) -> float:
         """One rank of one."""
         rank = Rank(0, 1, task.source.device())
+        Attempts(Store(task.checkpoints), task.stage).afresh()
         try:
             train(task, rank, progress, lambda row: None)
             return 0.0

@@ -97,8 +97,6 @@ def _train(task: TrainTask, board: Any, *decoding: int) -> None:
     try:
         feed = ray_data.feed(task.source.config, rank.world, *decoding)
         train(task, rank, progress, lambda row: ray.train.report(row), feed)
-    except StorageError:
-        raise  # may pass: Ray tries again
     except ClipqError as error:
         tell(output, error)
         raise
@@ -356,10 +354,14 @@ class RayEngine:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=_world(config), use_gpu=gpu, resources_per_worker=worker.resources
             ),
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+            # workers wait for one that scores or measures the file, however long that takes; `hangs` knows whether it makes steps
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=86_400),
             run_config=ray.train.RunConfig(
                 name=_run_name(task),
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=config.max_failures,
+                    max_preemption_failures=-1 if config.max_failures else 0,
+                ),
                 callbacks=[_LowMemory(task.checkpoints, task.stage), UnstartedWorkers()],
                 **self._ray_storage(Store(task.checkpoints)),
             ),

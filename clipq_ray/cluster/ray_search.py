@@ -82,8 +82,6 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
                 self._trials = searcher.begin(self._index, self._behind)
             before = len(self._trials)
             finished = searcher.step(self._index, self._trials)
-        except StorageError:
-            raise  # may pass: Ray tries again
         except ClipqError as error:
             tell(Store(task.output), error)
             self._board.leave.remote([self._item()])  # this process serves others from here on

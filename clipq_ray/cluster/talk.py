@@ -18,20 +18,12 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from clipq_ray import logs
+from clipq_ray import errors, logs
 from clipq_ray.cluster.apart import Apart, Left
 from clipq_ray.cluster.hangs import Hangs, Limits, Signs, Worker
 from clipq_ray.cluster.hosts import Hosts
-from clipq_ray.errors import (
-    ArtifactError,
-    ClipqError,
-    ConfigError,
-    DataError,
-    DivergedError,
-    FormatError,
-    ModelError,
-    RunError,
-)
+from clipq_ray.connections import passing
+from clipq_ray.errors import ClipqError, StorageError
 from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
 
@@ -209,7 +201,10 @@ def _owner(name: str, apart: Apart) -> str:
 
 
 def tell(output: Store, error: ClipqError) -> None:
-    """Leave a named error for the driver as text: Ray would wrap it beyond recognition."""
+    """Leave a named error for the driver as text: Ray would wrap it beyond recognition. One of a store that may answer later is raised instead, and Ray
+    tries again, as it does where the store takes no word any more."""
+    if isinstance(error, StorageError) and passing(error):
+        raise error
     output.write(ERROR, json.dumps({"kind": type(error).__name__, "error": str(error)}).encode())
 
 
@@ -219,11 +214,7 @@ def told(output: Store) -> ClipqError | None:
         return None
     content = json.loads(output.read(ERROR))
     output.remove(ERROR)
-    kind = {
-        one.__name__: one
-        for one in (ArtifactError, ConfigError, ModelError, DataError, FormatError, DivergedError)
-    }.get(content["kind"], RunError)
-    return kind(content["error"])
+    return errors.named(content["kind"], content["error"])
 
 
 def visible_device(wanted: str) -> torch.device:

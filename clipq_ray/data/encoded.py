@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipq_ray.data.augment import crop_and_flip, draws
-from clipq_ray.data.decoding import BadImages, Decoded, Numbers, decode_many
+from clipq_ray.data.decoding import BadImages, Decoded, Encoded, Numbers, decode_many
 from clipq_ray.data.preprocessing import Preprocessing
 from clipq_ray.data.split import Labels, Split, subset_hash
 from clipq_ray.data.tensors import TensorSplit
@@ -39,8 +39,8 @@ class ImageRows(Protocol):
         """What to call the image in a message."""
         ...
 
-    def read(self, rows: Rows) -> list[bytes | None]:
-        """The encoded images at `rows`; None where there are no bytes."""
+    def read(self, rows: Rows) -> Sequence[Encoded]:
+        """The encoded images at `rows`; None where there are no bytes, or the reason why."""
         ...
 
     def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
@@ -161,8 +161,11 @@ class EncodedSplit(Split):
 
     @property
     def unreadable(self) -> tuple[str, ...]:
-        """The images of the whole data set that could not be read so far, in this process."""
-        return self.bad.names
+        """Those of these images that could not be read so far, in this process, and were replaced."""
+        if not (names := self.bad.names):
+            return ()
+        mine = {self.source.name(int(row)) for row in self.rows}
+        return tuple(name for name in names if name in mine)
 
 
 def decoded(
@@ -171,19 +174,19 @@ def decoded(
     """The images `rows` of `source`, which have the input's size, as a split in memory; unreadable ones are left out."""
     pixels = np.empty((len(rows), *preprocessing.input_shape), dtype=np.uint8)
     good = np.ones(len(rows), dtype=bool)
-    left_out: list[str] = []
+    left_out = ""
     for start in range(0, len(rows), _DECODE_AT_ONCE):
         part = rows[start : start + _DECODE_AT_ONCE]
         for position, image in enumerate(decode_many(source.read(part), preprocessing, None), start):
             if isinstance(image, str):
                 good[position] = False
-                left_out.append(source.name(int(rows[position])))
-                bad.add(left_out[-1], image)
+                left_out = source.name(int(rows[position]))
+                bad.add(left_out, image)
             else:
                 pixels[position] = image
     if left_out:
         pixels = pixels[good]
     if not len(pixels):
-        raise DataError(f"expected readable images, found none among {len(rows)}: {left_out[0]}")
+        raise DataError(f"expected readable images, found none among {len(rows)}: {left_out}")
     labels = source.labels[rows[good]]
-    return TensorSplit(pixels, labels, preprocessing, padding=padding, unreadable=tuple(left_out))
+    return TensorSplit(pixels, labels, preprocessing, padding=padding)

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipq_ray.connections import passing
+from clipq_ray.data.decoding import Encoded
 from clipq_ray.data.listing import Listing, few
 from clipq_ray.data.split import Labels, content_hash
-from clipq_ray.errors import DataError
+from clipq_ray.errors import DataError, StorageError
 
 Rows = NDArray[np.int64]
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -55,13 +57,22 @@ class ImageFiles:
         """The file's URI."""
         return self.listing.at(self.names[row])
 
-    def read(self, rows: Rows) -> list[bytes | None]:
+    def read(self, rows: Rows) -> list[Encoded]:
         """The files' bytes, some read at once where they are not on this machine."""
         names = [self.names[row] for row in rows]
         if self.listing.store.local is not None or len(names) < 2:
-            return [self.listing.read(name) for name in names]
+            return [self._bytes(name) for name in names]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(self.listing.read, names))
+            return list(pool.map(self._bytes, names))
+
+    def _bytes(self, name: str) -> Encoded:
+        """Of one file; why it has none where it may not be read, or has gone: that is a bad image like others. A store that may answer later is waited for."""
+        try:
+            return self.listing.read(name)
+        except StorageError as error:
+            if passing(error):
+                raise
+            return str(error)
 
     def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
         """A plain permutation, cut."""
@@ -98,7 +109,7 @@ class ImageFiles:
         return found
 
     def _contents(self, rows: Rows) -> list[bytes]:
-        return [data or b"" for data in self.read(rows)]
+        return [data if isinstance(data, bytes) else b"" for data in self.read(rows)]
 
     def unbuffered(self) -> ImageFiles:
         """Itself: no file is kept."""

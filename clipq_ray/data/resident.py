@@ -51,7 +51,7 @@ class ResidentSplit(Split):
         shifts, mirrored = (sent(one, self._device) for one in drawn)
         rows = shifts[0][:, None] + torch.arange(height, device=self._device)
         columns = shifts[1][:, None] + torch.arange(width, device=self._device)
-        if channels == 3:
+        if self._of.mirrored:
             columns = torch.where(mirrored[:, None], columns.flip(1), columns)
         padded = torch.nn.functional.pad(images, (padding,) * 4)
         numbers = torch.arange(count, device=self._device)[:, None, None, None]
@@ -61,11 +61,6 @@ class ResidentSplit(Split):
     def subset(self, indices: Tensor) -> Split:
         """As `Split.subset`, on the CPU."""
         return self._of.subset(indices)
-
-    @property
-    def unreadable(self) -> tuple[str, ...]:
-        """As the split's that it was made of."""
-        return self._of.unreadable
 
 
 def placed(split: Split, device: torch.device, free_bytes: int | None = None) -> Split:

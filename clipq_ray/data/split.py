@@ -72,7 +72,7 @@ class Split(ABC):
 
     @property
     def unreadable(self) -> tuple[str, ...]:
-        """Names of the images that could not be read so far (see `decoding.BadImages`)."""
+        """Names of the images that could not be read when batches were made, and for which others stood in (see `decoding.BadImages`)."""
         return ()
 
 

@@ -34,20 +34,19 @@ class TensorSplit(Split):
         preprocessing: Preprocessing,
         *,
         padding: int | None = None,
-        unreadable: tuple[str, ...] = (),
     ) -> None:
-        """`padding`: the largest random shift in pixels where images are not resized; None takes height // 8."""
+        """`padding`: the largest random shift in pixels where images are not resized; None takes height // 8. Gray ones, digits mostly, are not mirrored."""
         size = tuple(images.shape[2:])
         if preprocessing.resize is None and size != preprocessing.input_shape[1:]:
             raise DataError(
                 f"expected images of {preprocessing.input_shape[1:]} pixels, got {size}; {WRONG_SIZE}"
             )
         self.images = with_channels(images, preprocessing.input_shape[0])
+        self.mirrored = preprocessing.input_shape[0] == images.shape[1] == 3
         self.labels = labels
         self.fingerprint = content_hash("pixels", images, labels)
         self.preprocessing = preprocessing
         self.padding = preprocessing.input_shape[1] // 8 if padding is None else padding
-        self._unreadable = unreadable
         self._rows: NDArray[np.int64] | None = None
 
     @property
@@ -68,7 +67,7 @@ class TensorSplit(Split):
         if (resize := self.preprocessing.resize) is not None:
             return self.preprocessing.apply(self._resized(images, resize, augment)), labels
         if augment is not None:
-            images = crop_and_flip(images, self.padding, self.preprocessing.input_shape[0] == 3, augment)
+            images = crop_and_flip(images, self.padding, self.mirrored, augment)
         return self.preprocessing.apply(torch.from_numpy(images)), labels
 
     def _resized(self, images: Images, resize: int, augment: torch.Generator | None) -> Tensor:
@@ -95,7 +94,7 @@ class TensorSplit(Split):
             (left, top, right, bottom), mirrored = crop_box(numbers, image.shape[1], image.shape[2])
             part = image[:, top:bottom, left:right]
             crop = functional.resize(part, [height, width], mode, antialias=True)
-            crops.append(crop.flip(-1) if mirrored and len(crop) == 3 else crop)
+            crops.append(crop.flip(-1) if mirrored and self.mirrored else crop)
         return torch.stack(crops) if crops else tensor.new_empty((0, *self.preprocessing.input_shape))
 
     def subset(self, indices: Tensor) -> TensorSplit:
@@ -107,11 +106,6 @@ class TensorSplit(Split):
         part.fingerprint = subset_hash(self.fingerprint, chosen)
         part._rows = chosen if self._rows is None else self._rows[chosen]
         return part
-
-    @property
-    def unreadable(self) -> tuple[str, ...]:
-        """The images that were left out when these were decoded."""
-        return self._unreadable
 
 
 def resized_at_once(shape: Sequence[int], resize: int) -> int:

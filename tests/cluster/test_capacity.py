@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from refusals import refused
 
 pytest.importorskip("ray")
 
@@ -59,6 +61,25 @@ def test_room_is_counted_per_node_and_not_over_the_sum() -> None:
 def test_a_share_of_a_gpu_is_not_lost_to_rounding() -> None:
     assert Capacity((GPUS,)).room({"CPU": 1.0, "GPU": 0.1}) == 8
     assert Capacity(({"CPU": 16.0, "GPU": 1.0},)).room({"CPU": 1.0, "GPU": 0.1}) == 10
+
+
+def test_a_head_that_works_is_there_beside_what_the_cluster_grows_to() -> None:
+    grows = (({"CPU": 8.0}, 2),)
+    assert Capacity(({"CPU": 8.0, "memory": 8e9},), grows, 2).room({"CPU": 4.0}) == 4  # one of them, or none
+    assert Capacity(({"CPU": 10.0},), grows, 2).room({"CPU": 4.0}) == 6
+    assert Capacity(({"CPU": 10.0}, {"CPU": 8.0}, {"CPU": 8.0}), grows, 2).room({"CPU": 4.0}) == 6
+
+
+@pytest.mark.parametrize(
+    "said", ['{"nodes": 2', '{"nodes": 2}', "3", '{"nodes": 2, "kinds": [{"count": 1}]}']
+)
+def test_a_slip_in_what_the_cluster_may_grow_to_is_one_line(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(capacity.GROWTH, said)
+    monkeypatch.setattr(capacity.ray, "nodes", list)
+    with refused(ConfigError, match=f"in {capacity.GROWTH}, as .* got {re.escape(repr(said))}"):
+        capacity.look()
 
 
 def test_the_variable_of_the_cluster_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

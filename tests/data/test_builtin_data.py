@@ -16,6 +16,8 @@ from refusals import refused
 from torchvision import datasets
 
 from clipq_ray.data import open_data
+from clipq_ray.data.resident import ResidentSplit
+from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
 
 
@@ -154,6 +156,23 @@ def test_gray_images_fit_networks_of_other_sizes_and_channels(
         images, _ = data.train.batch(torch.arange(5), augment)
         assert tuple(images.shape) == (5, *shape)
         assert images.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 28, 28), (3, 20, 20)])
+def test_digits_are_not_mirrored_for_networks_of_three_channels_either(
+    tmp_path: Path, shape: tuple[int, int, int]
+) -> None:
+    write_mnist(tmp_path / "m")
+    train = open_data(
+        str(tmp_path / "m"), input_shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0]
+    ).train
+    assert isinstance(train, TensorSplit)
+    train.images = np.zeros_like(train.images)
+    train.images[..., : train.images.shape[-1] // 2] = 255  # bright on the left
+    for device in (train, *([ResidentSplit(train, torch.device("cpu"))] if shape[1] == 28 else [])):
+        images = device.batch(torch.arange(30), torch.Generator().manual_seed(0))[0]
+        left, right = images.chunk(2, dim=-1)
+        assert (left.mean((1, 2, 3)) >= right.mean((1, 2, 3))).all()
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,32 @@ def test_images_in_no_class_folder_and_unreadable_ones_are_named(tmp_path: Path)
         opened(str(tmp_path))
 
 
+@pytest.mark.parametrize("memory_limit", [1, 10**8])
+def test_a_file_that_has_gone_counts_as_an_image_that_cannot_be_read(
+    tmp_path: Path, memory_limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Listing.read
+
+    def gone(listing: Listing, name: str) -> bytes:
+        (tmp_path / "train" / "ant" / "0000.png").unlink(missing_ok=True)  # once it has been listed
+        return read(listing, name)
+
+    monkeypatch.setattr(Listing, "read", gone)
+
+    def whole(limit: int) -> None:
+        folder(tmp_path, "train", 12)
+        data = opened(str(tmp_path), memory_limit_bytes=memory_limit, bad_image_limit=limit)
+        for split in (data.train, data.validation):
+            split.batch(torch.arange(len(split)), None)
+
+    whole(1)
+    with refused(
+        DataError,
+        match=r"at most 0 unreadable images, found 1: .*0000\.png \(the last: cannot read .*No such file",
+    ):
+        whole(0)
+
+
 def test_test_images_in_no_class_folders_have_no_labels_and_the_validation_images_judge(
     tmp_path: Path,
 ) -> None:
