@@ -11,7 +11,15 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from clipq_ray import problems
 from clipq_ray.consistency import INTENTS, PAPER, problem
@@ -359,6 +367,15 @@ class Config(BaseModel):
         "--max-failures; default: no limit [h]",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes`, `no`, `on` and `off` as switches, which would pass for 1 and 0."""
+        name = info.field_name
+        if isinstance(value, bool) and name and cls.model_fields[name].annotation is not bool:
+            raise ValueError("expected a value that is no yes or no")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -36,8 +36,8 @@ _OF_RAY = ("search_parallel", "limit_cpus", "limit_gpus")
 """What a job may take of a cluster, or of this machine, by Ray alone."""
 
 
-def idle(config: Config) -> Iterator[str]:
-    """What was said and has nothing to do, a sentence each: no mistake, since a recipe's part may be switched off by one option."""
+def idle(config: Config, origin: str) -> Iterator[str]:
+    """`origin`: of the weights (`Source.weights_origin`). What was said and has nothing to do, a sentence each: no mistake, since a recipe's part may be switched off by one option."""
 
     def said(name: str) -> bool:
         return bool(getattr(config, name) != type(config).model_fields[name].default)
@@ -47,9 +47,9 @@ def idle(config: Config) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} has nothing to do with --{other.replace('_', '-')} {off}"
     if config.tradeoff is not None and config.rounds > 1 and said("round_epochs"):
         yield "--round-epochs has nothing to do with --tradeoff, which makes one round"
-    for name in _OF_THE_FIRST_TRAINING if config.weights not in (None, "train") else ():
+    for name in _OF_THE_FIRST_TRAINING if origin != "train" else ():
         if said(name):
-            yield f"--{name.replace('_', '-')} has nothing to do with --weights, which are not trained first"
+            yield f"--{name.replace('_', '-')} has nothing to do with weights that are not trained first ({origin})"
     for name in _OF_RAY if config.engine == "local" else ():
         if said(name):
             yield f"--{name.replace('_', '-')} has nothing to do with --engine local, which does one thing at a time"

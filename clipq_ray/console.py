@@ -30,6 +30,11 @@ def harmless(line: str) -> str:
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
+def page(text: str) -> str:
+    """Lines for a terminal, each `harmless` and without secrets."""
+    return "\n".join(harmless(line) for line in redacted(text).split("\n"))
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are a `ConfigError`: one line instead of the usage."""
 

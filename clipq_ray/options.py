@@ -132,6 +132,10 @@ def parse_all(arguments: Sequence[str], description: str) -> Fleet:
             raise ConfigError(
                 "--fleet: expected its file to name the results, got --name as well; leave one out"
             )
+        places = {name: f" (in {path!r})" for name in filed if name not in given}
+        said = [text + places.get(option, "") for option, text in checked(options)[1] if option in options]
+        if said:
+            raise ConfigError("; ".join(said))
         return read(fleet, options)
     if isinstance(filed.get("model"), tuple):
         raise ConfigError(

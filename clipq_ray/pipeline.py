@@ -105,7 +105,7 @@ def prepare(
     prepare_process(config.threads_per_worker)
     run = Run(source, engine, reporter, storage, turn)
     begin(run)
-    run.notes += idle(config)
+    run.notes += idle(config, source.weights_origin())
     for note in run.notes:
         reporter.say(f"options: {note}")
     reporter.say(f"data: opening {config.data}")

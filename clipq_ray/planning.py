@@ -161,7 +161,13 @@ def _planned(source: Source) -> Plan:
         f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)"
     )
     words = "\n".join(
-        [*lines, *(f"note        {note}" for note in (*idle(config), *data.notes, *found.notes))]
+        [
+            *lines,
+            *(
+                f"note        {note}"
+                for note in (*idle(config, source.weights_origin()), *data.notes, *found.notes)
+            ),
+        ]
     )
     return Plan(words, total, disk)
 

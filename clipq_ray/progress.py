@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from clipq_ray.console import harmless
 from clipq_ray.redaction import redacted
 
 _LINE_SECONDS = 10.0
@@ -39,7 +40,7 @@ class Reporter:
         """One line."""
         if not self._quiet:
             clock = _clock(time.monotonic() - self._begun)
-            tqdm.write(redacted(f"[{clock}] {self._about}{text}"), file=self._stream)
+            tqdm.write(harmless(redacted(f"[{clock}] {self._about}{text}")), file=self._stream)
             self._stream.flush()
 
     @contextmanager

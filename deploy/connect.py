@@ -1,13 +1,15 @@
 """The token of a cluster, for this shell: `eval "$(python deploy/connect.py cluster.yaml)"`, while `ray dashboard cluster.yaml` runs in another one.
 
 Fetches the token from the head through SSH into a file that only its owner reads, checks that the job server answers to it and runs the Ray that is installed
-here, and prints the commands that set the three variables which `ray job` reads. What is wrong is one line with exit code 2, and then nothing is printed.
+here, and prints the commands that set the three variables which `ray job` reads. What is wrong is one line with exit code 2, and then the shell is connected to
+no cluster: not to the one of before either.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import shlex
@@ -38,6 +40,8 @@ def edited(cluster: str) -> None:
         raise Refused(
             f"{cluster}, line {line}: {error.problem}; mend that line (those with an '@' are yours to edit)"
         ) from error
+    except yaml.YAMLError as error:
+        raise Refused(f"{cluster}: expected YAML, got {' '.join(str(error).split())}; mend it") from error
 
 
 def fetched(cluster: str) -> Path:
@@ -70,14 +74,15 @@ def check(address: str, token: str, cluster: str) -> None:
     """The job server at `address` answers to `token`, and its Ray is the one that is installed here."""
     request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(request, timeout=15) as answer:
+        # past any proxy, which would learn the token
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=15) as answer:
             theirs = json.load(answer)["ray_version"]
     except urllib.error.HTTPError as error:
         raise Refused(
             f"what answers at {address} does not take the token of {cluster} ({error.code} {error.reason}); another cluster is forwarded to "
             f"that port: end its `ray dashboard`, or use --port"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         raise Refused(
             f"no job server answers at {address} ({error}); run `ray dashboard {cluster}` in another terminal and leave it"
         ) from error
@@ -110,12 +115,19 @@ def main() -> int:
         check(address, path.read_text(encoding="utf-8").strip(), given.cluster)
     except Refused as refused:
         print(f"connect: {refused}", file=sys.stderr)
+        if (
+            not sys.stdout.isatty()
+        ):  # `eval` would take nothing for success, and `ray job submit` the cluster of before
+            print("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH RAY_API_SERVER_ADDRESS; false")
         return 2
     variables = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": os.fspath(path),
         "RAY_API_SERVER_ADDRESS": address,
     }
+    if urllib.request.getproxies_environment():  # `ray job` would go through it
+        before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        variables["no_proxy"] = ",".join(["localhost", *([before] if before else [])])
     # that variable would be taken before the file, and may be another cluster's
     print(
         "unset RAY_AUTH_TOKEN; export "

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def lines(path: str) -> list[str]:
-    """`NAME=value` for each variable, quoted."""
+    """`NAME=value` for each variable that has a value, quoted; switches as 1 and 0."""
     config = json.loads(Path(path).read_text(encoding="utf-8"))
     given = (config.get("metadata") or {}).get("environment") or {}
     for name in given:
@@ -22,7 +22,8 @@ def lines(path: str) -> list[str]:
             )
     if growth := may_grow(config):
         given = {"CLIPQ_MAY_GROW": json.dumps(growth), **given}
-    return [f"{name}={shlex.quote(str(value))}" for name, value in given.items()]
+    said = {name: int(value) if isinstance(value, bool) else value for name, value in given.items()}
+    return [f"{name}={shlex.quote(str(value))}" for name, value in said.items() if value is not None]
 
 
 def may_grow(config: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     shared = fleet.configs[0]
     if shared.dry_run:
         text, code = dry_run(sources, fleet.ensembles)
-        print(text)
+        print(console.page(text))
         return code
     connections.patience()  # a slip in the environment is said before hours are spent
     for source in sources:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         )
     with make_engine(shared) as engine:
         found = compress_all(sources, engine, reporter, fleet.ensembles)
-    together = ensembles.all_scored(fleet.ensembles, sources, found)
+    together = ensembles.all_scored(fleet.ensembles, sources, found, reporter)
     if fleet.name is not None and any(isinstance(one, HeldError) for one in found):
         print(
             "fleet: not written, since another job makes some of its runs or their stages; submit it again when that has ended",
@@ -64,9 +64,9 @@ def main(arguments: list[str]) -> int:
         raise failed[0]
     results = [one for one in found if isinstance(one, Result)]
     names = [source.name for source, one in zip(sources, found, strict=True) if isinstance(one, ClipqError)]
-    print(redacted(table([one.manifest for one in results], [one.uri for one in results], names)))
+    print(console.page(table([one.manifest for one in results], [one.uri for one in results], names)))
     for ensemble in together:
-        print(redacted(ensemble_line(ensemble)))
+        print(console.page(ensemble_line(ensemble)))
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
             line = redacted(f"compress: {source.name}: {' '.join(str(one).split())}")

@@ -77,7 +77,11 @@ def _plain(name: str) -> str:
 
 def _write(path: Path, page: str) -> None:
     """Write a local file whole, in a folder that is there and in no committed run."""
-    if any(_committed(folder) for folder in path.resolve().parents):
+    try:
+        whole = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+        raise ConfigError(f"expected a path as --output, got {str(path)!r}: {error}") from error
+    if any(_committed(folder) for folder in whole.parents):
         raise ConfigError(f"expected --output outside of a committed run, got {path}: choose another folder")
     if not path.parent.is_dir():
         raise ConfigError(f"expected --output in a folder that is there, got {path}: make the folder first")

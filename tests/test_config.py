@@ -14,6 +14,7 @@ from refusals import refused
 from clipq_ray.config import Config, make
 from clipq_ray.consistency import idle
 from clipq_ray.errors import ConfigError
+from clipq_ray.source import Source
 
 
 def test_every_option_says_what_it_is() -> None:
@@ -139,26 +140,31 @@ def test_values_on_the_border_are_taken(options: dict[str, Any]) -> None:
     assert {name: getattr(made, name) for name in options} == options
 
 
+def idled(config: Config) -> list[str]:
+    return list(idle(config, Source(config).weights_origin()))
+
+
 def test_what_has_nothing_to_do_is_said() -> None:
-    said = idle(make(rung_epochs=3, round_epochs=4, level_learning_rate=0.1, rounds=1))
-    assert list(said) == [
+    said = idled(make(rung_epochs=3, round_epochs=4, level_learning_rate=0.1, rounds=1))
+    assert said == [
         "--rung-epochs has nothing to do with --rungs 1",
         "--round-epochs has nothing to do with --rounds 1",
         "--level-learning-rate has nothing to do with --level-epochs 0",
     ]
-    assert list(idle(make(rungs=2, rung_epochs=3, rounds=2, round_epochs=4, level_epochs=1, level_learning_rate=0.1, target_bytes=9))) == []  # fmt: skip
-    assert list(idle(make())) == []
+    assert idled(make(rungs=2, rung_epochs=3, rounds=2, round_epochs=4, level_epochs=1, level_learning_rate=0.1, target_bytes=9)) == []  # fmt: skip
+    assert idled(make()) == []
 
 
 @pytest.mark.parametrize(
     ("options", "busy", "said"),
     [
         ({"tradeoff": 8.0, "round_epochs": 4}, {"target_bytes": 9, "round_epochs": 4}, "--round-epochs has nothing to do with --tradeoff, which makes one round"),
-        ({"weights": "w.pt", "baseline_epochs": 9}, {"baseline_epochs": 9}, "--baseline-epochs has nothing to do with --weights, which are not trained first"),
+        ({"weights": "w.pt", "baseline_epochs": 9}, {"baseline_epochs": 9}, "--baseline-epochs has nothing to do with weights that are not trained first (w.pt)"),
+        ({"model": "resnet18", "baseline_epochs": 9}, {"model": "resnet18", "weights": "train", "baseline_epochs": 9}, "--baseline-epochs has nothing to do with weights that are not trained first (torchvision)"),
         (
             {"weights": "random", "baseline_learning_rate": 0.3},
             {"weights": "train", "baseline_learning_rate": 0.3},
-            "--baseline-learning-rate has nothing to do with --weights, which are not trained first",
+            "--baseline-learning-rate has nothing to do with weights that are not trained first (random)",
         ),
         (
             {"search_start": 9, "search_evaluations": 8},
@@ -174,8 +180,8 @@ def test_what_has_nothing_to_do_is_said() -> None:
 def test_a_part_that_other_options_leave_no_work_is_said(
     options: dict[str, Any], busy: dict[str, Any], said: str
 ) -> None:
-    assert list(idle(make(**options))) == [said]
-    assert list(idle(make(**busy))) == []
+    assert idled(make(**options)) == [said]
+    assert idled(make(**busy)) == []
 
 
 def test_the_paper_switches_off_what_goes_beyond_it() -> None:
@@ -200,3 +206,12 @@ def test_an_unknown_option_gets_the_nearest_name() -> None:
 def test_no_intent_is_the_intent_to_lose_nothing() -> None:
     assert make() == make(max_drop=0.0)
     assert make(target_ratio=20.0).max_drop is None
+
+
+@pytest.mark.parametrize(
+    "name", ["epochs", "target_bytes", "max_drop", "expect_top1_percent", "seed", "name"]
+)
+def test_a_yes_or_no_is_no_value_of_other_options(name: str) -> None:
+    with refused(ConfigError, match=f"^--{name.replace('_', '-')}: expected .*, got True$"):
+        make(**{name: True})
+    assert make(paper=True).paper

@@ -131,6 +131,15 @@ def test_a_folder_with_another_programs_manifest_is_written_to(run: Path, text: 
     assert Path("page/page.html").is_file()
 
 
+def test_an_output_in_a_loop_of_links_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "expected a path as --output" in refused(
+        [str(run), "--output", str(tmp_path / "loop" / "x.html")], capsys
+    )
+
+
 def test_help_names_the_output(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         job.main(["--help"])

@@ -267,3 +267,13 @@ def test_options_of_one_network_are_refused_for_several(arguments: list[str], wo
     second = [] if arguments[0] == "--model" else ["--model", "vgg16"]
     with pytest.raises(ConfigError, match=words):
         options.parse_all(["--model", "resnet50", *second, *arguments], "")
+
+
+def test_a_mistake_of_the_command_line_is_said_once_and_not_of_the_lines_of_a_fleet(tmp_path: Path) -> None:
+    path, config = tmp_path / "f.yaml", tmp_path / "c.yaml"
+    path.write_text("name: f\ndefaults: {epochs: 3}\nmodels:\n  - model: lenet5\n  - model: lenet_300_100\n")
+    with refused(ConfigError, match=r"^--epochs: expected greater than or equal to 1, got '0'$"):
+        options.parse_all(["--fleet", str(path), "--epochs", "0"], "")
+    config.write_text("epoch: 3\n")
+    with refused(ConfigError, match=rf"^unknown option 'epoch'; did you mean --epochs.*\(in '{config}'\)$"):
+        options.parse_all(["--fleet", str(path), "--config", str(config)], "")

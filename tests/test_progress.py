@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from clipq_ray import progress
+from clipq_ray import console, progress
 from clipq_ray.progress import Reporter
 
 
@@ -103,3 +103,11 @@ def test_a_stage_that_fails_is_not_said_to_be_done() -> None:
     with pytest.raises(ValueError, match="no"):
         fail()
     assert "done" not in stream.getvalue()
+
+
+def test_what_would_steer_a_terminal_is_spelt_out() -> None:
+    stream = io.StringIO()
+    Reporter(stream).about("a\x1b[2J").say("data: \x1b]0;owned\x07.txt is not used")
+    assert "\x1b" not in stream.getvalue()
+    assert r"a\x1b[2J: data: \x1b]0;owned\x07.txt is not used" in stream.getvalue()
+    assert console.page("a\x1b[2J\nb") == "a\\x1b[2J\nb"

@@ -17,11 +17,13 @@ from torch import nn
 
 from clipq_ray import loading, logs
 from clipq_ray.data import Split, batches
-from clipq_ray.errors import ClipqError, DataError
+from clipq_ray.errors import ClipqError, DataError, HeldError
 from clipq_ray.evaluate import NO_CLASS, Forward, evaluating
+from clipq_ray.finetune import Progress
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import Drop
 from clipq_ray.pipeline import Result
+from clipq_ray.progress import Reporter
 from clipq_ray.redaction import redacted
 from clipq_ray.source import Source
 from clipq_ray.states import put_state, read_state
@@ -44,7 +46,7 @@ def classes_of(votes: Votes) -> npt.NDArray[np.int64]:
     return np.where(np.isnan(votes).any(axis=1), NO_CLASS, votes.argmax(axis=1))
 
 
-def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
+def scored(ensemble: Ensemble, members: Sequence[Member], reporter: Reporter) -> dict[str, Any]:
     """What the members score together before and after, as a JSON object; `DataError` where they are not judged on the same images."""
     votes: dict[str, list[Votes]] = {"original": [], "compressed": []}
     labels: npt.NDArray[np.int64] | None = None
@@ -54,7 +56,10 @@ def scored(ensemble: Ensemble, members: Sequence[Member]) -> dict[str, Any]:
         data = member.source.data()
         images, split = (data.test, "test") if data.test is not None else (data.validation, "validation")
         for name, network in (("original", _original), ("compressed", _decoded)):
-            vote, found = probabilities(member.source, network(member), images)
+            with reporter.about(f"ensemble {ensemble.name}").stage(
+                f"vote of {member.source.name}, {name}"
+            ) as progress:
+                vote, found = probabilities(member.source, network(member), images, progress)
             votes[name].append(vote)
             if labels is not None and not np.array_equal(labels, found):
                 raise DataError(
@@ -105,24 +110,26 @@ def _decoded(member: Member) -> nn.Module:
 
 
 @torch.inference_mode()
-def probabilities(source: Source, model: nn.Module, images: Split) -> tuple[Votes, npt.NDArray[np.int64]]:
+def probabilities(
+    source: Source, model: nn.Module, images: Split, progress: Progress
+) -> tuple[Votes, npt.NDArray[np.int64]]:
     """Softmax of the network's class scores on all images, float64 (n, classes), and their labels, int64 (n,), as `Evaluation` has them."""
     model = model.to(source.device())
     forward, parts = (
         Forward(model, source.device()),
         torch.arange(len(images)).split(source.config.evaluation_batch_size),
     )
+    found = []
     with evaluating(model):
-        found = [
-            (torch.softmax(forward(pixels).double(), dim=1).numpy(), labels.numpy())
-            for pixels, labels in batches(images, parts, lambda step: None)
-        ]
+        for done, (pixels, labels) in enumerate(batches(images, parts, lambda step: None), 1):
+            found.append((torch.softmax(forward(pixels).double(), dim=1).numpy(), labels.numpy()))
+            progress(done, len(parts), f"{len(images):,} images")
     votes, labels = zip(*found, strict=True)
     return np.concatenate(votes), np.concatenate(labels)
 
 
 def all_scored(
-    ensembles: Sequence[Ensemble], sources: Sequence[Source], results: Sequence[Any]
+    ensembles: Sequence[Ensemble], sources: Sequence[Source], results: Sequence[Any], reporter: Reporter
 ) -> list[dict[str, Any]]:
     """Every ensemble, or why it has no score."""
     by_name = dict(zip((source.name for source in sources), zip(sources, results, strict=True), strict=True))
@@ -130,10 +137,12 @@ def all_scored(
     for ensemble in ensembles:
         missing = [name for name in ensemble.members if not isinstance(by_name[name][1], Result)]
         if missing:
-            found.append(_unscored(ensemble, f"{', '.join(missing)} failed"))
+            held = all(isinstance(by_name[name][1], HeldError) for name in missing)
+            names = ", ".join(missing)
+            found.append(_unscored(ensemble, f"another job makes {names}" if held else f"{names} failed"))
             continue
         try:
-            found.append(scored(ensemble, [Member(*by_name[name]) for name in ensemble.members]))
+            found.append(scored(ensemble, [Member(*by_name[name]) for name in ensemble.members], reporter))
         except Exception as error:  # the fleet is written whatever becomes of a vote, of anybody's networks
             known = isinstance(error, ClipqError)
             words = redacted(" ".join(str(error).split())) if known else logs.unexpected(error)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from clipq_ray import loading, logs, search, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
@@ -37,6 +38,7 @@ from clipq_ray.intent import (
 )
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
 from clipq_ray.rounds import Making, Rounds, Shared
+from clipq_ray.source import Source
 from clipq_ray.states import put_state, read_state
 from clipq_ray.work import prepare_process
 
@@ -303,7 +305,7 @@ class _Vote:
             source = one.prepared.run.source
             model = source.network()
             put_state(model, read_state(one.reference))
-            vote, found = probabilities(source, model, source.data().validation)
+            vote, found = self._vote(source, model, "reference")
             votes.append(vote)
             if labels is not None and not np.array_equal(labels, found):
                 raise DataError(
@@ -314,12 +316,18 @@ class _Vote:
         assert labels is not None
         return together(self._ensemble, self._names, votes), labels
 
+    def _vote(self, source: Source, model: nn.Module, what: str) -> tuple[Votes, npt.NDArray[np.int64]]:
+        """Of a member on validation images, and their labels."""
+        reporter = self._members[0].run.reporter.about(f"ensemble {self._ensemble.name}")
+        with reporter.stage(f"vote of {source.name}, {what}") as progress:
+            return probabilities(source, model, source.data().validation, progress)
+
     def _outcome(self, requested: int, reference: Votes, labels: npt.NDArray[np.int64]) -> Outcome:
         votes = []
         for one, making in zip(self._opened, self._making, strict=True):
             source, file = one.prepared.run.source, making.done[-1].packed.file
             decoded = loading.from_bytes(file, factory=source.network)
-            votes.append(probabilities(source, decoded, source.data().validation)[0])
+            votes.append(self._vote(source, decoded, "file")[0])
         total = together(self._ensemble, self._names, votes)
         drop = Drop.between(classes_of(reference), classes_of(total), labels)
         last = [making.done[-1].outcome for making in self._making]

@@ -50,11 +50,11 @@ def _headline(totals: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _row(row: Mapping[str, Any]) -> list[str]:
-    kept = {True: "yes", False: "no", None: words.NONE}[row["kept"]]
+    kept = {True: "yes", False: "no", None: "-"}[row["kept"]]
     return [
         words.printable(row["model"]), words.count(row["bytes_before"]), words.count(row["bytes"]), words.ratio(row["ratio"]),
         words.percent(row["top1_before_percent"]), words.percent(row["top1_percent"]), f"{words.count(row['images'])} {row['split']}",
-        words.printable(row["promise"] or words.NONE), kept, words.duration(row["seconds"]), words.printable(row["run"]),
+        words.printable(row["promise"] or "none"), kept, words.duration(row["seconds"]), words.printable(row["run"]),
     ]  # fmt: skip
 
 

@@ -190,8 +190,8 @@ def test_aws_takes_what_the_cluster_file_asks_for_and_nothing_is_open(
     assert mine["head"]["InstanceType"] == "m7i.2xlarge"
     assert "InstanceLifecycle" not in mine["head"]
     assert mine["gpu"]["InstanceLifecycle"] == "spot"
-    assert mine["head"]["IamInstanceProfile"]["Arn"].endswith("/clipq-head")
-    assert mine["gpu"]["IamInstanceProfile"]["Arn"].endswith("/clipq-worker")
+    assert mine["head"]["IamInstanceProfile"]["Arn"].endswith("/clipq-head-us-west-2")
+    assert mine["gpu"]["IamInstanceProfile"]["Arn"].endswith("/clipq-worker-us-west-2")
     assert cluster[1]["available_node_types"]["head"]["resources"]["CPU"] == 0
     groups = {group["GroupId"] for one in mine.values() for group in one["SecurityGroups"]}
     (group,) = aws.describe_security_groups(GroupIds=sorted(groups))["SecurityGroups"]

@@ -48,7 +48,9 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path) -> Node:
     made = Node(tmp_path)
-    environment = {"CLIPQ_STORAGE": "s3://bucket/a b", "NCCL_DEBUG": "INFO"}
+    environment = {
+        "CLIPQ_STORAGE": "s3://bucket/a b", "NCCL_DEBUG": "INFO", "NCCL_IB_DISABLE": True, "CLIPQ_OFF": False, "CLIPQ_DATA": None,
+    }  # fmt: skip
     (tmp_path / "ray_bootstrap_config.yaml").write_text(
         json.dumps({"metadata": {"environment": environment}})
     )
@@ -58,8 +60,9 @@ def node(tmp_path: Path) -> Node:
 def test_the_head_makes_a_token_once_and_hands_on_the_variables_of_the_cluster_file(node: Node) -> None:
     ended = node.sourced("head")
     assert ended.returncode == 0, ended.stderr
-    for line in ("READY", "RAY_AUTH_MODE=token", "CLIPQ_STORAGE=s3://bucket/a b", "NCCL_DEBUG=INFO", f"PYTHONPATH={node.checkout}"):  # fmt: skip
+    for line in ("READY", "RAY_AUTH_MODE=token", "CLIPQ_STORAGE=s3://bucket/a b", "NCCL_DEBUG=INFO", "NCCL_IB_DISABLE=1", "CLIPQ_OFF=0", f"PYTHONPATH={node.checkout}"):  # fmt: skip
         assert line in ended.stdout.splitlines()
+    assert "CLIPQ_DATA" not in ended.stdout  # it was left blank
     token = node.home / ".ray" / "auth_token"
     assert token.read_text() == TOKEN
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -181,11 +184,18 @@ def test_the_token_is_checked_with_the_job_server_and_so_is_its_version(
 
 
 def connected(cluster: str) -> list[str]:
-    """What connect.py says of a mistake; it ends with 2 and prints nothing for the shell."""
+    """What connect.py says of a mistake; it ends with 2, and the shell that takes what it prints is connected to no cluster."""
     command = [sys.executable, str(ROOT / "deploy" / "connect.py"), cluster]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ended.returncode == 2
-    assert ended.stdout == ""
+    script = f'{ended.stdout}\necho "$? $RAY_API_SERVER_ADDRESS$RAY_AUTH_TOKEN_PATH$RAY_AUTH_TOKEN"'
+    before = {
+        "RAY_API_SERVER_ADDRESS": "http://other:1",
+        "RAY_AUTH_TOKEN_PATH": "/other",
+        "RAY_AUTH_TOKEN": "x",
+    }
+    shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, env=before)
+    assert shell.stdout == "1 \n"
     return ended.stderr.splitlines()
 
 
@@ -209,6 +219,20 @@ def test_without_ray_s_command_it_is_said_what_to_activate(
     monkeypatch.setenv("HOME", str(tmp_path))
     (said,) = connected(str(tmp_path / "cluster.yaml"))
     assert said.startswith("connect: expected the command `ray`, got none; activate the environment")
+
+
+def test_a_cluster_file_with_what_no_yaml_has_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_bytes(b"cluster_name: a\x07\n")
+    (said,) = connected(str(tmp_path / "cluster.yaml"))
+    assert "cluster.yaml: expected YAML, got unacceptable character #x0007" in said
+
+
+def test_the_token_goes_past_proxies(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    module = token_module()
+    monkeypatch.setattr(module, "version", lambda name: "2.0.1")
+    module.check(server, TOKEN, "cluster.yaml")
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "deploy/on-premises.yaml"])

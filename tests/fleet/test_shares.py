@@ -78,8 +78,12 @@ def test_votes_are_held_against_the_labels_of_the_images_that_were_read(tmp_path
     ).test
     assert split is not None
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
-    votes, labels = probabilities(Source(make(evaluation_batch_size=7)), model, split)
+    steps: list[tuple[int, int, str]] = []
+    votes, labels = probabilities(
+        Source(make(evaluation_batch_size=7)), model, split, lambda *step: steps.append(step)
+    )
     found = evaluate(model, split, batch_size=7)
+    assert steps[-1] == (len(steps), len(steps), f"{len(split)} images")
     assert votes.argmax(axis=1).tolist() == found.predictions.tolist()
     assert labels.tolist() == found.labels.tolist() != split.labels.tolist()
 

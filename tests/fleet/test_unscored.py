@@ -12,9 +12,11 @@ import torch
 import yaml
 
 from clipq_ray.config import make
+from clipq_ray.errors import HeldError, RunError
 from clipq_ray.fleet.ensembles import all_scored
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.pipeline import Result
+from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store, stage_store
@@ -89,10 +91,19 @@ def test_whatever_a_network_raises_is_why_it_has_no_score(
     write_state(stage_store(storage, "baseline", "k"), WEIGHTS, sources[0].network().state_dict())
     results = [Result("nowhere", {"stages": [{"stage": "baseline", "key": "k"}]}, False)] * 2
     with caplog.at_level(logging.ERROR):
-        (found,) = all_scored([Ensemble("vote", ("a", "b"))], sources, results)
+        (found,) = all_scored([Ensemble("vote", ("a", "b"))], sources, results, Reporter(quiet=True))
     assert found == {
         "name": "vote", "members": ["a", "b"],
         "error": "unexpected KeyError: 'http://***@host/x'; please report it",
     }  # fmt: skip
     assert "Traceback" in caplog.text  # beside the line, for who mends it
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("why", "said"), [(HeldError("held"), "another job makes a, b"), (RunError("diverged"), "a, b failed")]
+)
+def test_members_that_another_job_makes_are_not_said_to_have_failed(why: RunError, said: str) -> None:
+    sources = [Source(make(name=name)) for name in ("a", "b")]
+    (found,) = all_scored([Ensemble("vote", ("a", "b"))], sources, [why, why], Reporter(quiet=True))
+    assert found["error"] == said
