@@ -8,6 +8,7 @@ store has answered before, this process or others of its job (`answered`): one t
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -27,6 +28,8 @@ _BODY_ATTEMPTS = 2  # of s3fs: answers that are cut off in the middle
 
 
 _ANSWERED = False
+_CHANCE = random.SystemRandom()
+"""Takes no number from those that a network may draw in another thread."""
 _T = TypeVar("_T")
 
 
@@ -172,8 +175,15 @@ def codes(error: BaseException) -> set[str]:
     return found
 
 
-_CHANCE = random.SystemRandom()
-"""Takes no number from those that a network may draw in another thread."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+def full(error: BaseException) -> bool:
+    """Whether a store takes nothing any more, and will not take it from another process either."""
+    said = any(isinstance(one, OSError) and one.errno in _FULL for one in chain(error))
+    return said or bool(codes(error) & {"NoSuchBucket", "QuotaExceeded"})
+
+
 _PASSING = {
     "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "HTTPClientError", "IncompleteReadError",
     "ResponseStreamingError", "ClientConnectorError", "ClientPayloadError", "ServerDisconnectedError", "TimeoutError", "FSTimeoutError",

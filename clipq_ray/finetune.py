@@ -34,7 +34,7 @@ from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.precision import autocast_dtype
 from clipq_ray.probing import Probing
-from clipq_ray.ranks import Rank, agreed, compare_codes
+from clipq_ray.ranks import Patience, Rank, agreed, compare_codes
 from clipq_ray.rates import Held, Ramp, Rates
 from clipq_ray.sending import sent
 from clipq_ray.states import put_state
@@ -136,6 +136,7 @@ class Trainer:
         self.attempts = checkpoints.attempts(stage)
         self.micro_batch, unread = self._fitting_micro_batch()
         self.wrapped = self._as_one_of_several(unread)
+        self.patience = Patience(rank)
 
     def _as_one_of_several(self, unread: bool) -> nn.Module:
         """The network as this rank trains it; `unread`: whether there are parameters that get no gradient."""
@@ -202,6 +203,7 @@ class Trainer:
             if self._move_rates(self.progressed) and self.operator:
                 self.operator.requantize()  # as a process that starts from the checkpoint has them
             top1 = self._validate(progress)
+            self.patience.wait()
             row = Epoch(epoch + 1, loss, top1, time.monotonic() - started, self.rank.world)
             self.curve.append(row)
             self._fit_deadline(row.seconds)
@@ -311,6 +313,7 @@ class Trainer:
             with self.operator.reading_full_precision():
                 weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
                 scale.fill_(self.rates.scale_for(weights))
+        self.patience.wait()
         if self.rank.world > 1:
             dist.broadcast(scale, src=0)
         self.rates.scale = float(scale)

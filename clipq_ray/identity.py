@@ -77,7 +77,10 @@ def _installed(names: Iterable[str]) -> dict[str, str]:
 
 def of_data(data: Data) -> list[Any]:
     """What decides training: the images that train and decide, and how they are prepared."""
-    return [data.train.fingerprint, data.validation.fingerprint, data.preprocessing.to_json()]
+    found = [data.train.fingerprint, data.validation.fingerprint, data.preprocessing.to_json()]
+    in_colour = data.preprocessing.input_shape[0] == 3
+    # gray images for a network of three channels were mirrored before
+    return [*found, "not mirrored"] if in_colour and not getattr(data.train, "mirrored", True) else found
 
 
 def of_network(source: Source) -> dict[str, Any]:

@@ -71,11 +71,11 @@ class Stage:
         if self._reporter._terminal:
             if self._bar is None:
                 self._bar = tqdm(
-                    total=total, desc=self._name, file=self._reporter._stream, initial=done, leave=False,
-                    postfix=words,
+                    total=total, desc=harmless(self._name), file=self._reporter._stream, initial=done, leave=False,
+                    postfix=harmless(words),
                 )  # fmt: skip
             self._bar.total = total
-            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.set_postfix_str(harmless(words), refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,19 @@ class Rank:
     rank: int
     world: int
     device: torch.device
+
+
+class Patience:
+    """Waits for ranks that work alone (rank 0 scores the network and measures its file), which may take longer than any other collective operation: hours,
+    within which an engine knows whether they make steps. Made by all ranks at the same time."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._group: Any = dist.new_group(timeout=datetime.timedelta(days=1)) if rank.world > 1 else None
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
 
 
 def agreed(rank: Rank, here: bool) -> bool:

@@ -75,7 +75,10 @@ class Search:
     def trials(self) -> dict[str, list[search.Trial]]:
         """All groups' trials by name, in the order of the network; a note where the deadline cut them short."""
         found = read_trials(self.task)
-        if fewest := int(read_record(self.store, DONE)["late"]):
+        fewest = read_record(self.store, DONE)["late"]
+        if fewest is True:  # what was recorded before says no more
+            fewest = min(len(points) for points in found.values())
+        if fewest:
             self.run.notes.append(
                 f"search: shortened from {self.task.settings.evaluations} to {fewest} or more evaluations per layer or group by --deadline-hours"
             )

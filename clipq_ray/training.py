@@ -7,7 +7,7 @@ driver's process and on a cluster, so both engines give the same result. Not cov
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,18 +112,7 @@ def train(
     output = Store(task.output)
     # of two jobs that made it, the first one has built on its own already: that one counts
     if rank.rank == 0 and not output.exists(CURVE):
-        if data.train.unreadable:  # met while training; the driver has not read these images
-            more = " or more" * (rank.world > 1)  # other workers have met their own
-            trainer.notes.append(
-                f"{task.stage}: {len(data.train.unreadable)} unreadable images{more} were replaced by their next ones: "
-                f"{few(data.train.unreadable)}"
-            )
-        if config.precision == "auto":
-            trainer.notes.append(
-                f"{task.stage}: computed in {str(trainer.autocast).removeprefix('torch.')} (--precision auto)"
-            )
-        if task.plan is not None and (slow := slow_on(rank.device)):
-            trainer.notes.append(f"{task.stage}: {slow}")
+        trainer.notes += _notes(task, rank, trainer, data)
         write_state(output, WEIGHTS, model.state_dict())
         rows = [asdict(row) for row in trainer.curve]
         recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
@@ -133,6 +122,17 @@ def train(
         if task.size is not None and trainer.rates is not None:
             content["held"] = {"plan": trainer.rates.plan.to_json(), "scale": trainer.rates.scale}
         output.write(CURVE, json.dumps(content).encode())
+
+
+def _notes(task: TrainTask, rank: Rank, trainer: Trainer, data: Data) -> Iterator[str]:
+    """What else is to be said of it."""
+    if bad := data.train.unreadable:  # met while training; the driver has not read these images
+        more = " or more" * (rank.world > 1)  # other workers have met their own
+        yield f"{task.stage}: {len(bad)} unreadable images{more} were replaced by their next ones: {few(bad)}"
+    if task.source.config.precision == "auto":
+        yield f"{task.stage}: computed in {str(trainer.autocast).removeprefix('torch.')} (--precision auto)"
+    if task.plan is not None and (slow := slow_on(rank.device)):
+        yield f"{task.stage}: {slow}"
 
 
 def _held(task: TrainTask, data: Data) -> Held | None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,8 +121,8 @@ def _to_json(trials: Sequence[Trial]) -> bytes:
 
 def fewest_of_late(task: SearchTask) -> int:
     """The fewest evaluations of the groups that a deadline cut short; 0 where it cut none."""
-    store = Store(task.output)
-    there, trials = set(store.names("late-")), read_trials(task)
+    there = set(Store(task.output).names("late-"))
+    trials = read_trials(task) if there else {}
     late = [group.name for index, group in enumerate(task.groups) if late_name(index) in there]
     return min((len(trials[name]) for name in late), default=0)
 
@@ -142,6 +141,25 @@ def read_trials(task: SearchTask) -> dict[str, list[Trial]]:
     return result
 
 
+class _Share:
+    """The time of a group that begins now: its part of what is left before a `deadline` [s of `time.monotonic()`], beside as many others as were seen
+    under way since. They need not have begun before it, so it asks again when its time is over by what it knows."""
+
+    def __init__(self, deadline: float, groups: int, under_way: Callable[[], int]) -> None:
+        """`groups`: that are to be searched before the deadline."""
+        self._began, self._groups, self._under_way = time.monotonic(), max(groups, 1), under_way
+        self._left, self._seen = max(0.0, deadline - self._began), 1
+
+    def _past(self) -> bool:
+        return time.monotonic() > self._began + self._left * min(1.0, self._seen / self._groups)
+
+    def over(self) -> bool:
+        """Whether it is."""
+        if self._past():
+            self._seen = max(self._seen, self._under_way())
+        return self._past()
+
+
 class Searcher:
     """Searches groups of layers of one network in this process; network and images are loaded once."""
 
@@ -153,9 +171,7 @@ class Searcher:
         put_state(model, read_state(Store(task.weights)))
         full = {} if task.plan is None else bake_keeping(model, task.plan)
         self._deadline = here(task.deadline, Store(task.output))
-        self._since = Store(task.output).now() if task.deadline is not None else 0.0
-        self._begun = time.monotonic()
-        self._groups = self._under_way = 1
+        self._share: _Share | None = None
         self._evaluator = LayerEvaluator(
             model,
             placed(
@@ -174,8 +190,9 @@ class Searcher:
             rates={layer.layer: layer.theta.p for layer in task.plan.layers} if task.plan else None,
         )
 
-    def begin(self, index: int, behind: int = 0) -> list[Trial]:
-        """The trials of group `index` that an attempt before left behind; `behind`: groups of other networks that wait behind those of this one."""
+    def begin(self, index: int, behind: int = 0, under_way: Callable[[], int] = lambda: 1) -> list[Trial]:
+        """The trials of group `index` that an attempt before left behind; `behind`: groups of other networks that wait behind those of this one; `under_way`: says
+        how many groups are, whoever's, this one among them."""
         store, name = Store(self.task.output), partial_name(index)
         trials: list[Trial] = []
         if store.exists(name):
@@ -183,31 +200,20 @@ class Searcher:
             with contextlib.suppress(ValueError, TypeError):
                 trials = [Trial(**row) for row in json.loads(store.read(name))]
         if self._deadline is not None:
-            self._begun = time.monotonic()
-            self._groups, self._under_way = max(len(self.task.open_groups()) + behind, 1), 1
-            store.write(name, _to_json(trials))  # so that others see that it is under way
+            self._share = _Share(self._deadline, len(self.task.open_groups()) + behind, under_way)
         return trials
-
-    def _until(self) -> float:
-        """The time of `time.monotonic()` by which the group under way should end: its share of what was left when it began, beside as many others as were
-        seen under way since. They need not have begun before it, and what a search that was killed has left is none of them."""
-        if self._deadline is None:
-            return math.inf
-        entries, names = Store(self.task.output).entries(), map(partial_name, self.task.open_groups())
-        under_way = [name for name in names if name in entries and entries[name].modified >= self._since]
-        self._under_way = max(self._under_way, len(under_way))
-        left = max(0.0, self._deadline - self._begun)
-        return self._begun + left * min(1.0, self._under_way / self._groups)
 
     def step(self, index: int, trials: list[Trial]) -> bool:
         """One more trial of group `index`, if one is worth measuring; True when the group is done, and then its trials are stored."""
         made = step_group(self._evaluator, self.task.groups[index], trials, self.task.settings)
-        late = time.monotonic() > self._until()
+        late = self._share is not None and self._share.over()
         if made is not None and len(trials) < self.task.settings.evaluations:
             if not late:
                 Store(self.task.output).write(partial_name(index), _to_json(trials))
                 return False
             Store(self.task.output).write(late_name(index), b"{}")
+        elif self._share is not None:  # an attempt that was killed may have been late
+            Store(self.task.output).remove(late_name(index))
         Store(self.task.output).write(group_name(index), _to_json(trials))
         Store(self.task.output).remove(partial_name(index))
         return True

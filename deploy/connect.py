@@ -1,8 +1,8 @@
 """The token of a cluster, for this shell: `eval "$(python deploy/connect.py cluster.yaml)"`, while `ray dashboard cluster.yaml` runs in another one.
 
 Fetches the token from the head through SSH into a file that only its owner reads, checks that the job server answers to it and runs the Ray that is installed
-here, and prints the commands that set the three variables which `ray job` reads. What is wrong is one line with exit code 2, and then the shell is connected to
-no cluster: not to the one of before either.
+here, and prints the commands that set the three variables which `ray job` reads. What is wrong is one line with exit code 2, and then the shell (sh, bash, zsh) is
+connected to no cluster: not to the one of before either.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def check(address: str, token: str, cluster: str) -> None:
             f"what answers at {address} does not take the token of {cluster} ({error.code} {error.reason}); another cluster is forwarded to "
             f"that port: end its `ray dashboard`, or use --port"
         ) from error
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise Refused(
             f"no job server answers at {address} ({error}); run `ray dashboard {cluster}` in another terminal and leave it"
         ) from error
@@ -115,10 +115,6 @@ def main() -> int:
         check(address, path.read_text(encoding="utf-8").strip(), given.cluster)
     except Refused as refused:
         print(f"connect: {refused}", file=sys.stderr)
-        if (
-            not sys.stdout.isatty()
-        ):  # `eval` would take nothing for success, and `ray job submit` the cluster of before
-            print("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH RAY_API_SERVER_ADDRESS; false")
         return 2
     variables = {
         "RAY_AUTH_MODE": "token",
@@ -127,7 +123,8 @@ def main() -> int:
     }
     if urllib.request.getproxies_environment():  # `ray job` would go through it
         before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-        variables["no_proxy"] = ",".join(["localhost", *([before] if before else [])])
+        said = before.split(",") if before else []
+        variables["no_proxy"] = ",".join(said if "localhost" in said else ["localhost", *said])
     # that variable would be taken before the file, and may be another cluster's
     print(
         "unset RAY_AUTH_TOKEN; export "
@@ -137,4 +134,14 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code: object = 1
+    try:
+        code = main()
+    except SystemExit as ended:  # argparse's
+        code = ended.code
+        raise
+    finally:
+        # nothing would be success to `eval`, and the next `ray job submit` would go to the cluster of before
+        if code and not sys.stdout.isatty():
+            print("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH RAY_API_SERVER_ADDRESS; false")
+    sys.exit(code)

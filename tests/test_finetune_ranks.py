@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import RunError
 from clipq_ray.finetune import Trainer
 from clipq_ray.operator import make_plan
-from clipq_ray.ranks import Rank
+from clipq_ray.ranks import Patience, Rank
 from clipq_ray.rates import Held
 
 
@@ -41,6 +43,32 @@ def on_ranks(ranks: int, folder: Path, work: Callable[..., None], *given: object
 
 def on_two_ranks(folder: Path, work: Callable[..., None], *given: object) -> None:
     on_ranks(2, folder, work, *given)
+
+
+def busy(rank: int, folder: str) -> None:
+    """Rank 0 is busy alone for longer than a collective operation may take."""
+    short = torch.distributed.new_group(timeout=timedelta(seconds=1))
+    patience = Patience(Rank(rank, 2, torch.device("cpu")))
+    if rank == 0:
+        time.sleep(3)
+    patience.wait()
+    (Path(folder) / f"waited-{rank}").touch()
+    if rank == 0:
+        time.sleep(3)
+        return
+    with pytest.raises(RuntimeError):
+        torch.distributed.barrier(group=short)
+    (Path(folder) / "gave-up").touch()
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_one_that_scores_alone_longer_than_for_each_other(tmp_path: Path) -> None:
+    on_two_ranks(tmp_path, busy)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "meet") == [
+        "gave-up",
+        "waited-0",
+        "waited-1",
+    ]
 
 
 def one_of_two(rank: int, folder: str, differing: bool) -> None:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clipq_ray import precision
 from clipq_ray.config import make
-from clipq_ray.data import Data, from_loaders
-from clipq_ray.identity import of_network, of_run, of_start, stage_key, versions
+from clipq_ray.data import Data, from_loaders, open_data
+from clipq_ray.identity import of_data, of_network, of_run, of_start, stage_key, versions
 from clipq_ray.source import Source
 
 DATA = from_loaders(DataLoader(TensorDataset(torch.rand(20, 1, 2, 2), torch.arange(20) % 2)))
@@ -121,3 +121,9 @@ def test_a_network_of_this_package_begins_where_the_seed_says() -> None:
 def test_what_classes_are_called_decides_a_run() -> None:
     renamed = replace(DATA, class_names=("cat", "dog"))
     assert differing(decided(net()), decided(net(), renamed)) == {"class_names"}
+
+
+def test_gray_images_for_three_channels_are_other_data_than_when_they_were_mirrored() -> None:
+    gray, colours = (open_data("digits", input_shape=(channels, 28, 28)) for channels in (1, 3))
+    assert of_data(colours)[3:] == ["not mirrored"]
+    assert of_data(gray)[3:] == []  # as before

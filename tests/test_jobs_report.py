@@ -135,9 +135,9 @@ def test_an_output_in_a_loop_of_links_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "expected a path as --output" in refused(
-        [str(run), "--output", str(tmp_path / "loop" / "x.html")], capsys
-    )
+    said = refused([str(run), "--output", str(tmp_path / "loop" / "x.html")], capsys)
+    # from Python 3.13 on a loop is a path
+    assert "expected a path as --output" in said or "make the folder first" in said
 
 
 def test_help_names_the_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -226,33 +225,41 @@ def test_groups_that_a_deadline_cuts_are_told_from_those_that_end_early(tmp_path
     assert fewest_of_late(late) == 1
 
 
+def over(searcher: Searcher, seconds: float) -> bool:
+    """Whether the group's share of the time would be over, had it begun so long ago."""
+    share = searcher._share
+    assert share is not None
+    share._began -= seconds
+    try:
+        return share.over()
+    finally:
+        share._began += seconds
+
+
 def test_every_group_has_its_share_of_the_time_before_a_deadline(tmp_path: Path) -> None:
-    task = search_task(tmp_path, time.time() + 3600)
-    searcher = Searcher(task, torch.device("cpu"))
+    searcher = Searcher(search_task(tmp_path, time.time() + 3600), torch.device("cpu"))
     searcher.begin(0)
-    assert searcher._until() - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
+    assert [over(searcher, seconds) for seconds in (0, 700, 740)] == [False, False, True]
 
 
-def test_groups_that_begin_together_share_their_time_with_those_behind_them_alone(tmp_path: Path) -> None:
-    task = search_task(tmp_path, time.time() + 3600)
-    searchers = [Searcher(task, torch.device("cpu")) for _ in range(2)]
-    for index, searcher in enumerate(searchers):
-        searcher.begin(index)
-    for searcher in searchers:  # the first one too, which began alone
-        assert searcher._until() - time.monotonic() == pytest.approx(3600 * 2 / 5, rel=0.1)
-
-
-def test_what_a_search_that_was_killed_left_under_way_takes_no_time_from_the_groups_behind_it(
+def test_groups_that_are_under_way_together_share_their_time_with_those_behind_them_alone(
     tmp_path: Path,
 ) -> None:
-    task = search_task(tmp_path, time.time() + 3600)
-    store = Store(task.output)
-    for index in range(4):
-        store.write(partial_name(index), b"[]")
-        os.utime(tmp_path / "out" / partial_name(index), (time.time() - 600, time.time() - 600))
-    searcher = Searcher(task, torch.device("cpu"))
-    searcher.begin(0)
-    assert searcher._until() - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
+    searcher = Searcher(search_task(tmp_path, time.time() + 3600), torch.device("cpu"))
+    under_way = [1]
+    searcher.begin(0, under_way=lambda: under_way[0])
+    under_way[0] = 2  # another one has begun behind it
+    assert [over(searcher, seconds) for seconds in (740, 1420, 1460)] == [False, False, True]
+    under_way[0] = 1  # and ended: it had its time
+    assert [over(searcher, seconds) for seconds in (1420, 1460)] == [False, True]
+    under_way[0] = 9
+    assert [over(searcher, seconds) for seconds in (3590, 3610)] == [False, True]
+
+
+def test_nobody_is_asked_who_is_under_way_while_there_is_time(tmp_path: Path) -> None:
+    searcher = Searcher(search_task(tmp_path, time.time() + 3600), torch.device("cpu"))
+    searcher.begin(0, under_way=lambda: pytest.fail("asked"))
+    assert not over(searcher, 700)
 
 
 def test_a_note_says_the_evaluations_of_what_a_deadline_cut_and_not_of_what_ended_early(
@@ -281,8 +288,5 @@ def test_shuffled_images_of_the_search_are_the_same_images() -> None:
 def test_a_group_leaves_their_share_of_the_time_to_those_of_networks_behind_it(tmp_path: Path) -> None:
     task = search_task(tmp_path, time.time() + 3600)
     searcher = Searcher(task, torch.device("cpu"))
-    searcher.begin(0)
-    alone = searcher._until()
     searcher.begin(0, behind=15)
-    assert alone - time.monotonic() == pytest.approx(3600 / 5, rel=0.1)
-    assert searcher._until() - time.monotonic() == pytest.approx(3600 / 20, rel=0.1)
+    assert [over(searcher, seconds) for seconds in (170, 190)] == [False, True]

@@ -354,8 +354,7 @@ class RayEngine:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=_world(config), use_gpu=gpu, resources_per_worker=worker.resources
             ),
-            # workers wait for one that scores or measures the file, however long that takes; `hangs` knows whether it makes steps
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=86_400),
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
             run_config=ray.train.RunConfig(
                 name=_run_name(task),
                 failure_config=ray.train.FailureConfig(

@@ -25,17 +25,16 @@ from torch import Tensor
 
 from clipq_ray import errors, logs
 from clipq_ray.config import Config
-from clipq_ray.connections import answered, passing
+from clipq_ray.connections import answered
 from clipq_ray.data import batches
 from clipq_ray.data.decoding import Decoded
 from clipq_ray.data.encoded import EncodedSplit
 from clipq_ray.data.prefetch import Batch, Feed, ahead, one_by_one
 from clipq_ray.data.reading import Reading, assembled, reading
 from clipq_ray.data.split import Split
-from clipq_ray.errors import ClipqError, ConfigError, StorageError
+from clipq_ray.errors import ClipqError, ConfigError
 
 log = logs.logger(__name__)
-_PASSING = "passing"  # of a store that may answer later
 PIECE_BYTES = 16 * 2**20
 """Decoded images that a task makes at least: enough that its start does not count."""
 BLOCK_BYTES = 4 * 2**20
@@ -223,7 +222,7 @@ def _decode(pieces: dict[str, Any], key: tuple[Any, ...], split: Any, plan: Any)
             for part in order.decoded(images, int(piece), at_once):
                 yield _packed(part, shape)
     except ClipqError as error:
-        yield _packed([str(error)], shape, _PASSING if passing(error) else type(error).__name__)
+        yield _packed([str(error)], shape, type(error).__name__)
 
 
 def _packed(images: list[Decoded], shape: tuple[int, ...], error: str = "") -> dict[str, Any]:
@@ -239,7 +238,5 @@ def _unpacked(block: dict[str, Any]) -> Iterator[Decoded]:
     """The mirror of `_packed`: images, copied out of Ray's memory, or the error that a task met."""
     for pixels, reason, error in zip(block["pixels"], block["reason"], block["error"], strict=True):
         if error:
-            if error == _PASSING:  # told from others by what it came from
-                raise StorageError(str(reason)) from ConnectionError(str(reason))
             raise errors.named(str(error), str(reason))
         yield str(reason) if reason else pixels.copy()

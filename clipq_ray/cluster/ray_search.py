@@ -79,7 +79,7 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
             searcher = self._searching(task)
             if self._trials is None:
                 self._board.loaded.remote(self._item())
-                self._trials = searcher.begin(self._index, self._behind)
+                self._trials = searcher.begin(self._index, self._behind, self._under_way)
             before = len(self._trials)
             finished = searcher.step(self._index, self._trials)
         except ClipqError as error:
@@ -101,6 +101,9 @@ class _GroupTrial(tune.Trainable):  # type: ignore[misc]
 
     def _item(self) -> str:
         return _item((self._number, self._index))
+
+    def _under_way(self) -> int:
+        return int(ray.get(self._board.under_way.remote()))
 
     def _searching(self, task: SearchTask) -> Searcher:
         """Of this network; nothing is kept of the one before, since networks follow one another."""

@@ -22,7 +22,7 @@ from clipq_ray import errors, logs
 from clipq_ray.cluster.apart import Apart, Left
 from clipq_ray.cluster.hangs import Hangs, Limits, Signs, Worker
 from clipq_ray.cluster.hosts import Hosts
-from clipq_ray.connections import passing
+from clipq_ray.connections import full
 from clipq_ray.errors import ClipqError, StorageError
 from clipq_ray.finetune import Progress
 from clipq_ray.storage import Store
@@ -72,6 +72,10 @@ class _Board:
         """These have no workers any more."""
         for item in items:
             self._workers.pop(item, None)
+
+    def under_way(self) -> int:
+        """How many items have workers."""
+        return len(self._workers)
 
     def hold(self, group: PlacementGroup) -> None:
         """Workers that have begun hold this of the cluster."""
@@ -201,9 +205,9 @@ def _owner(name: str, apart: Apart) -> str:
 
 
 def tell(output: Store, error: ClipqError) -> None:
-    """Leave a named error for the driver as text: Ray would wrap it beyond recognition. One of a store that may answer later is raised instead, and Ray
-    tries again, as it does where the store takes no word any more."""
-    if isinstance(error, StorageError) and passing(error):
+    """Leave a named error for the driver as text: Ray would wrap it beyond recognition. One of a store that another attempt may reach is raised instead, and
+    Ray makes it, as it does where the store takes no word any more."""
+    if isinstance(error, StorageError) and not full(error):
         raise error
     output.write(ERROR, json.dumps({"kind": type(error).__name__, "error": str(error)}).encode())
 

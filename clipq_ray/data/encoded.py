@@ -73,6 +73,7 @@ class EncodedSplit(Split):
         self.bad = bad
         self.padding = preprocessing.input_shape[1] // 8 if padding is None else padding
         self.rows = rows
+        self._replaced: dict[str, None] = {}  # in the order in which they were met
         self.labels = source.labels[rows]
         self.fingerprint = subset_hash(source.fingerprint, rows)
 
@@ -134,7 +135,9 @@ class EncodedSplit(Split):
     def _instead(self, index: int, reason: str, numbers: Numbers | None) -> tuple[int, NDArray[np.uint8]]:
         """The next index whose image can be read, and its pixels; every bad one on the way is counted."""
         for step in range(1, len(self)):
-            self.bad.add(self.source.name(int(self.rows[(index + step - 1) % len(self)])), reason)
+            name = self.source.name(int(self.rows[(index + step - 1) % len(self)]))
+            self.bad.add(name, reason)
+            self._replaced[name] = None
             candidate = (index + step) % len(self)
             image: Decoded = decode_many(
                 self.source.read(self.rows[candidate : candidate + 1]), self.preprocessing, numbers
@@ -156,16 +159,14 @@ class EncodedSplit(Split):
         part = copy.copy(self)
         part.labels = self.labels[chosen]
         part.rows = self.rows[chosen]
+        part._replaced = {}
         part.fingerprint = subset_hash(self.fingerprint, chosen)
         return part
 
     @property
     def unreadable(self) -> tuple[str, ...]:
-        """Those of these images that could not be read so far, in this process, and were replaced."""
-        if not (names := self.bad.names):
-            return ()
-        mine = {self.source.name(int(row)) for row in self.rows}
-        return tuple(name for name in names if name in mine)
+        """In this process."""
+        return tuple(self._replaced)
 
 
 def decoded(

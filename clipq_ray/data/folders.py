@@ -6,15 +6,16 @@ of at most 64 files, evenly spaced over the sorted names. Not covered: labels in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipq_ray.connections import passing
+from clipq_ray.connections import chain
 from clipq_ray.data.decoding import Encoded
 from clipq_ray.data.listing import Listing, few
 from clipq_ray.data.split import Labels, content_hash
@@ -25,6 +26,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".
 SAMPLE_FILES = 64
 _AT_ONCE = 8
 _FEW = 256
+
+_T = TypeVar("_T")
 
 
 class ImageFiles:
@@ -59,20 +62,23 @@ class ImageFiles:
 
     def read(self, rows: Rows) -> list[Encoded]:
         """The files' bytes, some read at once where they are not on this machine."""
+        return self._each(self._bytes, rows)
+
+    def _each(self, read: Callable[[str], _T], rows: Rows) -> list[_T]:
         names = [self.names[row] for row in rows]
         if self.listing.store.local is not None or len(names) < 2:
-            return [self._bytes(name) for name in names]
+            return [read(name) for name in names]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(self._bytes, names))
+            return list(pool.map(read, names))
 
     def _bytes(self, name: str) -> Encoded:
-        """Of one file; why it has none where it may not be read, or has gone: that is a bad image like others. A store that may answer later is waited for."""
+        """Of one file; why it has none where it may not be read, or has gone: that is a bad image like others."""
         try:
             return self.listing.read(name)
         except StorageError as error:
-            if passing(error):
-                raise
-            return str(error)
+            if any(isinstance(one, FileNotFoundError | PermissionError) for one in chain(error)):
+                return str(error)
+            raise
 
     def shares(self, rows: Rows, counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
         """A plain permutation, cut."""
@@ -109,7 +115,7 @@ class ImageFiles:
         return found
 
     def _contents(self, rows: Rows) -> list[bytes]:
-        return [data if isinstance(data, bytes) else b"" for data in self.read(rows)]
+        return list(self._each(self.listing.read, rows))
 
     def unbuffered(self) -> ImageFiles:
         """Itself: no file is kept."""

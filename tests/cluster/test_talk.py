@@ -23,11 +23,15 @@ def test_a_named_error_arrives_once_as_what_it_was(kind: type[ClipqError], tmp_p
     assert told(output) is None
 
 
-def test_an_error_of_a_full_disk_is_told_and_one_that_may_pass_is_raised(tmp_path: Path) -> None:
+def test_an_error_of_a_full_disk_is_told_and_one_that_another_attempt_may_not_meet_is_raised(
+    tmp_path: Path,
+) -> None:
     output, full, busy = Store(tmp_path), StorageError("full"), StorageError("busy")
-    full.__cause__, busy.__cause__ = OSError(errno.ENOSPC, "No space left on device"), ConnectionResetError()
-    with pytest.raises(StorageError, match="busy"):
-        tell(output, busy)
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    for cause in (ConnectionResetError(), OSError(errno.ESTALE, "Stale file handle"), None):
+        busy.__cause__ = cause
+        with pytest.raises(StorageError, match="busy"):
+            tell(output, busy)
     assert told(output) is None
     tell(output, full)
     assert type(told(output)) is StorageError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -13,10 +14,12 @@ from PIL import Image
 from refusals import refused
 
 from clipq_ray.data import Data, Preprocessing, open_data, open_test
+from clipq_ray.data.decoding import Encoded
 from clipq_ray.data.encoded import EncodedSplit
+from clipq_ray.data.folders import ImageFiles, Rows
 from clipq_ray.data.listing import Listing
 from clipq_ray.data.tensors import TensorSplit
-from clipq_ray.errors import DataError
+from clipq_ray.errors import DataError, StorageError
 from clipq_ray.storage import Store
 
 pytest_plugins = ["s3_server"]
@@ -238,13 +241,13 @@ def test_images_in_no_class_folder_and_unreadable_ones_are_named(tmp_path: Path)
 def test_a_file_that_has_gone_counts_as_an_image_that_cannot_be_read(
     tmp_path: Path, memory_limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Listing.read
+    read = ImageFiles.read
 
-    def gone(listing: Listing, name: str) -> bytes:
+    def gone(files: ImageFiles, rows: Rows) -> list[Encoded]:
         (tmp_path / "train" / "ant" / "0000.png").unlink(missing_ok=True)  # once it has been listed
-        return read(listing, name)
+        return read(files, rows)
 
-    monkeypatch.setattr(Listing, "read", gone)
+    monkeypatch.setattr(ImageFiles, "read", gone)
 
     def whole(limit: int) -> None:
         folder(tmp_path, "train", 12)
@@ -258,6 +261,23 @@ def test_a_file_that_has_gone_counts_as_an_image_that_cannot_be_read(
         match=r"at most 0 unreadable images, found 1: .*0000\.png \(the last: cannot read .*No such file",
     ):
         whole(0)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "I/O error")]
+)
+def test_a_storage_that_fails_is_no_bad_image(
+    tmp_path: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path, "train", 12)
+    train = opened(str(tmp_path), memory_limit_bytes=1, bad_image_limit=9).train
+
+    def fails(listing: Listing, name: str) -> bytes:
+        raise StorageError(f"cannot read {name}") from error
+
+    monkeypatch.setattr(Listing, "read", fails)
+    with pytest.raises(StorageError):
+        train.batch(torch.arange(3), None)
 
 
 def test_test_images_in_no_class_folders_have_no_labels_and_the_validation_images_judge(

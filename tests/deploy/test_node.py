@@ -183,9 +183,9 @@ def test_the_token_is_checked_with_the_job_server_and_so_is_its_version(
         module.check(server, TOKEN, "cluster.yaml")
 
 
-def connected(cluster: str) -> list[str]:
+def connected(*arguments: str) -> list[str]:
     """What connect.py says of a mistake; it ends with 2, and the shell that takes what it prints is connected to no cluster."""
-    command = [sys.executable, str(ROOT / "deploy" / "connect.py"), cluster]
+    command = [sys.executable, str(ROOT / "deploy" / "connect.py"), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ended.returncode == 2
     script = f'{ended.stdout}\necho "$? $RAY_API_SERVER_ADDRESS$RAY_AUTH_TOKEN_PATH$RAY_AUTH_TOKEN"'
@@ -221,6 +221,10 @@ def test_without_ray_s_command_it_is_said_what_to_activate(
     assert said.startswith("connect: expected the command `ray`, got none; activate the environment")
 
 
+def test_a_slip_in_its_options_leaves_the_cluster_of_before_too() -> None:
+    assert connected("cluster.yaml", "--prt", "1")[-1].endswith("unrecognized arguments: --prt 1")
+
+
 def test_a_cluster_file_with_what_no_yaml_has_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_bytes(b"cluster_name: a\x07\n")
     (said,) = connected(str(tmp_path / "cluster.yaml"))
@@ -228,6 +232,8 @@ def test_a_cluster_file_with_what_no_yaml_has_is_one_line(tmp_path: Path) -> Non
 
 
 def test_the_token_goes_past_proxies(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
     module = token_module()
