@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import records, records_peers
+from bench import records, records_peers, records_units
 from clipq_ray import manifest
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
@@ -24,14 +24,14 @@ from clipq_ray.storage import Store
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("target", records.TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", records_units.TARGETS, ids=lambda target: target.name)
 def test_every_target_has_a_recipe_of_its_size_and_a_published_twin(target: records.Target) -> None:
     options = target.options()
     config = make(**options)
     assert config.target_bytes is not None
     assert config.target_bytes <= target.most_bytes
     assert target.name.startswith(f"{config.model}-{config.data}-")
-    twin = make(**records.published(options, 73))
+    twin = make(**records_units.published(options, 73))
     assert twin.paper
     assert twin.target_bytes == config.target_bytes
     assert twin.epochs == 73
@@ -41,10 +41,10 @@ def test_every_target_has_a_recipe_of_its_size_and_a_published_twin(target: reco
 @pytest.mark.parametrize("variant", records.WITHOUT)
 def test_a_lever_that_is_left_out_leaves_as_many_epochs(variant: str) -> None:
     options = {
-        **records.TARGETS[0].options(), "unit_order": "sorted", "dead_units": "drop", "vectors": "auto", "rate_distortion": 0.5, "cutout_pixels": 4,
+        **records_units.TARGETS[0].options(), "unit_order": "sorted", "dead_units": "drop", "vectors": "auto", "rate_distortion": 0.5, "cutout_pixels": 4,
     }  # fmt: skip
     lever = variant.removeprefix("without-").replace("-", "_")
-    left = records.without(options, variant)
+    left = records_units.without(options, variant)
     assert make(**left).model_dump()[lever] == PAPER[lever] != make(**options).model_dump()[lever]
     total = [
         one["epochs"] + one["level_epochs"] + (one["rungs"] - 1) * one.get("rung_epochs", 0)
@@ -56,7 +56,7 @@ def test_a_lever_that_is_left_out_leaves_as_many_epochs(variant: str) -> None:
 
 
 def test_the_order_is_from_small_to_large_networks() -> None:
-    assert [target.name.split("-")[0] for target in records.TARGETS] == [
+    assert [target.name.split("-")[0] for target in records_units.TARGETS] == [
         "lenet_300_100", "lenet5_caffe", "lenet5_caffe", "resnet20", "resnet20", "resnet56",
     ]  # fmt: skip
 
@@ -64,11 +64,11 @@ def test_the_order_is_from_small_to_large_networks() -> None:
 def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(records_units, "UNITS", tmp_path / "units")
     monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
-    target = records.TARGETS[0]
+    target = records_units.TARGETS[0]
     for seed, (size, error) in enumerate([(5900, 1.7), (5950, 1.5), (5800, 1.6)]):
-        unit = records.Unit(target, "ours", seed)
+        unit = records_units.Unit(target, "ours", seed)
         unit.stem.parent.mkdir(exist_ok=True)
         settings = {**target.options(), "seed": seed}
         result = {"bytes": size, "test_error_percent": error, "seconds": 60.0, "config": settings}
@@ -85,11 +85,11 @@ def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(
 def test_units_of_other_epochs_stand_beside_the_recipes_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "UNITS", tmp_path)
+    monkeypatch.setattr(records_units, "UNITS", tmp_path)
     monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
-    target = records.TARGETS[3]
+    target = records_units.TARGETS[3]
     for variant in ("ours", "uniform", "without-ramp-share"):
-        unit = records.Unit(target, variant, 0, 12)
+        unit = records_units.Unit(target, variant, 0, 12)
         settings = unit.options()
         assert settings["epochs"] == 12
         result = {
@@ -101,7 +101,7 @@ def test_units_of_other_epochs_stand_beside_the_recipes_own(
         }
         unit.stem.with_suffix(".json").write_text(json.dumps(result))
     assert records.epochs_beside(target) == [12]
-    assert records.epochs_beside(records.TARGETS[4]) == []
+    assert records.epochs_beside(records_units.TARGETS[4]) == []
     bytes_of, *_ = records.rows_of(target, "uniform", range(9), 12)
     assert (bytes_of.name, bytes_of.goal) == (f"records/{target.name}/12-epochs/uniform/bytes", None)
     assert records.rows_of(target, "ours", range(9), 12)[0].goal is None
@@ -113,8 +113,8 @@ def test_units_of_other_epochs_stand_beside_the_recipes_own(
 def test_a_peer_of_another_file_than_the_one_that_is_there_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "UNITS", tmp_path)
-    ours, peer = (records.Unit(records.TARGETS[0], variant, 0) for variant in ("ours", "uniform"))
+    monkeypatch.setattr(records_units, "UNITS", tmp_path)
+    ours, peer = (records_units.Unit(records_units.TARGETS[0], variant, 0) for variant in ("ours", "uniform"))
     ours.stem.with_suffix(".json").write_text(json.dumps({"epochs": 61, "config": ours.options()}))
     ours.stem.with_suffix(".clq").write_bytes(b"one")
     found = {"config": peer.options(), "of": peer.of()}
@@ -148,10 +148,12 @@ def test_what_is_under_way_ends_with_the_command(tmp_path: Path) -> None:
 def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
     first, second = made(tmp_path, seed=3), made(tmp_path, seed=3, learning_rate=0.01)
     folder = tmp_path / "model=lenet5"
-    found = {rate: records.newest(folder, {"seed": 3, "learning_rate": rate}) for rate in (0.01, 0.02, 0.03)}
+    found = {
+        rate: records_units.newest(folder, {"seed": 3, "learning_rate": rate}) for rate in (0.01, 0.02, 0.03)
+    }
     assert found == {0.01: second, 0.02: first, 0.03: None}
-    assert records.newest(folder, {"seed": 3}) == second
-    assert records.newest(tmp_path / "nothing", {}) is None
+    assert records_units.newest(folder, {"seed": 3}) == second
+    assert records_units.newest(tmp_path / "nothing", {}) is None
 
 
 def test_a_job_that_failed_does_not_pass_for_the_run_before_it(
@@ -160,15 +162,15 @@ def test_a_job_that_failed_does_not_pass_for_the_run_before_it(
     recipe = tmp_path / "recipes" / "t.yaml"
     recipe.parent.mkdir()
     recipe.write_text("model: lenet5\n")
-    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records_units, "ROOT", tmp_path)
     made(tmp_path, name="t-seed0", seed=0)
     target = records.Target("t", "digits", None, 20_000, 9.0)
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "compress.py").write_text("raise SystemExit(1)\n")
     with pytest.raises(SystemExit, match="t-seed0: the job ended with 1; run again"):
-        records.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])
+        records_units.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])
     (tmp_path / "jobs" / "compress.py").write_text("")
-    assert records.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])[0]["kept"]
+    assert records_units.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])[0]["kept"]
 
 
 LEVERS: dict[str, Any] = {
@@ -188,7 +190,10 @@ def theirs(variant: str, ours: dict[str, Any], storage: Path, **more: Any) -> tu
 
 def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> None:
     store = made(tmp_path, **{**LEVERS, "epochs": 8})
-    ours, size = records.told(manifest.read_manifest(store), store, tmp_path), len(store.read("model.clq"))
+    ours, size = (
+        records_units.told(manifest.read_manifest(store), store, tmp_path),
+        len(store.read("model.clq")),
+    )
     ours["bytes"] = size
     own = {one["layer"]: one["bits"] for one in ours["plan"]}
     for variant in ("two-stage", "uniform"):
@@ -206,7 +211,7 @@ def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> 
 
 def test_one_theta_for_all_layers_is_held_at_the_size_where_units_die(tmp_path: Path) -> None:
     store = made(tmp_path, **{**LEVERS, "epochs": 8})
-    ours = {**records.told(manifest.read_manifest(store), store, tmp_path), "bytes": 4_000}
+    ours = {**records_units.told(manifest.read_manifest(store), store, tmp_path), "bytes": 4_000}
     found, file = theirs("uniform", ours, tmp_path)
     assert found["dead_units"] > 0
     assert 0.93 * 4_000 < len(file) < 1.01 * 4_000
@@ -218,7 +223,11 @@ def test_two_stages_that_were_cut_off_go_on_to_the_same_bytes_in_another_storage
     ours_at = tmp_path / "ours"
     trained = made(ours_at, **LEVERS)
     (baseline,) = (ours_at / "_stages").glob("baseline-*/weights.safetensors")
-    ours = {**records.told(manifest.read_manifest(trained), trained, ours_at), "bytes": 20_000, "epochs": 4}
+    ours = {
+        **records_units.told(manifest.read_manifest(trained), trained, ours_at),
+        "bytes": 20_000,
+        "epochs": 4,
+    }
     given = {"weights": str(baseline)}
     whole = theirs("two-stage", ours, tmp_path / "whole", **given)
 
@@ -249,28 +258,28 @@ def test_two_stages_that_were_cut_off_go_on_to_the_same_bytes_in_another_storage
 def test_a_unit_that_is_there_is_not_made_again_unless_its_settings_were_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "UNITS", tmp_path)
-    target = records.TARGETS[0]
+    monkeypatch.setattr(records_units, "UNITS", tmp_path)
+    target = records_units.TARGETS[0]
     for variant, epochs in (("ours", 25), ("paper", 60), ("two-stage", 60)):
-        unit = records.Unit(target, variant, 0)
+        unit = records_units.Unit(target, variant, 0)
         stored = {"epochs": 60, "config": {**unit.options(), "data_root": "elsewhere"}}
         assert stored["config"]["epochs"] == epochs
         unit.stem.with_suffix(".json").write_text(json.dumps(stored))
         assert unit.result == stored
         unit.make(tmp_path / "nothing here", tmp_path / "nothing here", [])
     assert not (tmp_path / "nothing here").exists()
-    ours = records.Unit(target, "ours", 0).stem.with_suffix(".json")
+    ours = records_units.Unit(target, "ours", 0).stem.with_suffix(".json")
     ours.write_text(ours.read_text().replace('"epochs": 60', '"epochs": 70'))
-    assert records.Unit(target, "paper", 0).result is None  # as many epochs as `ours`
+    assert records_units.Unit(target, "paper", 0).result is None  # as many epochs as `ours`
     assert records.rows_of(target, "paper", range(9)) == []
     ours.write_text(ours.read_text().replace('"target_bytes": 5000', '"target_bytes": 5001'))
     with pytest.raises(SystemExit, match=r"paper-seed0: expected the unit 'ours' of this seed before it"):
-        records.Unit(target, "paper", 0).make(tmp_path, tmp_path, [])
+        records_units.Unit(target, "paper", 0).make(tmp_path, tmp_path, [])
 
 
 def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> None:
     """By the command itself; there is no data, so every unit ends with the job's one line."""
-    series = [(records.TARGETS[3], 0), (records.TARGETS[4], 1)]
+    series = [(records_units.TARGETS[3], 0), (records_units.TARGETS[4], 1)]
     given = argparse.Namespace(
         variants=["ours"],
         shared=tmp_path / "none",

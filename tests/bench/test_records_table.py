@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import records, records_table
+from bench import records, records_table, records_units
 from bench.record import RESULTS, ROOT
 
 
@@ -65,10 +65,10 @@ def test_the_readme_has_the_overview_and_the_rows_of_the_recipes() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert records_table.beside(records.sections()) in readme
     said = re.findall(r"^\| \S+, \w[\w-]+: at most ([0-9,]+) bytes at ([0-9.]+) % \| (.*)$", readme, re.M)
-    assert len(said) == len(records.TARGETS)
+    assert len(said) == len(records_units.TARGETS)
     for size, error, cells in said:
-        (target,) = [one for one in records.TARGETS if f"{one.most_bytes:,}" == size]
-        units = records.those_of(target, "ours", range(100))
+        (target,) = [one for one in records_units.TARGETS if f"{one.most_bytes:,}" == size]
+        units = records_units.those_of(target, "ours", range(100))
         assert float(error) == pytest.approx(target.most_error)
         assert cells.startswith(records_table.bytes_of(units).removesuffix(")"))
         median, _, all_of_them = records_table.errors_of(units).partition(" ")
