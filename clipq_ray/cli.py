@@ -27,6 +27,7 @@ from clipq_ray.manifest import (
     verify_clq,
     verify_fleet,
 )
+from clipq_ray.redaction import redacted
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def inspect_command(uri: str) -> int:
     """Print the tensors of a packed network with shape, coder, levels, non-zeros and bytes, and the totals; from the file alone."""
     data, origin = _packed(uri)
     for line in describe(data, origin):
-        print(console.harmless(line))
+        print(console.harmless(redacted(line)))
     return 0
 
 
@@ -110,7 +111,7 @@ def verify_command(uri: str) -> int:
         several += "/fleet=" in name
         problems.extend(found)
         for line in found or [f"{name}: ok"]:
-            print(console.harmless(line))
+            print(console.harmless(redacted(line)))
     if count > 1:
         what = f"{count - several} runs" + (f", {several} fleets" if several else "")
         print(f"{what}: {'all ok' if not problems else f'{len(problems)} problems'}")
@@ -163,7 +164,7 @@ def export_command(uri: str, output: str, **options: Any) -> int:
     """Write a packed network for other tools, with dense weights: tensors as safetensors, the network as ONNX (checked by onnxruntime), or a Hugging Face style folder with a model card; the output's ending decides."""
     from clipq_ray.export import export
 
-    print(export(uri, output, **options))
+    print(console.harmless(redacted(export(uri, output, **options))))
     return 0
 
 

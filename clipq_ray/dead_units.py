@@ -45,7 +45,7 @@ def drop(
 
 
 def _masked(layer: codec.CodedLayer, weight: Tensor) -> codec.CodedLayer:
-    codes = np.where(weight.cpu().numpy() == 0, np.int16(0), layer.codes)
+    codes = np.where((weight == 0).cpu().numpy(), np.int16(0), layer.codes)
     return codec.CodedLayer.from_quantized(codes, layer.levels, layer.negative)
 
 

@@ -17,6 +17,11 @@ A message says what was expected, what came and what to do, in one line. Foreign
 (`raise ... from error`).
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ClipqError(Exception):
     """Everything that this package raises on purpose."""
@@ -68,6 +73,17 @@ class StageHeldError(HeldError):
 
 class DivergedError(RunError):
     """A training's weights or its loss became NaN or infinite, as they would again."""
+
+
+@contextmanager
+def advised(advice: str) -> Iterator[None]:
+    """An `ArtifactError` that says what is wrong with bytes, and not what to do, says `advice` too."""
+    try:
+        yield
+    except ArtifactError as error:
+        if "; " in str(error):
+            raise
+        raise ArtifactError(f"{error}; {advice}") from error
 
 
 def named(kind: str, message: str) -> ClipqError:

@@ -155,7 +155,7 @@ class Levels:
     def code_hashes(self) -> dict[str, int]:
         """A CRC-32 of every layer's quantized weights: equal where ranks hold the same."""
         return {
-            one.name: zlib.crc32(one.parameter.detach().cpu().contiguous().numpy().tobytes())
+            one.name: zlib.crc32(one.parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
             for one in self._layers
         }
 

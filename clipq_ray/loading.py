@@ -132,7 +132,7 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
         )
     empty = any(parameter.is_meta for parameter in model.parameters())
     complete = model.state_dict()  # carries the versions of the modules' state, which some networks ask for
-    complete.update(_parameters(model, state) if empty else state)
+    complete.update(_of_its_types(model, state) if empty else state)
     try:
         model.load_state_dict(complete, assign=empty)
     except RuntimeError as error:
@@ -148,16 +148,16 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
     return model.eval()
 
 
-def _parameters(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """`state` for a network without memory: a tensor that has several names there is one parameter here, of the network's type."""
+def _of_its_types(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` for a network without memory, in its types; a tensor that has several names there is one parameter here."""
     from torch import nn
 
     made: dict[int, nn.Parameter] = {}
-    result = dict(state)
+    types = {name: value.dtype for name, value in model.state_dict().items()}
+    result = {name: value.to(types.get(name, value.dtype)) for name, value in state.items()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in made:
-            value = state[name].to(parameter.dtype)
-            made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            made[id(parameter)] = nn.Parameter(result[name], requires_grad=parameter.requires_grad)
         result[name] = made[id(parameter)]
     return result
 
@@ -183,7 +183,8 @@ def _registered(metadata: dict[str, Any], state: dict[str, Any]) -> nn.Module:
         with limit():
             return models.build(architecture)
     except ModelError as error:
-        raise ModelError(f"{error}; or pass factory= that builds it") from error
+        why, _, _ = str(error).rpartition("; ")  # the advice is for those who make a file
+        raise ModelError(f"{why or error}; pass factory= that builds it") from error
 
 
 def _without_memory(architecture: models.Architecture, limit: models.Limit) -> nn.Module | None:

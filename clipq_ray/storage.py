@@ -36,6 +36,7 @@ REPORT = "report.html"
 MANIFEST = "manifest.json"
 WORK = "_work"
 USES = "uses"
+_WEB = ("http://", "https://")
 _T = TypeVar("_T")
 
 
@@ -58,7 +59,9 @@ class Store:
     def of_file(cls, uri: str | os.PathLike[str]) -> tuple[Store, str]:
         """The store that holds the object at `uri`, and the object's name in it."""
         text = cls(uri).uri
-        parent, _, name = text.rpartition("/")
+        address, query = _split(text)
+        parent, _, name = address.rpartition("/")
+        name += query
         if not name or parent.endswith(":/"):
             raise StorageError(f"expected the URI of a file, got {text}")
         return cls(parent or "/"), name
@@ -253,7 +256,8 @@ def _parse(uri: str) -> tuple[str, str]:
         return "file", os.path.abspath(os.path.expanduser(uri))
     if protocol in ("file", "local"):
         return "file", os.path.abspath(path)
-    path = path.strip("/")
+    address, query = _split(f"{protocol}{separator}{path}")
+    path = address.partition("://")[2].strip("/") + query
     if not path:
         raise StorageError(
             f"expected {protocol}://NAME or {protocol}://NAME/PREFIX, got {uri!r}; add the bucket's name"
@@ -261,9 +265,16 @@ def _parse(uri: str) -> tuple[str, str]:
     return protocol, path
 
 
+def _split(uri: str) -> tuple[str, str]:
+    """A URI, and of one on the web its query apart, in which slashes separate nothing."""
+    address, mark, query = uri.partition("?") if uri.startswith(_WEB) else (uri, "", "")
+    return address, mark + query
+
+
 def _checked(uri: str, name: str) -> str:
     """A relative name that stays inside its store."""
-    if name and "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/")):
+    path = name.partition("?")[0] if uri.startswith(_WEB) else name
+    if path and "\0" not in name and not any(part in ("", ".", "..") for part in path.split("/")):
         return name
     raise StorageError(
         f"expected a relative name inside {uri}, got {name!r}; use parts other than '..' without empty ones"

@@ -207,6 +207,29 @@ def test_export_writes_the_decoded_state_dict(
     assert torch.equal(state["fc1.weight"].unique(), levels)
 
 
+@pytest.mark.parametrize("name", ["model.clq", "manifest.json"])
+def test_an_export_replaces_no_file_of_a_committed_run(
+    name: str, tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = commit(str(tmp_path), "r-1", data)
+    before = run.read(name)
+    assert main(["export", run.uri, f"{run.uri}/{name}", "--format", "safetensors"]) == 2
+    assert "expected a file that is none of a committed run" in capsys.readouterr().err
+    assert run.read(name) == before
+    assert main(["export", run.uri, f"{run.uri}/dense.safetensors"]) == 0
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify"])
+def test_the_signature_of_a_url_is_not_printed(
+    name: str, data: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Store, "read", lambda store, name: data)
+    main([name, "https://host/m.clq?X-Amz-Signature=deadbeef01"])
+    shown = capsys.readouterr()
+    assert "https://host/m.clq" in shown.out
+    assert "deadbeef01" not in shown.out + shown.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -220,6 +243,10 @@ def test_export_writes_the_decoded_state_dict(
         (["export", "{tmp}/m.clq", "{tmp}/out.pt"], "ends in .safetensors"),
         (["export", "{tmp}/bad.clq", "{tmp}/out.safetensors"], ""),
         (["export", "{tmp}/none.clq", "{tmp}/out.safetensors"], "none.clq"),
+        (
+            ["export", "{tmp}/m.clq", "{tmp}/m.clq", "--format", "safetensors"],
+            "expected another file than the network itself",
+        ),
         (
             ["export", "{tmp}/m.clq", "{tmp}/m.clq/out.safetensors"],
             "choose a path whose parents are directories",

@@ -73,6 +73,15 @@ def test_a_unit_that_feeds_nothing_loses_its_weights_and_its_bias(middle: tuple[
     assert (model.get_parameter("0.bias") != 0).sum() == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_units_of_weights_of_half_the_bits_go_too(dtype: torch.dtype) -> None:
+    model, _, images = made(small(nn.ReLU()))
+    silence(model.to(dtype), "0", outgoing="2")
+    found, gone = dead_units.drop(model.eval(), layers_of(model), images.to(dtype))
+    assert gone == 1
+    assert (found["0.weight"].codes[2] == 0).all()
+
+
 @pytest.mark.parametrize("bias", [0.7, -0.7])
 @pytest.mark.parametrize("middle", [(nn.ReLU(),), (nn.MaxPool2d(2),)])
 def test_a_unit_that_says_the_same_for_every_image_goes_into_the_next_bias(

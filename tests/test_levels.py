@@ -85,6 +85,10 @@ def test_weights_of_half_the_bits_are_trained_too() -> None:
             head.sub_(1e-3)
     assert ((head != 0) == (quantized.codes != 0)).all()
     assert len(head.unique()) <= 1 + 2**2
+    hashes = trained.code_hashes()
+    with torch.no_grad():
+        head.view(-1)[0] += 1
+    assert {name for name, crc in trained.code_hashes().items() if crc != hashes[name]} == {"head.weight"}
 
 
 def test_a_weight_goes_to_the_nearest_level_on_its_side_and_levels_are_the_means_of_their_twins() -> None:

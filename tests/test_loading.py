@@ -18,7 +18,11 @@ from clipq_ray.errors import FormatError, ModelError
 
 
 def packed(model: nn.Module, name: str | None, drop: str = "", kwargs: object = None) -> codec.Packed:
-    tensors = {n: t.numpy() for n, t in model.state_dict().items() if n != drop and t.is_floating_point()}
+    tensors = {
+        n: (t.float() if t.dtype == torch.bfloat16 else t).numpy()
+        for n, t in model.state_dict().items()
+        if n != drop and t.is_floating_point()
+    }
     architecture = {"name": name, "kwargs": kwargs or {"num_classes": 10}} if name else None
     return codec.Packed({"architecture": architecture}, tensors)
 
@@ -61,6 +65,7 @@ class Tied(nn.Module):
         super().__init__()
         self.a, self.b, self.short = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2).half()
         self.b.weight = self.a.weight
+        self.register_buffer("offset", torch.ones(2, dtype=torch.bfloat16))
         if hidden:
             self.register_buffer("hidden", torch.ones(2), persistent=False)
 
@@ -79,6 +84,7 @@ def test_a_factory_without_memory_gives_ties_and_types_as_they_were(tmp_path: Pa
         assert isinstance(loaded, Tied)
         assert loaded.a.weight is loaded.b.weight
         assert loaded.short.weight.dtype == torch.float16
+        assert loaded.get_buffer("offset").dtype == torch.bfloat16
         assert torch.allclose(loaded.a.weight, made.a.weight, rtol=2**-10)
     with pytest.raises(ModelError, match="hidden"):
         clipq_ray.load(path, factory=lambda: empty(True))
@@ -90,7 +96,7 @@ def test_one_name_is_taken_as_one_name(tmp_path: Path) -> None:
 
 
 def test_a_file_cannot_make_the_loader_import_code(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="factory"):
+    with pytest.raises(ModelError, match=r"^expected a registered network, got 'os:getcwd'; pass factory= "):
         clipq_ray.load(written(tmp_path, packed(nn.Linear(3, 2), "os:getcwd")))
 
 

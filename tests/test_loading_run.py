@@ -98,10 +98,16 @@ def test_what_is_a_file_is_told_by_its_ending_or_because_it_is_there(tmp_path: P
     assert load_state_dict(tmp_path / "model.bin").keys() == lenet().tensors.keys()
 
 
-@pytest.mark.parametrize("name", ["m.clq?X-Amz-Signature=ab", "m.clq?a=b.c&d=e%2Ff", "weights?id=5"])
+@pytest.mark.parametrize(
+    "name", ["m.clq?X-Amz-Signature=ab", "m.clq?a=b.c&d=e%2Ff", "weights?id=5", "m.clq?sig=a//b/../c/"]
+)
 def test_a_presigned_url_is_that_of_a_file(name: str) -> None:
     pytest.importorskip("aiohttp", reason="fsspec reads https:// with it")
-    assert loading.file_at(f"https://host/a/{name}") == (Store("https://host/a"), name)
+    url = f"https://host/a/{name}"
+    found = loading.file_at(url)
+    assert found == (Store("https://host/a"), name)
+    store, name = found
+    assert store._at(name) == Store(url).uri == url
 
 
 def test_a_file_that_differs_from_its_manifest_is_refused(tmp_path: Path) -> None:
@@ -133,14 +139,22 @@ def test_a_network_of_the_callers_own_needs_the_factory(tmp_path: Path) -> None:
 
 def test_an_unknown_architecture_is_refused_with_a_word_on_the_factory(tmp_path: Path) -> None:
     unknown = codec.Packed({"architecture": {"name": "lenet99", "kwargs": {}}}, {})
-    with pytest.raises(ModelError, match="factory"):
+    with pytest.raises(ModelError, match="factory") as caught:
         load(written(tmp_path, unknown))
+    # what is said to those who compress is no advice for those who read
+    assert "nearest names" not in str(caught.value)
+    strange = codec.Packed({"architecture": {"name": "lenet5", "kwargs": {"depth": 3}}}, {})
+    with pytest.raises(ModelError, match=r"^lenet5 cannot be built with .*; pass factory= that builds it$"):
+        load(written(tmp_path, strange))
 
 
-def test_a_name_with_a_module_in_a_file_is_never_imported(tmp_path: Path) -> None:
+def test_a_name_with_a_module_in_a_file_is_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "evil_module.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
     foreign = codec.Packed({"architecture": {"name": "evil_module:make", "kwargs": {}}}, {})
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match="expected a registered network"):
         load(written(tmp_path, foreign))
     assert "evil_module" not in sys.modules
 

@@ -3,7 +3,7 @@
 A code is a few yes-or-no decisions (zero? positive? magnitude above 1? 3? ...). The context of the first and of magnitudes is the
 magnitude to be expected here, from the means of the row, the input channel and the place, and from the neighbours in the kernel. One
 counter per context and no mixing: a tenth of the time of "m" for about 5 % more bytes. All arithmetic is on integers. `encode` and `decode`
-are mirrors. Importing this module imports numba; `layers` does so only where it is needed. Not covered: levels (`layers`).
+are mirrors. Importing this module imports numba; `coders` does so only where it is needed. Not covered: levels (`layers`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the coders of codes share: how a layer's shape is walked, what starts their models, what bounds a blob.
 
-`SPEC.md` defines every number here. Not covered: the coders themselves (`layers`, `adaptive`, `mixing`).
+`SPEC.md` defines every number here. Not covered: the coders themselves (`static`, `adaptive`, `mixing`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ well as bytes. Every truncation and every flipped byte is an `ArtifactError`. No
 
 from __future__ import annotations
 
+import difflib
 import os
 import struct
 import zlib
@@ -25,7 +26,7 @@ from clipq_ray.codec.coders import Profile
 from clipq_ray.codec.header import CHECKSUM, Entry, Header, Table, norm_names
 from clipq_ray.codec.layers import CodedLayer
 from clipq_ray.codec.vectors import Vector
-from clipq_ray.errors import ArtifactError
+from clipq_ray.errors import ArtifactError, advised
 
 Array = npt.NDArray[np.generic]
 Tensor = CodedLayer | Vector | Array
@@ -165,16 +166,19 @@ def _decode(
     known = {name for entry in found.entries for name in entry.tensors}
     if wanted is not None and (unknown := wanted - known):
         raise ArtifactError(
-            f"expected names of tensors in the file, got {', '.join(sorted(unknown))}; see clipq inspect"
+            f"expected names of tensors in the file, got {', '.join(sorted(unknown))}; {_nearest(unknown, known)}"
         )
     chosen = [entry for entry in found.entries if wanted is None or wanted & set(entry.tensors)]
 
     def one(entry: Entry) -> dict[str, Tensor]:
         blob = _blob(read, entry)
         try:
-            inside = (
-                _vectors(blob, entry, found.table) if entry.members else {entry.name: _tensor(blob, entry)}
-            )
+            with advised(header.ADVICE):
+                inside = (
+                    _vectors(blob, entry, found.table)
+                    if entry.members
+                    else {entry.name: _tensor(blob, entry)}
+                )
             return {name: finish(tensor) for name, tensor in inside.items()}
         except ArtifactError as error:
             raise ArtifactError(f"tensor {entry.name}: {error}") from error
@@ -187,6 +191,17 @@ def _decode(
     tensors = {name: tensor for part in parts for name, tensor in part.items()}
     norms = tuple(module for module, _ in found.table.norms if norm_names(module)[0] in tensors)
     return Packed(found.metadata, tensors, norms)
+
+
+def _nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Which names may be meant."""
+    every = sorted(known)
+    near = [one for name in sorted(unknown) for one in difflib.get_close_matches(name, every, 2)]
+    return (
+        f"nearest names: {', '.join(near[:6])}"
+        if near
+        else f"the file holds {', '.join(every[:6])}{', ...' * (len(every) > 6)}"
+    )
 
 
 def _in_order(

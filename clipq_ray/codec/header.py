@@ -17,7 +17,7 @@ from typing import Any
 
 from clipq_ray.codec import metadata, varint
 from clipq_ray.codec.dictionaries import DICTIONARIES
-from clipq_ray.errors import ArtifactError
+from clipq_ray.errors import ArtifactError, advised
 
 MAGIC = b"CLQ"
 VERSION = 3
@@ -34,6 +34,8 @@ ELEMENTS_FREE, ELEMENTS_PER_BYTE = 1 << 22, 1 << 12
 """A file of n bytes holds at most ELEMENTS_FREE + n ELEMENTS_PER_BYTE elements, so that a small file cannot ask for a large memory."""
 PREFIX = struct.Struct("<3sBII")  # magic, version, bytes of the packed header, its CRC-32
 CHECKSUM = 4
+ADVICE = "fetch the file again, or make it anew"
+"""Where a file says what cannot be."""
 NORM = ("weight", "bias", "running_mean", "running_var")
 """The tensors of a folded batch norm; only the first two take bytes."""
 _SIZE_BITS = 48
@@ -144,6 +146,7 @@ def extent(beginning: bytes) -> int:
     return PREFIX.size + int(size)
 
 
+@advised(ADVICE)
 def parse(data: bytes, file_bytes: int) -> Header:
     """The header of a file of `file_bytes` bytes that begins with `data`, which holds all of it."""
     end = extent(data)

@@ -3,7 +3,7 @@
 A code is a few yes-or-no decisions (zero? positive? magnitude above 1? 3? ...). For each, counters under different contexts (its output
 row, its input channel, its neighbours in the kernel and in the channels before, two linear predictions that learn) give probabilities;
 a mixer that learns adds them as log-odds. All arithmetic is on integers, so every machine decodes the same codes. `encode` and `decode`
-are mirrors. Importing this module imports numba; `layers` does so only where it is needed. Not covered: levels (`layers`).
+are mirrors. Importing this module imports numba; `coders` does so only where it is needed. Not covered: levels (`layers`).
 """
 
 from __future__ import annotations

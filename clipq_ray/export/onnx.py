@@ -69,13 +69,17 @@ def difference(network: nn.Module, data: bytes, shape: tuple[int, ...]) -> float
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    with _translated("opened by onnxruntime"):
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch in CHECKED_BATCHES:
-        images = torch.randn(batch, *shape, generator=generator)
-        with torch.inference_mode():
+        with (
+            _translated(f"checked with {batch} images of {' x '.join(map(str, shape))}"),
+            torch.inference_mode(),
+        ):
+            images = torch.randn(batch, *shape, generator=generator)
             expected = network(images)
-        came = torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+            came = torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
         apart = float((came - expected).abs().max()) if came.shape == expected.shape else float("nan")
         if not apart <= TOLERANCE * float(expected.abs().max()):
             raise ModelError(
@@ -87,24 +91,30 @@ def difference(network: nn.Module, data: bytes, shape: tuple[int, ...]) -> float
 
 
 def _exported(network: nn.Module, shape: tuple[int, ...], properties: dict[str, str]) -> bytes:
-    images = torch.zeros(2, *shape)  # a batch of 1 would become a constant of the graph
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                network, (images,), None, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, external_data=False, verbose=False,
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
-            )  # fmt: skip
+    with _translated("exported to ONNX"), _quiet():
+        images = torch.zeros(2, *shape)  # a batch of 1 would become a constant of the graph
+        program = torch.onnx.export(
+            network, (images,), None, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, external_data=False, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+        )  # fmt: skip
         assert program is not None
         model: Any = program.model_proto
         _strip(model)
         for key, value in properties.items():
             model.metadata_props.add(key=key, value=value)
         data: bytes = model.SerializeToString(deterministic=True)
-    except Exception as error:  # the exporter raises whatever it likes
-        raise ModelError(
-            f"this network cannot be exported to ONNX: {_reason(error)}; export safetensors instead"
-        ) from error
     return data
+
+
+@contextmanager
+def _translated(done: str) -> Iterator[None]:
+    """Exporter, onnxruntime and network raise whatever they like, for want of memory too."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"this network cannot be {done}: {_reason(error)}; export safetensors instead"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

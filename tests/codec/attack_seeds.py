@@ -131,8 +131,16 @@ def _file(
         row = np.concatenate([one.codes.reshape(-1) - vectors.location(one) for one in found])[None]
         sides = int(-row.min()), int(row.max())
         blobs.append(heads + bytes(sides) + coders.encode(grids, row.astype(np.int16), *sides))
-    head = header.build(metadata, header.Table(rows, norms, others, grids), map(len, blobs))
+    table = header.Table(rows, norms, others, grids)
+    if version == 2:
+        return _of_version_2(table, metadata, blobs)
+    head = header.build(metadata, table, map(len, blobs))
     return head + b"".join(struct.pack("<I", zlib.crc32(blob)) + blob for blob in blobs)
+
+
+def _of_version_2(table: header.Table, metadata: dict[str, Any], blobs: list[bytes]) -> bytes:
+    names, shapes, kinds = zip(*table.tensors, strict=True)
+    return Draft(2, {"m": metadata, "n": names, "s": shapes, "c": kinds}, blobs).bytes()
 
 
 def files() -> list[bytes]:

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from clipq_ray import codec
 from clipq_ray.codec import header, varint
+from clipq_ray.codec.dictionaries import DICTIONARIES
 from clipq_ray.errors import ArtifactError
 
 CASES = int(os.environ.get("CLIPQ_ATTACK_CASES", "100000"))
@@ -101,6 +102,7 @@ def test_the_files_that_are_attacked_hold_what_they_always_held() -> None:
         for name, array in codec.arrays(seed.data).items():
             digest.update(repr((name, array.dtype.str, array.shape)).encode() + array.tobytes())
     assert digest.hexdigest() == VALUES_SHA256
+    assert {seed.data[3] for seed in attack_seeds.seeds()} == set(DICTIONARIES)
 
 
 def test_every_cut_and_every_flipped_byte_of_a_small_file_is_refused() -> None:

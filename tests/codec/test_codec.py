@@ -23,7 +23,6 @@ def layer(shape: tuple[int, ...], negative: int, positive: int, zeros: float, se
     rng = np.random.default_rng(seed)
     codes = rng.integers(-negative, positive + 1, size=shape).astype(np.int16)
     codes[rng.random(shape) < zeros] = 0
-    levels = np.sort(rng.normal(size=negative + positive + 1)).astype(np.float32)
     levels = (
         np.concatenate([-np.arange(negative, 0, -1), [0.0], np.arange(1, positive + 1)]).astype(np.float32)
         * 0.1

@@ -250,6 +250,27 @@ def test_an_onnx_error_says_what_went_wrong_first(monkeypatch: pytest.MonkeyPatc
     )
 
 
+@pytest.mark.parametrize(
+    ("what", "done"), [("InferenceSession", "opened by onnxruntime"), ("run", "checked")]
+)
+def test_what_onnxruntime_raises_is_one_line(
+    what: str, done: str, onnx_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    class Session:
+        def __init__(self, *given: Any, **more: Any) -> None:
+            if what == "InferenceSession":
+                raise RuntimeError("model IR version: 12, max supported: 11")
+
+        def run(self, *given: Any) -> list[Any]:
+            raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    with pytest.raises(ModelError, match=f"^this network cannot be {done}.*; export safetensors instead$"):
+        onnx.difference(clipq_ray.load(RECORD), onnx_file.read_bytes(), (3, 32, 32))
+
+
 def test_a_folder_that_holds_files_is_written_only_by_force(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
