@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from clipq_ray.errors import ConfigError
 from clipq_ray.pipeline import Result
 from clipq_ray.precision import own_float32
 from clipq_ray.progress import Reporter
-from clipq_ray.source import Source
+from clipq_ray.source import Source, let_data_go
 
 OF_OPENED_DATA = (
     "data", "data_root", "validation_data", "limit_images", "mean", "std", "resize", "interpolation", "input_size", "shift_pixels", "bad_image_limit",
@@ -57,7 +58,11 @@ def compress(
         raise ConfigError(
             "expected a module together with a train_loader, got one of them; give both or neither"
         )
-    name = options.pop("model_name", None) or (type(model).__name__.lower() if model is not None else None)
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"expected a torch.nn.Module as model, got {type(model).__name__}; name a network of a registry by model_name="
+        )
+    name = options.pop("model_name", None) or (_name_of(model) if model is not None else None)
     config = make(**({"model": name} if name else {}), **options)
     if config.dry_run:
         raise ConfigError(
@@ -82,6 +87,14 @@ def compress(
         return run_pipeline(source, engine, Reporter(quiet=quiet))
 
 
+def _name_of(model: nn.Module) -> str:
+    """What the result of a caller's own module is called, unless its options say so: its class, as names in a storage may be."""
+    ascii_only = (
+        unicodedata.normalize("NFKD", type(model).__name__.lower()).encode("ascii", "ignore").decode()
+    )
+    return ascii_only.strip("_") or "network"
+
+
 @contextmanager
 def _own_process() -> Iterator[None]:
     """What a run sets for the whole process (`work.prepare_process`, `seeds.everywhere`) is afterwards what it was before."""
@@ -91,6 +104,7 @@ def _own_process() -> Iterator[None]:
         with own_float32(), _own_random_states():
             yield
     finally:
+        let_data_go()
         torch.set_num_threads(threads)
         cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
 

@@ -6,14 +6,19 @@ Not covered: what is kept (`finetune`).
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from clipq_ray.errors import FormatError
 from clipq_ray.memory import Attempts
 from clipq_ray.storage import Store
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -34,13 +39,22 @@ class Checkpoints:
             self._store.remove(name)
 
     def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last epoch's tensors and state, or None."""
+        """The last epoch's tensors and state, or None; of the epoch before where that is damaged, `FormatError` where both are."""
         names = self._store.names("epoch-")
-        if not names:
-            return None
-        data = self._store.read(names[-1])
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return load_tensors(data), json.loads(header["__metadata__"]["state"])
+        for name in reversed(names):
+            data = self._store.read(name)
+            try:
+                header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+                return load_tensors(data), json.loads(header["__metadata__"]["state"])
+            except (ValueError, KeyError, TypeError, SafetensorError) as error:
+                log.warning(
+                    "%s/%s is damaged (%s)", self._store.uri, name, " ".join(str(error).split())[:100]
+                )
+        if names:
+            raise FormatError(
+                f"expected a checkpoint in {self._store.uri}, got damaged ones ({', '.join(names)}); remove them, and the training begins anew"
+            )
+        return None
 
 
 def _checkpoint_name(epoch: int) -> str:

@@ -106,9 +106,9 @@ def verify_command(uri: str) -> int:
     """Check every hash of one packed network, of all files of a run, of a fleet and its runs, or of all that a storage holds. Exit code 2 on damage."""
     problems: list[str] = []
     count, several = 0, 0
-    for name, found in _checks(uri):
+    for name, found, is_fleet in _checks(uri):
         count += 1
-        several += "/fleet=" in name
+        several += is_fleet
         problems.extend(found)
         for line in found or [f"{name}: ok"]:
             print(console.harmless(redacted(line)))
@@ -263,38 +263,38 @@ def _packed(uri: str) -> tuple[bytes, str]:
     return data, uri if loading.file_at(uri) else f"{uri.rstrip('/')}/{MODEL}"
 
 
-def _checks(uri: str) -> Iterator[tuple[str, list[str]]]:
-    """What there is to verify at a URI: its name and its problems, one after the other."""
+def _checks(uri: str) -> Iterator[tuple[str, list[str], bool]]:
+    """What there is to verify at a URI, one after the other: its name, its problems, and whether it is a fleet."""
     from clipq_ray import loading
 
     if file := loading.file_at(uri):
-        yield uri, verify_clq(file[0].read(file[1]), uri)
+        yield uri, verify_clq(file[0].read(file[1]), uri), False
         return
     store = Store(uri)
     if store.exists(MANIFEST):
         if store.uri.rpartition("/")[2].startswith("fleet="):
             yield from _fleet_checks(store)
         else:
-            yield uri, verify(store)
+            yield uri, verify(store), False
         return
     runs, several = committed(store), fleets(store)
     for fleet in several:
-        yield fleet.uri, verify_fleet(fleet, store)
+        yield fleet.uri, verify_fleet(fleet, store), True
     if not runs and not several:
         raise StorageError(
             f"expected a .clq file, a run directory or a storage with committed runs, got none at {uri}; check the URI"
         )
     for run in runs:
-        yield run.store.uri, verify(run.store)
+        yield run.store.uri, verify(run.store), False
 
 
-def _fleet_checks(fleet: Store) -> Iterator[tuple[str, list[str]]]:
+def _fleet_checks(fleet: Store) -> Iterator[tuple[str, list[str], bool]]:
     """A fleet, and each of its runs that is there."""
     storage = Store(fleet.uri.rpartition("/")[0])
-    yield fleet.uri, verify_fleet(fleet, storage)
+    yield fleet.uri, verify_fleet(fleet, storage), True
     for one in runs_of(fleet, storage):
         if one.store.exists(MANIFEST):
-            yield one.store.uri, verify(one.store)
+            yield one.store.uri, verify(one.store), False
 
 
 if __name__ == "__main__":

@@ -118,6 +118,16 @@ def _seconds(name: str, usual: float) -> float:
     return found
 
 
+def _attempts() -> int:
+    """How often clients of S3 try a request."""
+    said = os.environ.get("AWS_MAX_ATTEMPTS") or "5"
+    if not said.isascii() or not said.isdecimal() or int(said) < 1:
+        raise ConfigError(
+            f"expected a number of attempts, 1 or more, in AWS_MAX_ATTEMPTS, got {said!r}; correct it, or unset it"
+        )
+    return int(said)
+
+
 def delays(limit: float) -> Iterator[float]:
     """Waits before further attempts [s]: doubling from half a second to 20 s, each between half of that and all of it by chance, `limit` in sum."""
     wait, left = 0.5, limit
@@ -134,7 +144,7 @@ def _options(protocol: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": _seconds("CLIPQ_S3_TIMEOUT_SECONDS", 60.0),
-        "retries": {"total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", 5)), "mode": "standard"},
+        "retries": {"total_max_attempts": _attempts(), "mode": "standard"},
     }
     return {"config_kwargs": {**config, **_checksums()}}
 

@@ -32,8 +32,11 @@ _NEEDS = {
     "level_learning_rate": ("level_epochs", 0),
 }
 """Options that say how something is done, and the option with which it is not done at all."""
-_OF_RAY = ("search_parallel", "limit_cpus", "limit_gpus")
-"""What a job may take of a cluster, or of this machine, by Ray alone."""
+_OF_RAY = {
+    **dict.fromkeys(("search_parallel", "trainings", "limit_cpus", "limit_gpus", "min_workers", "decode_cpus"), "does one thing at a time"),
+    **dict.fromkeys(("stall_minutes", "attempt_hours", "max_failures"), "watches over no worker"),
+}  # fmt: skip
+"""What a job may take of a cluster, or of this machine, and how its workers are watched, by Ray alone; and what --engine local does instead."""
 
 
 def idle(config: Config, origin: str) -> Iterator[str]:
@@ -45,14 +48,22 @@ def idle(config: Config, origin: str) -> Iterator[str]:
     for name, (other, off) in _NEEDS.items():
         if said(name) and getattr(config, other) == off:
             yield f"--{name.replace('_', '-')} has nothing to do with --{other.replace('_', '-')} {off}"
-    if config.tradeoff is not None and config.rounds > 1 and said("round_epochs"):
-        yield "--round-epochs has nothing to do with --tradeoff, which makes one round"
+    for name in ("rounds", "round_epochs") if config.tradeoff is not None and config.rounds > 1 else ():
+        if said(name):
+            yield f"--{name.replace('_', '-')} has nothing to do with --tradeoff, which makes one round"
     for name in _OF_THE_FIRST_TRAINING if origin != "train" else ():
         if said(name):
             yield f"--{name.replace('_', '-')} has nothing to do with weights that are not trained first ({origin})"
-    for name in _OF_RAY if config.engine == "local" else ():
+    for name, instead in _OF_RAY.items() if config.engine == "local" else ():
         if said(name):
-            yield f"--{name.replace('_', '-')} has nothing to do with --engine local, which does one thing at a time"
+            yield f"--{name.replace('_', '-')} has nothing to do with --engine local, which {instead}"
+    if config.engine == "ray" and config.decode == "worker" and said("decode_cpus"):
+        yield "--decode-cpus has nothing to do with --decode worker"
+    if said("data_root"):
+        from clipq_ray.data import builtin  # torch is needed only here
+
+        if config.data not in builtin.TORCHVISION:
+            yield f"--data-root has nothing to do with --data {config.data}, which is no torchvision set by its name alone"
     if config.search_start > config.search_evaluations:
         yield f"--search-start has nothing to do beyond --search-evaluations {config.search_evaluations}, which all lie where it says: nothing is proposed"
 
@@ -116,6 +127,11 @@ def _values(config: Config) -> Iterator[str]:
         json.dumps(config.model_args, allow_nan=False)
     except (ValueError, TypeError):  # the file and the manifest hold them
         yield f"expected JSON values (text, numbers, true, false, null, lists, mappings; no NaN, infinity or date) in --model-args, got {config.model_args}"
+    for name in type(config).model_fields:
+        try:
+            json.dumps(getattr(config, name), ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:  # bytes of a command line that are no UTF-8, halves of surrogate pairs
+            yield f"expected text in UTF-8 as --{name.replace('_', '-')}, got {getattr(config, name)!r}; correct it"
     if config.warmup_epochs >= config.epochs:
         yield f"expected --warmup-epochs below --epochs ({config.epochs}), got {config.warmup_epochs}"
     if config.std is not None and min(config.std, default=1.0) <= 0:

@@ -97,7 +97,11 @@ class Drop:
         total, down, up = n + 2, lost + 0.5, gained + 0.5
         middle = (down - up) / total
         half = _Z95 * math.sqrt(down + up - (down - up) ** 2 / total) / total
-        return cls(100 * (lost - gained) / n, 100 * (middle - half), 100 * (middle + half), n)
+        low, high = (
+            max(middle - half, -1.0),
+            min(middle + half, 1.0),
+        )  # of few images the formula knows no bounds
+        return cls(100 * (lost - gained) / n, 100 * low, 100 * high, n)
 
 
 @dataclass(frozen=True)

@@ -70,15 +70,19 @@ class CommittedRun(NamedTuple):
 
 
 def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Write all files, then the manifest; afterwards the run exists and never changes.
+    """Write all files, then the manifest; afterwards the run exists and never changes, unless a job that lost it has damaged it: that one mends it.
 
     `manifest` is JSON content; `files` and the hashes are added here. Raises `StorageError` if the run is committed already or cannot be
     written, `FormatError` if the manifest is no JSON (NaN included); until the end nobody sees anything.
     """
     content = _manifest_bytes(files, manifest)
+    written: dict[str, bytes] = {}
     for name, data in files.items():
-        _refuse_committed(run)
+        if run.exists(MANIFEST):
+            _behind_another(run, files, written, manifest)
+            return
         run.write(name, data)
+        written[name] = data
     for name, data in files.items():
         if run.read(name) != data:
             raise StorageError(
@@ -87,13 +91,36 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
             )
     # An answer that got lost on the way looks like a manifest of somebody else's.
     if not run.create(MANIFEST, content) and run.read(MANIFEST) != content:
-        _refuse_committed(run)
-    for (
-        name,
-        data,
-    ) in files.items():  # a job that was told that it had lost the run may have written its own meanwhile
-        if run.read(name) != data:
+        _behind_another(run, files, written, manifest)
+        return
+    for name, data in files.items():
+        # a job that was told that it had lost the run may have written its own meanwhile
+        if run.read(name) != data and run.read(MANIFEST) == content:
             run.write(name, data)
+
+
+def _behind_another(
+    run: Store, files: Mapping[str, bytes], written: Mapping[str, bytes], manifest: Mapping[str, Any]
+) -> None:
+    """Another job has committed the run: its result stays, unless this one has `written` over it."""
+    if not _overwritten(run, written):
+        raise StorageError(
+            f"expected no run at {run.uri}, got a committed one, which never changes; use --force for a new run"
+        )
+    replace(run, files, manifest)
+
+
+def _overwritten(run: Store, files: Mapping[str, bytes]) -> bool:
+    """Whether one of `files` lies where the manifest of another job states its own: it came late, from a machine that was halted while it wrote. What it
+    replaced is lost, and of the same inputs `files` are as good."""
+    try:
+        stated = read_manifest(run)["files"]
+    except FormatError:  # not that of a job
+        return False
+    return any(
+        run.read(name) == data and hashlib.sha256(data).hexdigest() != stated.get(name, {}).get("sha256")
+        for name, data in files.items()
+    )
 
 
 def replace(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
@@ -359,13 +386,6 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != _SELF}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _refuse_committed(run: Store) -> None:
-    if run.exists(MANIFEST):
-        raise StorageError(
-            f"expected no run at {run.uri}, got a committed one, which never changes; use --force for a new run"
-        )
 
 
 def _names_files(files: Any) -> bool:

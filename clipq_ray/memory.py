@@ -153,7 +153,10 @@ class Attempts:
     def _read(self, name: str) -> dict[str, Any] | None:
         if not self._store.exists(name):
             return None
-        found: dict[str, Any] = json.loads(self._store.read(name))
+        try:
+            found: dict[str, Any] = json.loads(self._store.read(name))
+        except ValueError:  # damaged: what it told is found again, by an attempt that ends
+            return None
         return found
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from clipq_ray import codec, dead_units, folding, levels, loading, unit_order
 from clipq_ray.data import Data
+from clipq_ray.data.split import NAMED_MOST
 from clipq_ray.evaluate import Evaluation, evaluate, reestimate_batch_norm
 from clipq_ray.intent import Drop
 from clipq_ray.network import Inventory
@@ -295,7 +296,7 @@ def _metadata(source: Source, inventory: Inventory, data: Data, source_sha256: s
         "ties": inventory.ties,
         "dropped": list(inventory.dropped),
         "class_names": list(data.class_names)
-        if tuple(data.class_names) != numbered and data.classes <= 100
+        if tuple(data.class_names) != numbered and data.classes <= NAMED_MOST
         else [],
     }
     return {**result, **{key: value for key, value in extra.items() if value}}

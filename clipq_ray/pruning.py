@@ -1,7 +1,7 @@
 """What a storage holds that nobody needs: found first, shown, and removed only then.
 
 Kept are committed runs with the files that their manifests name, the stages that these name, fleets with a manifest, and whatever a run uses that a
-live job claims (`claims`): its directory, and the stages that it has begun, which it lists in its `_work` before it looks at them. All else in the
+live job claims (`claims`), or that something was written to since: its directory, and the stages that it has begun, which it lists in its `_work` before it looks at them. All else in the
 directories that jobs write is left over once nothing in it was written for `OLDER_THAN_HOURS`, by the clock of the storage: runs without a manifest,
 stages of attempts that nobody continues, checkpoints, unfinished writes, parts of objects that were never completed.
 
@@ -17,6 +17,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from clipq_ray import claims
 from clipq_ray.backends import Entry, Upload
@@ -53,24 +54,30 @@ class Leftovers:
 
 def leftovers(storage: Store, older_than_hours: float = OLDER_THAN_HOURS) -> Leftovers:
     """What nobody needs; `FormatError` where a manifest is damaged, since then nobody knows what it names."""
-    entries = storage.entries()
-    found = _unneeded(storage, entries)
-    limit = 3600.0 * older_than_hours
-    latest = storage.now() - limit if found else 0.0
-    young = [one for one in found if any(entries[name].modified > latest for name in one.names)]
+    entries, limit = storage.entries(), 3600.0 * older_than_hours
+    latest = _before(storage, limit)
+    found = _unneeded(storage, entries, latest)
+    young = [one for one in found if any(entries[name].modified > latest() for name in one.names)]
     old = [one for one in found if one not in young]
     return Leftovers([*old, *_unfinished(storage, max(limit, _UNFINISHED_SECONDS))], young)
 
 
-def _unneeded(storage: Store, entries: Mapping[str, Entry]) -> list[Leftover]:
-    """What of `entries` no run and no job needs, whatever its age."""
+def _before(storage: Store, seconds: float) -> Callable[[], float]:
+    """When it was so many seconds ago; asked of the storage once, and only where somebody wants to know, since that takes a write."""
+    return cache(lambda: storage.now() - seconds)
+
+
+def _unneeded(storage: Store, entries: Mapping[str, Entry], latest: Callable[[], float]) -> list[Leftover]:
+    """What of `entries` no run and no job needs, whatever its age; a run without a manifest counts as one while something was written to it after `latest`."""
     runs, stages, fleets = (_by_place(pattern, entries) for pattern in (_RUN, _STAGE, _FLEET))
     used: set[str] = set()
     found: list[Leftover] = []
     for place, inside in runs.items():
         run = storage.child(*place.split("/"))
         held = claims.holder(run.child(WORK)) is not None
-        if held:
+        if held or (
+            MANIFEST not in inside and any(entries[f"{place}/{name}"].modified > latest() for name in inside)
+        ):
             used.update(_used(run))
         if MANIFEST in inside:
             document = read_manifest(run)
@@ -140,29 +147,34 @@ def remove(
     still = leftovers(storage, older_than_hours).old
     going = [one for one in found if one.place == "." or one in still]
     before = storage.entries() if going else {}
-    going = _without_their_ends(storage, going)
+    going = _without_their_ends(storage, going, _before(storage, 3600.0 * older_than_hours))
     freed = 0
     for one in found:
         if one not in going:
             say(f"kept: {one.place} is used by now")
             continue
-        # removing takes time: what somebody writes anew meanwhile stays
-        now = storage.child(*one.place.split("/")).entries() if one.place != "." else {}
         for name in one.names:
-            entry = now.get(name.removeprefix(f"{one.place}/"))
-            if entry is None or entry == before.get(name):
+            # removing takes time: what somebody writes anew meanwhile stays
+            if one.place == "." or _is_as(storage, name, before.get(name)):
                 storage.remove(name)
+        if one.place != ".":
+            storage.child(*one.place.split("/")).tidy()
         for upload in one.uploads:
             storage.abandon(upload)
         freed += one.bytes
     return freed
 
 
+def _is_as(storage: Store, name: str, before: Entry | None) -> bool:
+    """Whether an object is the one that it was."""
+    return before is not None and storage.entries(name).get(name) == before
+
+
 def _is_end(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) for pattern in FINISHED)
 
 
-def _without_their_ends(storage: Store, going: list[Leftover]) -> list[Leftover]:
+def _without_their_ends(storage: Store, going: list[Leftover], latest: Callable[[], float]) -> list[Leftover]:
     """Those of `going` that nobody needs after what says that they are finished was taken away; the others have it back."""
     ends = [name for one in going for name in one.names if _is_end(name)]
     taken = {name: storage.read(name) for name in ends}
@@ -171,7 +183,7 @@ def _without_their_ends(storage: Store, going: list[Leftover]) -> list[Leftover]
         for name in taken:
             storage.remove(name)
         there = {**{name: Entry(len(data), 0.0) for name, data in taken.items()}, **storage.entries()}
-        now = {one.place: one for one in _unneeded(storage, there)}
+        now = {one.place: one for one in _unneeded(storage, there, latest)}
         unneeded = [
             one
             for one in going

@@ -52,6 +52,7 @@ _ADVICE = (
     ),
     (("ProfileNotFound",), "correct AWS_PROFILE or unset it"),
     (("AccessDenied", "403"), "allow these credentials to get, put, delete and list objects there, and to list and abort multipart uploads"),
+    (("RequestTimeTooSkewed", "RequestExpired"), "set this machine's clock"),
     (("PermissionError",), "give yourself permission there or choose another storage"),
     (
         ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientConnectorError", "ConnectionError", "ConnectionRefusedError",

@@ -217,6 +217,10 @@ def run_rounds(run: Run, given: Given) -> Rounds:
     making = Making(run, given, intent)
     done = making.done
     requested, *rungs = _requests(intent, given.searched, making.other, run.config)
+    if run.config.rungs > 1 and not rungs:
+        run.notes.append(
+            "--rungs had nothing to do: the size that is asked for is no smaller than what one round may begin with"
+        )
     seconds = 0.0
     while True:
         left = run.seconds_left

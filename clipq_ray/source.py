@@ -228,6 +228,11 @@ def _opened_once(data_options: str) -> Data:
     return _OPEN[data_options]
 
 
+def let_data_go() -> None:
+    """Forget what was opened: whoever compresses again in this process may have other images by the same name."""
+    _OPEN.clear()
+
+
 def _opened(data_options: str) -> Data:
     given, input_shape, usual = json.loads(data_options)
     config = make(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})

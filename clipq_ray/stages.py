@@ -255,6 +255,8 @@ def refuse_bad_baseline(run: Run, scores: Mapping[str, Evaluation | None], origi
     percent, expected = 100 * known.top1, run.config.expect_top1_percent
     run.reporter.say(f"baseline: top-1 {percent:.2f} % on {known.n:,} images")
     causes = "likely causes: labels in another order, other --mean/--std than in training, other --input-size, wrong --weights"
+    if run.source.own_data is not None:
+        causes = "likely causes: labels in another order, images that the loaders prepare otherwise than in training, wrong weights"
     low, high = known.interval()  # of a few images the right network may be further off by chance
     if expected is not None and abs(percent - expected) > 2.0 and not 100 * low <= expected <= 100 * high:
         raise RunError(

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipq_ray import refusals
-from clipq_ray.backends import INTERNAL, Backend, Directory, Entry, Objects, Upload
+from clipq_ray.backends import INTERNAL, Backend, Entry, Upload
 from clipq_ray.connections import S3, Connection, connection
 from clipq_ray.consistency import NAME, NAME_WORDS
+from clipq_ray.directories import Directory
 from clipq_ray.errors import ClipqError, ConfigError, StorageError
+from clipq_ray.objects import Objects
 
 MODEL = "model.clq"
 LAYERS = "layers.parquet"
@@ -124,8 +126,15 @@ class Store:
 
     def exclusive(self) -> bool:
         """Whether `create` is exclusive here: some stores overwrite in silence what should be created only once."""
+        # twice: another job that ends may have removed the first one
+        return any(self._is_exclusive() for _ in range(2))
+
+    def _is_exclusive(self) -> bool:
         with self.probe(b"1") as name, _translated(self._at(name), "write"):
-            return not self._backend.create(name, b"2") and self._backend.read(name) == b"1"
+            try:
+                return not self._backend.create(name, b"2") and self._backend.read(name) == b"1"
+            except FileNotFoundError:
+                return False
 
     @contextlib.contextmanager
     def probe(self, data: bytes) -> Iterator[str]:
@@ -147,10 +156,10 @@ class Store:
             found = self._backend.names(prefix)
         return sorted(name for name in found if not name.rpartition("/")[2].startswith(INTERNAL))
 
-    def entries(self) -> dict[str, Entry]:
-        """All objects at any depth with size and time, in one listing where the storage has one."""
+    def entries(self, prefix: str = "") -> dict[str, Entry]:
+        """All objects whose relative name begins with `prefix`, at any depth, with size and time, in one listing where the storage has one."""
         with _translated(self.uri, "list"):
-            found = self._backend.entries()
+            found = self._backend.entries(prefix)
         return {
             name: found[name] for name in sorted(found) if not name.rpartition("/")[2].startswith(INTERNAL)
         }
@@ -189,6 +198,11 @@ class Store:
         """Remove everything in this directory, leftovers of unfinished writes included; a bucket itself stays."""
         with _translated(self.uri, "remove"):
             self._backend.remove_tree()
+
+    def tidy(self) -> None:
+        """Remove what is empty in this directory, and it itself if it is; on object storage there are no directories."""
+        with _translated(self.uri, "remove"):
+            self._backend.tidy()
 
     def check_writable(self) -> None:
         """Write, read back and remove a small object of a unique name; `StorageError` if any of it fails."""
@@ -248,14 +262,14 @@ def _parse(uri: str) -> tuple[str, str]:
             f"expected a storage URI (a path, s3://bucket/prefix, memory://name), got {uri!r}; chained URIs are not taken"
         )
     protocol, separator, path = uri.partition("://")
-    if not separator and re.match(r"(s3a?|gs|gcs|az|abfs|file|memory):/", uri):
+    if not separator and re.match(r"(s3a?|gs|gcs|az|abfs|file|memory):", uri):
         raise StorageError(
             f"expected two slashes behind the protocol, as s3://bucket/prefix, got {uri!r}; add one"
         )
     if not separator:
         return "file", os.path.abspath(os.path.expanduser(uri))
     if protocol in ("file", "local"):
-        return "file", os.path.abspath(path)
+        return "file", os.path.abspath(re.sub(r"^localhost(?=/)", "", path))
     address, query = _split(f"{protocol}{separator}{path}")
     path = address.partition("://")[2].strip("/") + query
     if not path:

@@ -43,7 +43,7 @@ LAYERS: pa.Schema = pa.schema(
         _column("share_positive", pa.int32(), "intervals", "intervals on the positive side"),
         _column("clip_negative", pa.float64(), "weight units", "magnitude up to which negative weights are zero"),
         _column("clip_positive", pa.float64(), "weight units", "magnitude up to which positive weights are zero"),
-        _column("levels", pa.int32(), "levels", "distinct values in the packed layer, zero included"),
+        _column("levels", pa.int32(), "levels", "values that weights of the packed layer may have, zero included"),
         _column("level_values", pa.list_(pa.float32()), "weight units", "those values, ascending"),
         _column("nonzeros", pa.int64(), "weights", "weights that are not zero"),
         _column("nonzero_percent", pa.float64(), "%", "non-zeros among the weights"),
@@ -53,9 +53,9 @@ LAYERS: pa.Schema = pa.schema(
         _column("entropy_bits_per_weight", pa.float64(), "bits/weight", "entropy of the codes without context, levels not counted"),
         _column("ratio", pa.float64(), "", "bytes_before / bytes"),
         _column("quantization_error_percent", pa.float64(), "%", "100 x |w - q| / |w| (Euclidean norms) after fine-tuning"),
-        _column("clipped_first", pa.int64(), "weights", "weights that were zero when fine-tuning started"),
-        _column("recovered", pa.int64(), "weights", "those of them that are not zero after fine-tuning"),
-        _column("state_changes", pa.int64(), "changes", "how often a weight went between zero and non-zero during fine-tuning"),
+        _column("clipped_first", pa.int64(), "weights", "weights that were zero when the committed round of fine-tuning started"),
+        _column("recovered", pa.int64(), "weights", "those of them that are not zero after it"),
+        _column("state_changes", pa.int64(), "changes", "how often a weight went between zero and non-zero during it"),
         _column(
             "search_error_percent", pa.float64(), "%",
             "top-1 error on the search's images with this layer or its group compressed, untrained, and all else as it was searched (uncompressed, in a later search as in the round before), at the `p` that the search chose, which `--hold-size` moves; null if not searched", null=True,
@@ -122,7 +122,12 @@ TRIALS: pa.Schema = pa.schema(
 
 PREDICTIONS: pa.Schema = pa.schema(
     [
-        _column("index", pa.int64(), "", "position of the image in the test set, from 0"),
+        _column(
+            "index",
+            pa.int64(),
+            "",
+            "position of the image among the test images, without those that could not be read, from 0",
+        ),
         _column("label", pa.int32(), "", "true class"),
         _column(
             "original", pa.int32(), "", "class predicted by the given network, -1 where scores are no numbers"

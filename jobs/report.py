@@ -9,7 +9,6 @@ the manifest first. Not covered: measuring anything anew (`jobs/evaluate.py` doe
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -23,8 +22,9 @@ import pyarrow as pa
 from clipq_ray import console, tables
 from clipq_ray.errors import ConfigError
 from clipq_ray.manifest import checked, read_manifest, understood
+from clipq_ray.outputs import output
 from clipq_ray.report import render
-from clipq_ray.storage import LAYERS, MANIFEST, PREDICTIONS, TRIALS, Store
+from clipq_ray.storage import LAYERS, PREDICTIONS, TRIALS, Store
 
 
 def main(arguments: list[str]) -> int:
@@ -41,14 +41,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def make(run_uri: str, output: Path | None = None) -> Path:
+def make(run_uri: str, to: Path | None = None) -> Path:
     """Write the report of the run at `run_uri` and return the file's path."""
     run = Store(run_uri)
     manifest = read_manifest(run)
+    if "run" not in manifest:
+        raise ConfigError(
+            f"expected a committed run, got the fleet {manifest.get('fleet', run.uri)}; give one of its runs"
+        )
     found = _table(run, manifest, LAYERS), _trials(run, manifest), _predictions(run, manifest)
     with understood(run.uri):
         page = render(manifest, *found)
-        path = output or Path(f"report-{_plain(manifest['model'])}-{_plain(manifest['run'])}.html")
+        path = to or Path(f"report-{_plain(manifest['model'])}-{_plain(manifest['run'])}.html")
     _write(path, page)
     return path
 
@@ -76,26 +80,11 @@ def _plain(name: str) -> str:
 
 
 def _write(path: Path, page: str) -> None:
-    """Write a local file whole, in a folder that is there and in no committed run."""
-    try:
-        whole = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
-        raise ConfigError(f"expected a path as --output, got {str(path)!r}: {error}") from error
-    if any(_committed(folder) for folder in whole.parents):
-        raise ConfigError(f"expected --output outside of a committed run, got {path}: choose another folder")
+    """Write a local file, in a folder that is there."""
+    store, name = output(path.absolute(), "--output")
     if not path.parent.is_dir():
         raise ConfigError(f"expected --output in a folder that is there, got {path}: make the folder first")
-    store, name = Store.of_file(path.absolute())
     store.write(name, page.encode())
-
-
-def _committed(folder: Path) -> bool:
-    """Whether a run or a fleet is committed there: other programs have files called manifest.json too."""
-    try:
-        found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and {"format", "files"} <= found.keys()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_files import folder
 from refusals import refused
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -18,6 +19,7 @@ import clipq_ray
 from clipq_ray import api, codec
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
+from clipq_ray.consistency import NAME
 from clipq_ray.errors import ConfigError, DataError, RunError, UserError
 from clipq_ray.pipeline import Result
 from clipq_ray.precision import own_float32
@@ -206,7 +208,30 @@ def test_wrong_calls_are_one_line(tmp_path: Path) -> None:
         clipq_ray.compress(Tied(), loader(), targetratio=3, storage=str(tmp_path))
     with refused(DataError, match="map-style dataset"):
         clipq_ray.compress(Tied(), DataLoader(Endless()), storage=str(tmp_path), **QUICK)
+    with refused(ConfigError, match=r"a torch\.nn\.Module as model, got str; .* by model_name="):
+        clipq_ray.compress("resnet20", loader(), storage=str(tmp_path))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_of_any_name_gives_a_name_that_a_result_may_have() -> None:
+    for name, expected in (("_Net", "net"), ("Café2", "cafe2"), ("Сеть", "network")):
+        found = api._name_of(type(name, (nn.Module,), {})())
+        assert found == expected
+        assert NAME.fullmatch(found)
+
+
+def test_a_second_call_sees_the_images_as_they_are_by_then(tmp_path: Path) -> None:
+    folder(tmp_path / "data", "train", 36)
+    options: dict[str, Any] = {
+        "model_name": "lenet5", "model_args": {"num_classes": 3}, "data": str(tmp_path / "data"), "input_size": 28, "weights": "random",
+        "storage": str(tmp_path / "runs"), "engine": "local", "epochs": 1, "warmup_epochs": 0.0, "search_evaluations": 4, "search_start": 3,
+        "search_images": 12, "quiet": True, "target_ratio": 4, "control": "never", "rounds": 1, "mean": (0.5,), "std": (0.5,),
+    }  # fmt: skip
+    first = clipq_ray.compress(**options)
+    folder(tmp_path / "data", "train", 36, first=100)
+    second = clipq_ray.compress(**options)
+    assert not second.reused
+    assert second.uri != first.uri
 
 
 def test_the_local_engine_needs_no_ray_and_the_ray_engine_says_what_to_install(

@@ -214,9 +214,12 @@ def test_an_export_replaces_no_file_of_a_committed_run(
     run = commit(str(tmp_path), "r-1", data)
     before = run.read(name)
     assert main(["export", run.uri, f"{run.uri}/{name}", "--format", "safetensors"]) == 2
-    assert "expected a file that is none of a committed run" in capsys.readouterr().err
+    assert "expected the output outside of a committed run" in capsys.readouterr().err
     assert run.read(name) == before
-    assert main(["export", run.uri, f"{run.uri}/dense.safetensors"]) == 0
+    # nor is it put beside them, where it would be left over
+    assert main(["export", run.uri, f"{run.uri}/dense.safetensors"]) == 2
+    assert main(["export", run.uri, f"{run.uri}/", "--force"]) == 2
+    assert main(["verify", run.uri]) == 0
 
 
 @pytest.mark.parametrize("name", ["inspect", "verify"])

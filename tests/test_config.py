@@ -173,8 +173,19 @@ def test_what_has_nothing_to_do_is_said() -> None:
         ),
         *[
             ({"engine": "local", name: 2}, {name: 2}, f"--{name.replace('_', '-')} has nothing to do with --engine local, which does one thing at a time")
-            for name in ("search_parallel", "limit_cpus", "limit_gpus")
+            for name in ("search_parallel", "limit_cpus", "limit_gpus", "trainings", "decode_cpus")
         ],
+        *[
+            ({"engine": "local", name: 2}, {name: 2}, f"--{name.replace('_', '-')} has nothing to do with --engine local, which watches over no worker")
+            for name in ("stall_minutes", "attempt_hours", "max_failures")
+        ],
+        ({"tradeoff": 8.0, "rounds": 5}, {"target_bytes": 9, "rounds": 5}, "--rounds has nothing to do with --tradeoff, which makes one round"),
+        ({"decode": "worker", "decode_cpus": 3}, {"decode_cpus": 3}, "--decode-cpus has nothing to do with --decode worker"),
+        (
+            {"data": "digits", "data_root": "/x"},
+            {"data": "mnist", "data_root": "/x"},
+            "--data-root has nothing to do with --data digits, which is no torchvision set by its name alone",
+        ),
     ],
 )  # fmt: skip
 def test_a_part_that_other_options_leave_no_work_is_said(
@@ -182,6 +193,17 @@ def test_a_part_that_other_options_leave_no_work_is_said(
 ) -> None:
     assert idled(make(**options)) == [said]
     assert idled(make(**busy)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"storage": "/x/caf\udce9"}, "--storage"), ({"model_args": {"x": ["\ud800"]}}, "--model-args")],
+)
+def test_text_that_no_manifest_can_hold_is_refused_before_anything_is_made(
+    options: dict[str, Any], named: str
+) -> None:
+    with refused(ConfigError, match=f"expected text in UTF-8 as {named}, got "):
+        make(**options)
 
 
 def test_the_paper_switches_off_what_goes_beyond_it() -> None:

@@ -19,7 +19,7 @@ from clipq_ray import finetune, seeds
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
-from clipq_ray.errors import DataError, RunError
+from clipq_ray.errors import DataError, FormatError, RunError
 from clipq_ray.finetune import Trainer
 from clipq_ray.operator import bake, make_plan
 from clipq_ray.optimizers import Schedule
@@ -188,6 +188,23 @@ def test_a_training_that_is_killed_goes_on_to_the_same_bits(
     assert [(row.loss, row.validation_top1_percent) for row in resumed.curve] == [
         (row.loss, row.validation_top1_percent) for row in whole.curve
     ]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    run(whole)
+    with pytest.raises(Killed):
+        run(trainer(tmp_path / "cut"), killed_after=3)
+    store = Store(tmp_path / "cut")
+    last = store.names("epoch-")[-1]
+    store.write(last, store.read(last)[:1000])
+    resumed = trainer(tmp_path / "cut")
+    assert [row["epoch"] for row in run(resumed)] == [3, 4]
+    assert same(resumed.model, whole.model)
+    for name in store.names("epoch-"):
+        store.write(name, store.read(name)[:1000])
+    with refused(FormatError, match="got damaged ones .*; remove them, and the training begins anew"):
+        run(trainer(tmp_path / "cut"))
 
 
 def test_a_training_that_is_killed_within_an_epoch_repeats_that_epoch_only(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_an_output_in_a_missing_folder_is_refused(run: Path, capsys: pytest.Capt
 
 def test_an_output_that_cannot_be_written_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("page.html").mkdir()
-    assert "cannot write" in refused([str(run), "--output", "page.html"], capsys)
+    assert "a file or nothing yet, got a directory" in refused([str(run), "--output", "page.html"], capsys)
     assert [path.name for path in Path.cwd().iterdir()] == ["page.html"]
 
 

@@ -176,6 +176,27 @@ def test_what_a_job_that_lost_the_run_writes_late_does_not_stay(
     assert manifests.verify(commit(storage, "lenet5", "r-1")) == []
 
 
+def test_a_job_that_was_halted_in_a_write_mends_the_run_that_it_damages(
+    storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job commits meanwhile, to the end."""
+    write, other = Store.write, [True]
+    run = run_store(storage, "lenet5", "r-1")
+    files, document = run_files(), content("lenet5", "r-1")
+    others = {**files, LAYERS: b"with other seconds"}
+
+    def halted(self: Store, name: str, data: bytes) -> None:
+        if name == LAYERS and other:
+            other.clear()
+            manifests.commit(run, others, document)
+        write(self, name, data)
+
+    monkeypatch.setattr(Store, "write", halted)
+    manifests.commit(run, files, document)
+    assert manifests.verify(run) == []
+    assert {name: run.read(name) for name in files} == files
+
+
 @pytest.mark.parametrize("late", [REPORT, MANIFEST])
 def test_a_summary_that_two_write_at_once_is_one_of_both(
     late: str, storage: Store, monkeypatch: pytest.MonkeyPatch

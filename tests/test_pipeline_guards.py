@@ -164,12 +164,17 @@ def scored(right: int, n: int) -> Evaluation:
 
 
 def judge(
-    validation: Evaluation, test: Evaluation | None = None, origin: str = "module", **options: Any
+    validation: Evaluation,
+    test: Evaluation | None = None,
+    origin: str = "module",
+    data: Any = None,
+    **options: Any,
 ) -> list[str]:
     """What is noted of a network of two classes that scores so."""
     given: Any = SimpleNamespace(
-        config=make(**options), data=SimpleNamespace(classes=2), reporter=Reporter(quiet=True), notes=[]
-    )
+        config=make(**options), data=SimpleNamespace(classes=2), reporter=Reporter(quiet=True), notes=[],
+        source=SimpleNamespace(own_data=data),
+    )  # fmt: skip
     stages.refuse_bad_baseline(given, {"validation": validation, "test": test}, origin)
     return list(given.notes)
 
@@ -180,6 +185,8 @@ def test_a_network_that_is_right_about_the_few_images_there_are_goes_on() -> Non
     judge(right)
     with refused(RunError, match=r"got top-1 66\.67 % on 3 validation images \(chance is 50\.00 %\)"):
         judge(scored(2, 3))
+    with refused(RunError, match=r"images that the loaders prepare otherwise than in training, wrong weights$"):
+        judge(scored(2, 3), data=object())  # whose loaders are the caller's own
 
 
 def test_validation_images_decide_whether_a_network_is_near_chance_and_test_images_nothing() -> None:
@@ -288,7 +295,7 @@ def narrow(fits: int, storage: Path) -> Result:
     """A run of 18 images per step on a trained network of which `fits` images fit the memory."""
     torch.manual_seed(0)
     model = Narrow()
-    images = torch.randn(200, 1, 4, 4)
+    images = torch.randn(400, 1, 4, 4)
     labels = images.flatten(1)[:, :4].argmax(1)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(60):
@@ -296,9 +303,12 @@ def narrow(fits: int, storage: Path) -> Result:
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
     model.fits = fits
-    loader = DataLoader(TensorDataset(images, labels), batch_size=20)
+    loader, others = (
+        DataLoader(TensorDataset(images[half], labels[half]), batch_size=20)
+        for half in (slice(200), slice(200, 400))
+    )
     return clipq_ray.compress(
-        model, loader, test_loader=loader, storage=str(storage), quiet=True, **{**QUICK, "batch_size": 18}
+        model, loader, test_loader=others, storage=str(storage), quiet=True, **{**QUICK, "batch_size": 18}
     )
 
 

@@ -132,11 +132,53 @@ def test_what_was_written_to_in_the_last_day_stays_and_is_counted(
         assert ("2 bytes  in 1 places were written to in the last 24 hours, and stay" in said) is stays
     said = pruned(storage, capsys, "--older-than-hours=26")
     assert (
-        "in 4 places were written to in the last 26 hours, and stay; --older-than-hours 0 shows them" in said
+        "in 3 places were written to in the last 26 hours, and stay; --older-than-hours 0 shows them" in said
     )
     assert "nothing else is left over" in said
+    assert "search-cccc" not in said  # a run that stays goes on behind its search
     assert main(["prune", storage.uri, "--older-than-hours=-1"]) == 2
     assert "--older-than-hours: expected a number of hours" in capsys.readouterr().err
+
+
+def test_a_young_run_keeps_the_stages_that_it_has_begun(
+    storage: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A long job whose machine was lost an hour ago: its search ended long before."""
+    storage.write(f"model=lenet5/run=r-000000000002/{WORK}/finetune/epoch-00001.safetensors", b"new")
+    pruned(storage, capsys, "--yes")
+    assert "_stages/search-cccc/done.json" in storage.names()
+    assert f"model=lenet5/run=r-000000000002/{WORK}/{USES}/search-cccc" in storage.names()
+    pruned(storage, capsys, "--yes", "--older-than-hours=0")
+    assert "_stages/search-cccc/done.json" not in storage.names()
+    assert not [path for path in Path(storage.uri).rglob("*") if path.is_dir() and not any(path.iterdir())]
+
+
+@pytest.mark.parametrize("moment", ["curve.json", "weights.safetensors"])
+def test_what_is_made_anew_right_before_its_removal_stays(
+    moment: str, storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clipq_ray import pruning
+
+    stage = stage_store(storage, "baseline", "dddd")
+    for name in ("curve.json", "weights.safetensors"):
+        stage.write(name, b"old")
+    age(Path(storage.uri), 25)
+    found = [one for one in pruning.leftovers(storage).old if one.place.endswith("dddd")]
+    is_as, made = pruning._is_as, []
+
+    def beside(storage: Store, name: str, before: Any) -> bool:
+        if name.endswith(f"dddd/{moment}") and not made:
+            made.append(name)
+            for one in ("weights.safetensors", "curve.json"):
+                stage.write(one, b"new")
+        return is_as(storage, name, before)
+
+    monkeypatch.setattr(pruning, "_is_as", beside)
+    pruning.remove(storage, found, lambda _: None)
+    assert {name: stage.read(name) for name in stage.names()} == {
+        "curve.json": b"new",
+        "weights.safetensors": b"new",
+    }
 
 
 def test_age_is_told_by_the_clock_of_the_storage(

@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from s3_faults import KINDS, FaultyProxy, faulty
 from store_promises import exercise
 
-from clipq_ray import backends, claims, codec, console, manifest, pruning
+from clipq_ray import claims, codec, console, manifest, objects, pruning
 from clipq_ray.cli import main
 from clipq_ray.errors import StorageError
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store, stage_store
@@ -106,7 +106,7 @@ def test_listings_are_whole_beyond_one_page(bucket: str) -> None:
 def test_a_large_object_goes_in_parts_through_faults_and_comes_back_the_same(
     ceph: Ceph, failing: tuple[str, FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "PART_BYTES", PART)
+    monkeypatch.setattr(objects, "PART_BYTES", PART)
     uri, proxy = failing
     proxy.share = 0.35
     monkeypatch.setenv("CLIPQ_S3_TIMEOUT_SECONDS", "3")
@@ -122,9 +122,9 @@ def test_a_large_object_goes_in_parts_through_faults_and_comes_back_the_same(
 
 _WRITER = """
 import sys
-from clipq_ray import backends
+from clipq_ray import objects
 from clipq_ray.storage import Store
-backends.PART_BYTES, backends._PARTS_AT_ONCE = {part}, 1
+objects.PART_BYTES, objects._PARTS_AT_ONCE = {part}, 1
 Store(sys.argv[1]).write("large", bytes(64 * {part}))
 """
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from refusals import refused
 
-from clipq_ray import backends, connections
+from clipq_ray import backends, connections, objects
 from clipq_ray.connections import Connection
 from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.storage import Store, run_store, stage_store
@@ -176,6 +176,37 @@ def test_a_file_that_another_process_removes_meanwhile_does_not_keep_the_rest(
     assert not (tmp_path / "s").exists()
 
 
+def test_what_is_written_while_a_directory_is_removed_is_there_whole(tmp_path: Path) -> None:
+    """As when one job ends while another looks whether it may begin."""
+    store, ended = Store(tmp_path / "s"), threading.Event()
+
+    def removing() -> None:
+        while not ended.is_set():
+            store.remove_tree()
+
+    remover = threading.Thread(target=removing)
+    remover.start()
+    try:
+        for number in range(300):
+            store.write(f"deep/below/{number % 3}", b"1")
+            store.create(f"deep/claims/{number}", b"2")
+    finally:
+        ended.set()
+        remover.join()
+    store.write("deep/below/1", b"1")
+    assert store.exclusive()
+
+
+def test_links_to_directories_are_followed_and_loops_end(tmp_path: Path) -> None:
+    store, disk = Store(tmp_path / "s"), tmp_path / "disk"
+    Store(disk).write("run=1/a", b"1")
+    store.write("b", b"2")
+    (tmp_path / "s" / "model=x").symlink_to(disk)
+    (disk / "back").symlink_to(tmp_path / "s")
+    assert store.names() == ["b", "model=x/run=1/a"]
+    assert store.entries("model=x/").keys() == {"model=x/run=1/a"}
+
+
 def test_removing_everything_in_a_bucket_keeps_the_bucket(s3_uri: str) -> None:
     store = Store(s3_uri)
     store.write("a/b", b"1")
@@ -265,7 +296,15 @@ def test_local_uris_are_absolute_whatever_way_they_are_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     expected = str(tmp_path / "runs")
-    for uri in ("runs", "./runs/", f"file://{expected}", f"{expected}/", "~/runs", Path("runs")):
+    spelled = (
+        "runs",
+        "./runs/",
+        f"file://{expected}",
+        f"file://localhost{expected}",
+        f"{expected}/",
+        "~/runs",
+    )
+    for uri in (*spelled, Path("runs")):
         assert Store(uri).uri == expected
     assert Store("s3://bucket/a/").uri == "s3://bucket/a"
     assert Store("s3://bucket/a").child("b", "c").uri == "s3://bucket/a/b/c"
@@ -274,7 +313,17 @@ def test_local_uris_are_absolute_whatever_way_they_are_written(
 
 
 @pytest.mark.parametrize(
-    "uri", ["", " ", "s3://", "memory:///", "nosuch://bucket/x", "simplecache::s3://bucket/x", "s3:/bucket/x"]
+    "uri",
+    [
+        "",
+        " ",
+        "s3://",
+        "memory:///",
+        "nosuch://bucket/x",
+        "simplecache::s3://bucket/x",
+        "s3:/bucket/x",
+        "s3:bucket/x",
+    ],
 )
 def test_a_uri_that_names_no_storage_is_refused_at_once(uri: str) -> None:
     with refused(StorageError, match="^expected "):
@@ -428,6 +477,26 @@ def test_refused_permission_on_s3_says_which_rights_are_needed() -> None:
         store.read("y")
 
 
+def test_a_clock_that_is_wrong_is_named() -> None:
+    class Skewed:
+        def cat_file(self, _: str) -> bytes:
+            raise PermissionError("The difference ... is too large") from S3Answer("RequestTimeTooSkewed")
+
+    store = own_connection("s3://bucket/x")
+    store._backend.connection._made = (os.getpid(), Skewed())
+    with pytest.raises(StorageError, match=r"; set this machine's clock$"):
+        store.read("y")
+
+
+@pytest.mark.parametrize("said", ["abc", "0", "-1", "2.5"])
+def test_attempts_that_are_no_number_are_refused_in_one_line(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", said)
+    with refused(ConfigError, match=f"1 or more, in AWS_MAX_ATTEMPTS, got '{said}'; correct it"):
+        connections._options("s3")
+
+
 @pytest.mark.parametrize(
     ("code", "there", "won"),
     [("412", True, False), ("PreconditionFailed", True, False), ("NotImplemented", False, True), ("501", True, False),
@@ -483,7 +552,7 @@ def etag(uri: str, name: str) -> str:
 def test_a_large_object_goes_to_s3_in_parts_and_is_created_in_one_put(
     s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(objects, "PART_BYTES", 5 * 2**20)
     store, data = Store(s3_uri), os.urandom(11 * 2**20)
     store.write("large", data)
     assert etag(s3_uri, "large").endswith("-3")

@@ -69,7 +69,7 @@ def torchvision_set(name: str, root: str, otherwise: str = "") -> tuple[dict[str
             dataset = kind(root, train=split == "train", download=False)
         except RuntimeError as error:
             raise DataError(
-                f"expected the files of {name} under {Path(root).absolute()}, as torchvision stores them, found none; "
+                f"expected the files of {name} under {Path(root).absolute()}, as torchvision stores them, found none, or damaged ones; "
                 f"put them there or give {name}:FOLDER{otherwise and f'; {otherwise}'}"
             ) from error
         with reading(f"{name} under {root}"):

@@ -19,6 +19,7 @@ from clipq_ray.data.builtin import Images
 from clipq_ray.data.folders import ENDINGS, ImageFiles, class_of
 from clipq_ray.data.listing import Listing, few
 from clipq_ray.data.parquet import ParquetRows, class_names
+from clipq_ray.data.split import NAMED_MOST
 from clipq_ray.errors import DataError
 
 Source = Images | ParquetRows | ImageFiles
@@ -46,18 +47,26 @@ class Found:
 
 @dataclass(frozen=True)
 class Expected:
-    """What is known of the classes beforehand. `names`: those that folders of images must have, in their order; empty: sorted names decide. `count`: of a
-    network's classes without names, which folders that are called by numbers may lack some of; None: not known."""
+    """What is known of the classes beforehand. `names`: those that folders of images must have, in their order; empty: sorted names decide. `count`: of
+    classes without names, which folders may be called by the numbers of, and lack some; None: not known."""
 
     names: tuple[str, ...] = ()
     count: int | None = None
 
     def known(self, folders: Sequence[str]) -> list[str]:
-        """The classes in their order, where `folders`, sorted, are there."""
-        # above ten, the order of sorted names is not that of the numbers
-        if not self.names and len(folders) < (self.count or 0) <= 10 and all(map(str.isdecimal, folders)):
-            return [str(number) for number in range(self.count or 0)]
-        return list(self.names or folders)
+        """The classes in their order, where `folders`, sorted, are there; `DataError` where they are called by numbers that nobody knows the order of."""
+        if self.names or self.count is None or not all(map(str.isdecimal, folders)):
+            return list(self.names or folders)
+        numbers = [str(number) for number in range(self.count)]
+        # of more, a file holds no names, and those of the training images may have been numbers in the order of names
+        if self.count <= NAMED_MOST and set(folders) <= set(numbers):
+            return numbers
+        if sorted(folders, key=int) == list(folders):
+            return list(folders)
+        raise DataError(
+            f"expected folders called 0 to {self.count - 1}, as the classes have no names, got {few(list(folders))}, in another order as numbers than as names; "
+            "rename them, with zeros in front if need be, so that both are that of the classes"
+        )
 
 
 def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None = None) -> Found:
@@ -65,7 +74,7 @@ def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None =
     name, _, folder = uri.partition(":")
     if name in builtin.NAMES and not folder.startswith("//"):
         here = f"for the folder here say ./{name}" if not folder and Path(name).is_dir() else ""
-        named = _named(name, folder or data_root, here)
+        named = _named(name, folder or data_root, here, uri)
         return replace(named, notes=(f"{name} is the data set of that name; {here}",)) if here else named
     if "/" not in uri and ":" not in uri and not Path(uri).exists():
         near = difflib.get_close_matches(uri, builtin.NAMES) or builtin.NAMES
@@ -82,8 +91,12 @@ def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None =
     )
 
 
-def _named(name: str, root: str, otherwise: str) -> Found:
-    """A set by name. `otherwise`: more advice where its files are not below `root`, or empty."""
+def _named(name: str, root: str, otherwise: str, uri: str) -> Found:
+    """A set by name, as `uri` says it. `otherwise`: more advice where its files are not below `root`, or empty."""
+    if name == "digits" and uri != name:
+        raise DataError(
+            f"expected digits alone, which has no files, got {uri}; leave out what is behind the name"
+        )
     if name == "digits":
         names = tuple(str(digit) for digit in range(10))
         return Found({**builtin.digits()}, names, "digits (scikit-learn, 1,797 images enlarged to 28x28)")

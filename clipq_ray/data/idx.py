@@ -42,7 +42,7 @@ def parse(data: bytes, dimensions: int, origin: str) -> NDArray[np.uint8]:
     start = 4 + 4 * dimensions
     if len(data) < start or data[:4] != bytes((0, 0, 8, dimensions)):
         raise DataError(
-            f"expected an idx file of unsigned bytes with {dimensions} dimensions, got another: {origin}"
+            f"expected an idx file of unsigned bytes with {dimensions} dimensions, got another: {origin}; fetch it again"
         )
     shape = tuple(int(side) for side in np.frombuffer(data, ">u4", dimensions, 4))
     if len(data) - start != math.prod(shape):

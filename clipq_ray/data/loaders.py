@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from clipq_ray.data.preprocessing import Preprocessing
 from clipq_ray.data.sampling import hold_out
-from clipq_ray.data.split import Data, Labels, Split, content_hash, subset_hash, without_images
+from clipq_ray.data.split import CLASSES_MOST, Data, Labels, Split, content_hash, subset_hash, without_images
 from clipq_ray.errors import DataError
 from clipq_ray.seeds import derive, drawn
 
@@ -40,7 +40,10 @@ class LoaderSplit(Split):
         self._rows = np.arange(_length(dataset))
         self.labels = np.zeros(len(self._rows), dtype=np.int64)  # for the batches that follow
         self.labels = _labels(self)
-        self.fingerprint = _fingerprint(self)
+        some = np.unique(np.linspace(0, len(self) - 1, SAMPLE_ITEMS).astype(int))
+        images = self.batch(torch.from_numpy(some), None)[0].numpy()  # as the collate function makes them
+        self.fingerprint = content_hash("loader", type(dataset).__qualname__, self.labels, images)
+        self.content = content_hash("images", self.labels, images)  # whatever holds them
 
     def item(self, index: int, seed: int | None = None) -> Any:
         """`dataset[index]` with all global random states set from `seed`, by default one made from the index."""
@@ -56,7 +59,7 @@ class LoaderSplit(Split):
             seeds = [int(one) for one in torch.randint(_SEEDS, (len(indices),), generator=augment)]
         items = [self.item(int(index), seed) for index, seed in zip(indices, seeds, strict=True)]
         with drawn(self._collate_seed(indices, augment)):
-            batch = self.collate(items)
+            batch = self._collated(items)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(
                 f"expected a collate function that gives (images, labels), got {type(batch).__name__}; wrap the dataset"
@@ -72,6 +75,16 @@ class LoaderSplit(Split):
                 f"expected images as float tensors (B, c, h, w), got {what}; add ToTensor and normalisation"
             )
         return images.float().contiguous(), _class_numbers(labels, len(images))
+
+    def _collated(self, items: list[Any]) -> Any:
+        try:
+            return self.collate(items)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise DataError(
+                f"expected items that the loader's collate function makes a batch of, got {type(error).__name__}: {reason}; "
+                "add ToTensor, one size for all images and normalisation to the dataset's transforms"
+            ) from error
 
     def _collate_seed(self, indices: Tensor, augment: torch.Generator | None) -> int:
         if augment is not None:  # behind those of the items, which are what they would be without it
@@ -105,23 +118,28 @@ def from_loaders(
     train = _split(train_loader, "training")
     validation = None if validation_loader is None else _split(validation_loader, "validation")
     test = None if test_loader is None else _split(test_loader, "test")
-    for other, words in (
-        (test, "test images, got the same; the test set decides nothing"),
-        (train, "training images, got the same; a network knows those"),
+    for one, of, other, words in (
+        (validation, "validation", test, "test images, got the same; the test set decides nothing"),
+        (validation, "validation", train, "training images, got the same; a network knows those"),
+        (test, "test", train, "training images, got the same; a network knows those"),
     ):
-        if validation is not None and other is not None and validation.fingerprint == other.fingerprint:
-            raise DataError(f"expected validation images other than the {words}, give others")
+        if one is not None and other is not None and one.content == other.content:
+            raise DataError(f"expected {of} images other than the {words}, give others")
     splits = [one for one in (train, validation, test) if one is not None]
-    if min(int(one.labels.min()) for one in splits) < 0:
-        raise DataError("expected labels from 0 on, got negative ones; number the classes from 0")
+    lowest = min(int(one.labels.min()) for one in splits)
     classes = 1 + max(int(one.labels.max()) for one in splits)
+    if lowest < 0 or classes > CLASSES_MOST:
+        raise DataError(
+            f"expected labels in 0..classes - 1 (at most {CLASSES_MOST - 1:,}), got {lowest}..{classes - 1}; number the classes from 0"
+        )
     names = getattr(train.dataset, "classes", None)
     if not isinstance(names, (list, tuple)) or len(names) < classes:
         names = range(classes)
+    if len(names) < 2:
+        raise DataError("expected at least two classes, got images of one; give images of all classes")
     images, _ = train.batch(torch.zeros(1, dtype=torch.int64), None)
     channels, height, width = (int(side) for side in images.shape[1:])
     notes = ["normalisation unknown: images come from the user's own transforms"]
-    notes += without_images(train.labels, len(names), not isinstance(names, range))
     if test is None:
         notes.append("no test data: results are reported on validation images only")
     used: LoaderSplit = train
@@ -132,6 +150,7 @@ def from_loaders(
         notes.append("held-out images go through the training dataset's own transforms")
     elif validation_images is not None:
         notes.append(f"validation_images has nothing to do: {len(validation)} validation images are there")
+    notes += without_images(used.labels, len(names), not isinstance(names, range))
     return Data(
         train=used,
         validation=validation,
@@ -225,9 +244,3 @@ def _class_numbers(labels: Any, count: int) -> Tensor:
             f"expected labels as class numbers ({count},) for {count} images, got {what}{'' if whole else ', not all of them whole'}; correct the collate function"
         )
     return numbers.reshape(count)
-
-
-def _fingerprint(split: LoaderSplit) -> str:
-    some = np.unique(np.linspace(0, len(split) - 1, SAMPLE_ITEMS).astype(int))
-    images = split.batch(torch.from_numpy(some), None)[0].numpy()  # as the collate function makes them
-    return content_hash("loader", type(split.dataset).__qualname__, split.labels, images)

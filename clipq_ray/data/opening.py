@@ -24,7 +24,7 @@ from clipq_ray.data.folders import ImageFiles
 from clipq_ray.data.listing import few
 from clipq_ray.data.preprocessing import Interpolation, Preprocessing, usual_for
 from clipq_ray.data.sampling import hold_out, stratified
-from clipq_ray.data.split import Data, Split, without_images
+from clipq_ray.data.split import CLASSES_MOST, Data, Split, without_images
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
 
@@ -52,7 +52,6 @@ def open_data(
     limit_images: int | None = None,
     shift_pixels: int | None = None,
     data_root: str = "data",
-    class_names: Sequence[str] = (),
 ) -> Data:
     """Open a data set for a network of `input_shape` (channels, height, width).
 
@@ -63,22 +62,29 @@ def open_data(
     `validation_uri`. `memory_limit_bytes`: encoded images of the input's size are decoded into memory if they fit, else half of it caches row groups.
     `bad_image_limit`: how many unreadable images are tolerated. `limit_images`: for trials, a stratified sample of that many training images instead of all,
     the same for every seed; row groups are then taken as few as possible. `shift_pixels`: the largest random shift of training images that have the input's
-    size, by default an eighth of its height. `class_names`: those that folders of images must have, in their order; sorted ones decide where it is empty.
+    size, by default an eighth of its height.
     Raises `DataError` and `ConfigError`.
     """
     _check_channels(input_shape)
     _check_options(memory_limit_bytes, bad_image_limit, validation_uri, validation_images)
-    found = find(uri, data_root, memory_limit_bytes // 2, Expected(tuple(class_names)))
+    found = find(uri, data_root, memory_limit_bytes // 2)
     train, validation, test, notes = _assigned(found, uri, validation_uri is not None)
     if validation_uri is not None:
         validation, more = _validation(
-            validation_uri, data_root, memory_limit_bytes // 8, found, validation is not None
+            validation_uri,
+            data_root,
+            memory_limit_bytes // 8,
+            Expected(found.class_names, int(train.labels.max(initial=-1)) + 1),
+            validation is not None,
         )
         notes += more
     sources = {"train": train, "validation": validation, "test": test}
     present = {split: source for split, source in sources.items() if source is not None}
     names = _class_names(found.class_names, present)
-    notes += without_images(train.labels, len(names), bool(found.class_names))
+    if len(names) < 2:
+        raise DataError(
+            f"expected at least two classes, got {names[0]} alone at {uri}; give the folder that holds the class folders, or images of all classes"
+        )
     first, usual = _first_size(train), usual or usual_for(input_shape)
     if interpolation != "auto":
         usual = replace(usual, interpolation=interpolation)
@@ -88,9 +94,10 @@ def open_data(
         notes.append("--interpolation has nothing to do: images have the size of the network's input")
     if shift_pixels is not None and preprocessing.resize is not None:
         raise ConfigError(
-            f"expected images of {input_shape[1]} x {input_shape[2]} pixels with --shift-pixels, since others are cropped at random; leave it out"
+            f"expected images of {input_shape[1]} x {input_shape[2]} pixels with --shift-pixels, since others are cropped at random, got {first[0]} x {first[1]}; leave it out"
         )
     chosen, more = _chosen(present, limit_images, validation_images, seed)
+    notes += without_images(train.labels[chosen["train"][1]], len(names), bool(found.class_names))
     bad = BadImages(bad_image_limit)
     splits = _splits(chosen, preprocessing, memory_limit_bytes, bad, shift_pixels)
     _refuse_same(chosen, splits)
@@ -199,11 +206,11 @@ def _assigned(found: Found, uri: str, others: bool) -> tuple[Source, Source | No
 
 
 def _validation(
-    uri: str, data_root: str, cache_bytes: int, found: Found, replaces: bool
+    uri: str, data_root: str, cache_bytes: int, expected: Expected, replaces: bool
 ) -> tuple[Source, list[str]]:
     """The user's own validation images: of the splits at `uri` the first of validation, test, train, any."""
-    other = find(uri, data_root, cache_bytes, Expected(found.class_names))
-    if other.class_names and found.class_names and other.class_names != found.class_names:
+    other = find(uri, data_root, cache_bytes, expected)
+    if other.class_names and expected.names and other.class_names != expected.names:
         raise DataError(
             f"expected validation data with the classes of the training data, got other names or another order at {uri}; give matching data"
         )
@@ -223,9 +230,9 @@ def _class_names(names: tuple[str, ...], sources: dict[str, Source]) -> tuple[st
         if not len(source.labels):
             raise DataError(f"expected {split} images, found files without any; check the data")
         lowest, most = int(source.labels.min()), int(source.labels.max())
-        if lowest < 0 or most >= (len(names) or 1_000_000):  # more classes than that are no class numbers
+        if lowest < 0 or most >= (len(names) or CLASSES_MOST):
             raise DataError(
-                f"expected {split} labels in 0..{len(names) - 1 if names else 'classes - 1 (at most 999,999)'}, got {lowest}..{most}; correct the labels"
+                f"expected {split} labels in 0..{len(names) - 1 if names else f'classes - 1 (at most {CLASSES_MOST - 1:,})'}, got {lowest}..{most}; correct the labels"
             )
         highest = max(highest, most)
     return names or tuple(str(number) for number in range(highest + 1))
@@ -264,7 +271,9 @@ def _first_size(source: Source) -> tuple[int, ...]:
     for row in range(min(len(source), 100)):
         if size := image_size(source.read(np.array([row]))[0]):
             return size
-    raise DataError(f"expected images, found none that can be read among the first 100, as {source.name(0)}")
+    raise DataError(
+        f"expected images, found none that can be read among the first 100, as {source.name(0)}; give encoded images (JPEG, PNG, WebP)"
+    )
 
 
 def _chosen(
@@ -314,7 +323,11 @@ def _splits(
 
 
 def _refuse_same(chosen: Chosen, splits: dict[str, Split]) -> None:
-    """`DataError` where images that decide are those that train, or those that judge in the end."""
+    """`DataError` where images that decide are those that train, or those that judge in the end, and where these are those that train."""
+    if "test" in chosen and _same_sources(chosen["test"][0], chosen["train"][0]):
+        raise DataError(
+            "expected test images other than the training images, got the same; a network knows those, give others or none"
+        )
     for split, why in (("test", "the test set decides nothing"), ("train", "a network knows those")):
         if split in splits and _same(split, chosen, splits):
             words = "training" if split == "train" else split
@@ -328,9 +341,13 @@ def _same(split: str, chosen: Chosen, splits: dict[str, Split]) -> bool:
     if splits["validation"].fingerprint == splits[split].fingerprint:
         return True
     (ours, rows), (others, _) = chosen["validation"], chosen[split]
-    if isinstance(ours, Images) or isinstance(others, Images) or len(rows) < len(ours.labels):
-        return False  # of images in memory, the fingerprint is that of their pixels; a part is not the whole
-    return ours.same_images(others)
+    return len(rows) == len(ours.labels) and _same_sources(ours, others)  # a part is not the whole
+
+
+def _same_sources(ours: Source, others: Source) -> bool:
+    if isinstance(ours, Images) and isinstance(others, Images):
+        return np.array_equal(ours.pixels, others.pixels)
+    return not isinstance(ours, Images) and not isinstance(others, Images) and ours.same_images(others)
 
 
 def _bad_notes(bad: BadImages) -> list[str]:

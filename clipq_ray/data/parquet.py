@@ -208,7 +208,9 @@ def _read(listing: Listing, name: str) -> File:
         )
         sample = source.read_at(min(size, SAMPLE_BYTES), max(0, size - SAMPLE_BYTES) // 2)
         if column.null_count:
-            raise DataError(f"expected a label in every row, found {column.null_count} rows without: {at}")
+            raise DataError(
+                f"expected a label in every row, found {column.null_count} rows without: {at}; fill them in, or leave these rows out"
+            )
         labels = np.asarray(column.cast(pa.int64()).to_numpy(), dtype=np.int64)
     base = name.rpartition("/")[2]
     parts = (str(size), tail[-footer:], labels, sample)

@@ -21,25 +21,38 @@ MOST_VALIDATION_IMAGES = 5000
 Indices = NDArray[np.int64]
 
 
-def quotas(labels: Indices, count: int) -> Indices:
-    """How many of `count` images each class 0..max gets, in proportion to its size; the largest remainders get the rest."""
+def quotas(labels: Indices, count: int, left: int = 0) -> Indices:
+    """How many of `count` images each class 0..max gets, in proportion to its size; the largest remainders get the rest. `left`: how many images
+    each class keeps at least while others have more than that."""
     sizes = np.bincount(labels)
+    share = np.minimum(_proportional(sizes, count), np.maximum(sizes - left, 0))
+    while missing := count - int(share.sum()):
+        spare = np.maximum(sizes - left - share, 0)
+        share += _proportional(spare if spare.any() else sizes - share, missing)
+    return share
+
+
+def _proportional(sizes: Indices, count: int) -> Indices:
+    """At most `count` and each size, in proportion."""
+    count, whole = min(count, int(sizes.sum())), int(sizes.sum())
     exact = count * sizes  # in units of 1/n, so that no rounding decides
-    share = exact // len(labels)
-    by_remainder = np.argsort(-(exact % len(labels)), kind="stable")
+    share = exact // whole
+    by_remainder = np.argsort(-(exact % whole), kind="stable")
     share[by_remainder[: count - int(share.sum())]] += 1
-    return np.minimum(share, sizes)
+    return share
 
 
-def stratified(labels: Indices, count: int, seed: int, place: str, groups: Indices | None = None) -> Indices:
+def stratified(
+    labels: Indices, count: int, seed: int, place: str, groups: Indices | None = None, left: int = 0
+) -> Indices:
     """Sorted indices int64 (count,) of a sample with every class in proportion.
 
-    It depends on labels, groups, count, seed and place only. With `groups` int64 (n,), all images come from the first groups of a
+    It depends on labels, groups, count, seed, place and `left` (`quotas`) only. With `groups` int64 (n,), all images come from the first groups of a
     shuffled list that can give every class its share: where images lie in no order of class, that is few of them.
     """
     if not 1 <= count <= len(labels):
         raise ConfigError(f"expected a sample of 1 to {len(labels)} images, got {count}")
-    share = quotas(labels, count)
+    share = quotas(labels, count, left)
     draw = seeded(seed, "sample", place)
     eligible = np.arange(len(labels)) if groups is None else _first_groups(labels, share, groups, draw)
     shuffled = eligible[torch.randperm(len(eligible), generator=draw).numpy()]
@@ -53,17 +66,21 @@ def stratified(labels: Indices, count: int, seed: int, place: str, groups: Indic
 def hold_out(
     labels: Indices, count: int | None, seed: int, groups: Indices | None = None
 ) -> tuple[Indices, Indices]:
-    """Sorted indices of the training images that stay and of a stratified sample of `count` that become validation images.
+    """Sorted indices of the training images that stay, of each class one at least if that can be, and of a stratified sample of `count` that become validation images.
 
-    `count` None: 10 %, at most 5,000. The sample is a function of labels, groups, count and seed.
+    `count` None: 10 %, at most 5,000 and at least two. The sample is a function of labels, groups, count and seed.
     """
+    if len(labels) < 2:
+        raise ConfigError(
+            f"expected at least 2 training images to hold validation images out of, got {len(labels)}; give more, or validation images"
+        )
     if count is None:
-        count = max(1, min(len(labels) // 10, MOST_VALIDATION_IMAGES))
+        count = min(max(2, len(labels) // 10), MOST_VALIDATION_IMAGES, len(labels) - 1)
     if not 1 <= count < len(labels):
         raise ConfigError(
             f"expected 1 to {len(labels) - 1} validation images out of {len(labels)} training images, got {count}"
         )
-    held = stratified(labels, count, seed, "validation", groups)
+    held = stratified(labels, count, seed, "validation", groups, left=1)
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 

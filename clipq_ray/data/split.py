@@ -91,6 +91,12 @@ class Data:
     notes: tuple[str, ...]
 
 
+NAMED_MOST = 100
+"""Of more classes a packed network holds no names."""
+CLASSES_MOST = 1_000_000
+"""More classes than that are no class numbers."""
+
+
 def content_hash(*parts: bytes | NDArray[np.generic] | str) -> str:
     """SHA-256 in hex over the parts, each with its length, arrays also with type and shape."""
     total = hashlib.sha256()

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import os
 
-from clipq_ray import manifest
+from clipq_ray import loading, manifest, outputs
 from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.export.formats import FORMATS, format_of
-from clipq_ray.storage import MANIFEST, Store
 
 __all__ = ["FORMATS", "export", "format_of"]
 
@@ -35,8 +34,8 @@ def export(
 ) -> str:
     """Write the network at `uri` (a .clq file or a run directory) to `output`, and say in one line what was written.
 
-    `format` is one of `FORMATS`, or None: by the ending of `output`. A single file replaces what is there, unless that is the network itself or a file of a
-    committed run; a folder that holds something is refused unless `force`. `base_model` is the Hub's name of the uncompressed network, for the model card.
+    `format` is one of `FORMATS`, or None: by the ending of `output`. A single file replaces what is there, unless that is the network itself or
+    lies in a committed run; a folder that holds something is refused unless `force`. `base_model` is the Hub's name of the uncompressed network, for the model card.
     """
     chosen = format_of(output, format)
     if base_model is not None and chosen != "huggingface":
@@ -46,7 +45,7 @@ def export(
     from clipq_ray.export.source import Source
 
     if chosen == "huggingface":
-        folder = Store(output)
+        folder, _ = outputs.output(f"{output.rstrip('/')}/{hub.CARD}", "the output")
         if not force and (found := folder.names()):
             raise StorageError(
                 f"expected no files in {output}, got {found[0]}; choose another folder or pass --force"
@@ -57,7 +56,9 @@ def export(
         for name, data in files.items():
             folder.write(name, data)
         return f"{output}: {', '.join(f'{name} {len(data):,} bytes' for name, data in files.items())}"
-    store, name = _replaceable(uri, output)
+    store, name = outputs.output(output, "the output")
+    if loading.file_at(uri) == (store, name):
+        raise ConfigError(f"expected another file than the network itself, got {output}; choose another name")
     if chosen == "onnx":
         onnx.require()
         exported = onnx.convert(Source.read(uri))
@@ -70,17 +71,3 @@ def export(
     data = Source.safetensors(state)
     store.write(name, data)
     return f"{output}: {len(state)} tensors, {len(data):,} bytes"
-
-
-def _replaceable(uri: str | os.PathLike[str], output: str) -> tuple[Store, str]:
-    """The store and the name of `output`; `ConfigError` where something would be lost with it that is no export."""
-    from clipq_ray import loading
-
-    store, name = Store.of_file(output)
-    if loading.file_at(uri) == (store, name):
-        raise ConfigError(f"expected another file than the network itself, got {output}; choose another name")
-    if store.exists(MANIFEST) and name in (MANIFEST, *manifest.read_manifest(store)["files"]):
-        raise ConfigError(
-            f"expected a file that is none of a committed run, got {output}; choose another name"
-        )
-    return store, name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import CLASSES, folder, number_of, png, write
+from data_files import CLASSES, folder, number_of, parquet, png, write
 from PIL import Image
 from refusals import refused
 
@@ -40,7 +40,7 @@ def test_classes_are_the_folders_and_every_image_is_found(storage_uri: str, limi
     store.write("README.txt", b"about")
     data = opened(storage_uri, memory_limit_bytes=limit)
     assert isinstance(data.train, TensorSplit if limit > 1000 else EncodedSplit)
-    assert (data.class_names, len(data.train), len(data.validation)) == (CLASSES, 17, 1)
+    assert (data.class_names, len(data.train), len(data.validation)) == (CLASSES, 16, 2)
     assert data.test is not None
     images, labels = data.test.batch(torch.arange(6), None)
     found = [number_of(image * 255) for image in images.numpy()]
@@ -143,6 +143,49 @@ def test_training_images_alone_judge_nothing_and_validation_images_do(tmp_path: 
     folder(tmp_path / "a", "val", 6, first=100)
     split, kind = open_test(str(tmp_path / "a"), preprocessing, 3, CLASSES)
     assert (len(split), kind) == (6, "test")  # as in the report of a job on them
+
+
+@pytest.mark.parametrize("names", [range(12), range(1, 12, 2)])
+def test_folders_called_by_the_numbers_of_classes_without_names_are_those_classes(
+    tmp_path: Path, names: range
+) -> None:
+    """Whose order as text is another one."""
+    write(tmp_path, {f"own/{name}/1.png": png(name) for name in names})
+    rows = [png(100 + number) for number in range(48)]
+    write(tmp_path / "rows", {"train.parquet": parquet(rows, [number % 12 for number in range(48)], ())})
+    preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
+    judged, _ = open_test(str(tmp_path / "own"), preprocessing, 12)
+    decides = opened(str(tmp_path / "rows"), validation_uri=str(tmp_path / "own")).validation
+    for split in (judged, decides):
+        images, labels = split.batch(torch.arange(len(names)), None)
+        assert [number_of(image * 255) for image in images.numpy()] == labels.tolist()
+
+
+def test_folders_called_by_numbers_in_an_order_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "later", {f"{name}/1.png": png(name) for name in range(1, 11)})
+    write(tmp_path / "many", {f"{name}/1.png": png(1) for name in range(101)})
+    write(tmp_path / "filled", {f"{name:03d}/1.png": png(name % 200) for name in range(101)})
+    preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
+    for place, classes in (("later", 10), ("many", 101)):
+        with refused(DataError, match=f"expected folders called 0 to {classes - 1}, .*; rename them"):
+            open_test(str(tmp_path / place), preprocessing, classes)
+    split, _ = open_test(str(tmp_path / "filled"), preprocessing, 101)
+    assert split.labels.tolist() == list(range(101))
+
+
+@pytest.mark.parametrize("memory", [1000, 10**8])
+def test_training_images_judge_nothing_whatever_they_are_called(tmp_path: Path, memory: int) -> None:
+    folder(tmp_path, "train", 30)
+    for file in (tmp_path / "train").rglob("*.png"):
+        write(tmp_path, {f"test/{file.parent.name}/copy{file.name}": file.read_bytes()})
+    with refused(DataError, match="expected test images other than the training images, got the same"):
+        opened(str(tmp_path), memory_limit_bytes=memory)
+
+
+def test_one_class_is_none(tmp_path: Path) -> None:
+    write(tmp_path, {f"train/all/{number}.png": png(number) for number in range(9)})
+    with refused(DataError, match="expected at least two classes, got all alone .*; give the folder that"):
+        opened(str(tmp_path))
 
 
 @pytest.mark.parametrize(("names", "classes", "labels"), [(CLASSES, 3, [0, 1, 2]), ((3, 7), 10, [3, 7])])

@@ -158,6 +158,10 @@ def test_images_that_decide_are_none_that_train_or_judge() -> None:
         from_loaders(loader(Noisy()), loader(Noisy()))
     with refused(DataError, match="other than the test images, got the same"):
         from_loaders(loader(Noisy()), loader(Noisy(20, 60)), loader(Noisy(20, 60)))
+    with refused(DataError, match="expected test images other than the training images, got the same"):
+        from_loaders(loader(Noisy()), None, loader(Noisy()))
+    with refused(DataError, match="expected validation images other than the training images, got the same"):
+        from_loaders(loader(Noisy()), loader(Subset(Noisy(), range(len(Noisy())))))
     from_loaders(loader(Noisy()), loader(Noisy(20, 60)), loader(Noisy(20, 80)))
 
 
@@ -214,7 +218,10 @@ class Labelled(Dataset):
         (loader(Labelled(torch.rand(3, 4, 4))), r"items \(image, class number\)"),
         (loader(Labelled((torch.rand(3, 4), 0))), "images as float tensors"),
         (loader(Labelled((torch.zeros(3, 4, 4, dtype=torch.uint8), 0))), "images as float tensors"),
-        (loader(Labelled((torch.rand(3, 4, 4), -1))), "labels from 0 on"),
+        (loader(Labelled((torch.rand(3, 4, 4), -1))), r"labels in 0\.\.classes - 1 .*, got -1\.\.-1"),
+        (loader(Labelled((torch.rand(3, 4, 4), 10**9))), r"at most 999,999\), got 1000000000\.\.1000000000"),
+        (loader(Labelled((torch.rand(3, 4, 4), 0))), "at least two classes, got images of one"),
+        (loader(Labelled((object(), 1))), "add ToTensor, one size for all images"),
         (loader(Labelled((torch.rand(3, 4, 4), 0.7))), r"class number\), got tuple: 0\.7 is no whole number"),
         (loader(Labelled((torch.rand(3, 4, 4), float("inf")))), r"items \(image, class number\)"),
         (loader(Labelled((torch.rand(3, 4, 4), "cat"))), "invalid literal for int"),

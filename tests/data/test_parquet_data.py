@@ -145,8 +145,8 @@ def test_larger_images_are_resized_and_cropped(tmp_path: Path) -> None:
     assert data.preprocessing.resize == 9
     assert isinstance(data.train, EncodedSplit)
     for augment in (None, torch.Generator().manual_seed(0)):
-        both = numbers(data.train, torch.arange(11), augment) + numbers(
-            data.validation, torch.arange(1), augment
+        both = numbers(data.train, torch.arange(10), augment) + numbers(
+            data.validation, torch.arange(2), augment
         )
         assert sorted(both) == list(range(12))
     assert opened(uri, resize=16).preprocessing.resize == 16
@@ -163,13 +163,15 @@ def test_decoded_pixels_do_not_depend_on_threads(tmp_path: Path) -> None:
         out = BytesIO()
         Image.fromarray(draw.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(out, "PNG")
         images.append(out.getvalue())
-    data = opened(write(tmp_path, {"train.parquet": parquet(images, [0] * 8, ())}), input_shape=(3, 32, 32))
+    data = opened(
+        write(tmp_path, {"train.parquet": parquet(images, [0, 1] * 4, ())}), input_shape=(3, 32, 32)
+    )
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(data.train.batch(torch.arange(7), torch.Generator().manual_seed(1))[0])
+            results.append(data.train.batch(torch.arange(6), torch.Generator().manual_seed(1))[0])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
@@ -208,7 +210,7 @@ def test_images_of_another_size_than_stated_count_as_unreadable(tmp_path: Path) 
     with pytest.raises(
         DataError, match=r"expected 8x8 pixels, got 9x8.*give images of that size, or .* --resize"
     ):
-        opened(write(tmp_path, {"train.parquet": parquet(images, [0] * 10, ())}))
+        opened(write(tmp_path, {"train.parquet": parquet(images, [0, 1] * 5, ())}))
 
 
 @pytest.mark.parametrize(
@@ -343,10 +345,18 @@ def test_classes_without_training_images_are_said(
     tmp_path: Path, labels: Sequence[int], names: tuple[str, ...], note: str | None
 ) -> None:
     rows = [label for label in labels for _ in range(2)]
-    data = opened(write(tmp_path, {"train.parquet": parquet([png(0)] * len(rows), rows, names)}))
+    images = [png(number % 200) for number in range(len(rows))]
+    data = opened(write(tmp_path, {"train.parquet": parquet(images, rows, names)}))
     assert [one for one in data.notes if "training image" in one and "class" in one] == (
         [note] if note else []
     )
+
+
+def test_classes_that_a_trial_leaves_out_are_said(tmp_path: Path) -> None:
+    labels = [*range(20), *[20 + number % 2 for number in range(180)]]
+    uri = write(tmp_path, {"train.parquet": parquet([png(number) for number in range(200)], labels, ())})
+    assert not any("no training image" in note for note in opened(uri).notes)
+    assert any("have no training images" in note for note in opened(uri, limit_images=20).notes)
 
 
 def test_which_files_are_the_test_set(tmp_path: Path) -> None:

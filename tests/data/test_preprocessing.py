@@ -94,11 +94,12 @@ def test_images_are_resized_cropped_and_normalised_as_torchvisions_weights_want_
         crop_size=24, resize_size=28, mean=usual.mean, std=usual.std, interpolation=InterpolationMode(interpolation)
     )  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    uri = write(
-        tmp_path, {f"{split}/a/{n}.png": out.getvalue() for split in ("train", "test") for n in range(3)}
-    )
+    files = {}
+    for split, image in (("train", pixels[::-1]), ("test", pixels)):
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, "PNG")
+        files |= {f"{split}/{name}/{n}.png": out.getvalue() for name in "ab" for n in range(2)}
+    uri = write(tmp_path, files)
     data = open_data(uri, input_shape=(3, 24, 24), usual=usual)
     assert data.preprocessing == usual
     assert data.test is not None

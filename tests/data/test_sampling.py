@@ -58,6 +58,19 @@ def test_holding_out_parts_the_images_and_has_a_default() -> None:
             hold_out(np.arange(200) % 4, count, 0)
 
 
+def test_holding_out_leaves_each_class_an_image_while_others_have_more() -> None:
+    labels = np.array([*range(20), *[20 + number % 10 for number in range(200)]])
+    for count in (None, 100, 190):
+        rest, held = hold_out(labels, count, 0)
+        assert len(rest) + len(held) == 220
+        assert set(labels[rest]) == set(range(30))
+    assert len(hold_out(labels, 191, 0)[1]) == 191  # more than can be left
+    assert len(hold_out(np.arange(6) % 2, None, 0)[1]) == 2
+    assert len(hold_out(np.arange(2), None, 0)[1]) == 1
+    with pytest.raises(ConfigError, match="expected at least 2 training images"):
+        hold_out(np.zeros(1, dtype=np.int64), None, 0)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
