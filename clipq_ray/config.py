@@ -68,7 +68,9 @@ class Config(BaseModel):
         None, description="URI of validation images that the network has not seen"
     )
     validation_images: int | None = Field(
-        None, ge=2, description="images held out of training for decisions; default: 10 %, at most 5,000"
+        None,
+        ge=2,
+        description="images held out of training for decisions; default: 10 %, two at least and 5,000 at most",
     )
     limit_images: int | None = Field(None, ge=4, description="use only so many training images, for trials")
     input_size: int | None = Field(

@@ -62,8 +62,9 @@ def idle(config: Config, origin: str) -> Iterator[str]:
     if said("data_root"):
         from clipq_ray.data import builtin  # torch is needed only here
 
-        if config.data not in builtin.TORCHVISION:
-            yield f"--data-root has nothing to do with --data {config.data}, which is no torchvision set by its name alone"
+        named = [one for one in (config.data, config.validation_data) if one is not None]
+        if not any(one.removesuffix(":") in builtin.TORCHVISION for one in named):
+            yield f"--data-root has nothing to do with {' and '.join(named)}: no torchvision set by its name alone"
     if config.search_start > config.search_evaluations:
         yield f"--search-start has nothing to do beyond --search-evaluations {config.search_evaluations}, which all lie where it says: nothing is proposed"
 

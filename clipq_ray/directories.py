@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from clipq_ray.backends import INTERNAL, Entry, Upload
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_PUTS_BESIDE_REMOVALS = 100
+_PUTS_BESIDE_REMOVALS = 8
 _T = TypeVar("_T")
 
 
@@ -168,9 +169,10 @@ class Directory:
 
 def _beside_removals(put: Callable[[], _T]) -> _T:
     """What `put` gives, tried again where another process removes the directory between its making and the write, as a job does that ends."""
-    for _ in range(_PUTS_BESIDE_REMOVALS - 1):
+    for attempt in range(_PUTS_BESIDE_REMOVALS - 1):
         with contextlib.suppress(FileNotFoundError):
             return put()
+        time.sleep(0.001 * 2**attempt)
     return put()
 
 

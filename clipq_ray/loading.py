@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _TENSORS_FREE, _ELEMENTS_FREE = 1000, 1 << 24
 """A network has at most twice the tensors and elements of its file, and so many more: counters are not in it, and nor are the heads of training, which
 are as large as the rest of GoogLeNet."""
+_ADVICE = re.compile(r"; (nearest names: |e\.g\. |check --model-args|pass factory=).*$")
+"""What is said to those who make a file, of networks and their arguments."""
 _FILE = re.compile(r"\.clq/*(\?|$)|^https?://.*\?")
 """URIs of files by their looks. Behind a query, as presigned URLs have, there is nothing more."""
 
@@ -183,8 +185,8 @@ def _registered(metadata: dict[str, Any], state: dict[str, Any]) -> nn.Module:
         with limit():
             return models.build(architecture)
     except ModelError as error:
-        why, _, _ = str(error).rpartition("; ")  # the advice is for those who make a file
-        raise ModelError(f"{why or error}; pass factory= that builds it") from error
+        why = _ADVICE.sub("", str(error))
+        raise ModelError(f"{why}; pass factory= that builds it") from error
 
 
 def _without_memory(architecture: models.Architecture, limit: models.Limit) -> nn.Module | None:

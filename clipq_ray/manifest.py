@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 _SELF = "manifest_sha256"
 _DEPTH = 64  # as the header of a .clq file; those that are written have fewer than ten levels
 _REPLACED_AT_MOST = 5
+_MENDED_WITHIN_SECONDS = (1.0, 2.0, 4.0, 8.0)
 _RESTORE = "restore it, or make a new run with --force"
 _Kinds = tuple[type[UserError], ...]
 
@@ -95,19 +97,29 @@ def commit(run: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
         return
     for name, data in files.items():
         # a job that was told that it had lost the run may have written its own meanwhile
-        if run.read(name) != data and run.read(MANIFEST) == content:
+        if run.read(name) != data and _stands(run, content):
             run.write(name, data)
 
 
 def _behind_another(
     run: Store, files: Mapping[str, bytes], written: Mapping[str, bytes], manifest: Mapping[str, Any]
 ) -> None:
-    """Another job has committed the run: its result stays, unless this one has `written` over it."""
-    if not _overwritten(run, written):
-        raise StorageError(
-            f"expected no run at {run.uri}, got a committed one, which never changes; use --force for a new run"
-        )
-    replace(run, files, manifest)
+    """Another job has committed the run: its result stays, unless this one has `written` over it and nobody mends that, since the other has ended."""
+    for wait in (*_MENDED_WITHIN_SECONDS, None):
+        if not _overwritten(run, written):
+            break
+        if wait is None:
+            replace(run, files, manifest)
+            return
+        time.sleep(wait)
+    raise StorageError(
+        f"expected no run at {run.uri}, got a committed one, which never changes; use --force for a new run"
+    )
+
+
+def _stands(run: Store, content: bytes) -> bool:
+    """Whether the run has this manifest, and nobody has taken it over."""
+    return run.exists(MANIFEST) and run.read(MANIFEST) == content
 
 
 def _overwritten(run: Store, files: Mapping[str, bytes]) -> bool:
@@ -124,7 +136,7 @@ def _overwritten(run: Store, files: Mapping[str, bytes]) -> bool:
 
 
 def replace(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Write files and manifest in place of others: for what is a summary of runs, and no run itself.
+    """Write files and manifest in place of others: for what is a summary of runs and no run itself, and for a run that is damaged.
 
     Until the manifest is there again, nothing is, so that no reader and no crash sees files of two writers; of two at once the one that ends last has
     written all. `StorageError` where another one goes on writing.

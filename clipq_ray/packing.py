@@ -18,7 +18,7 @@ from torch import nn
 
 from clipq_ray import codec, dead_units, folding, levels, loading, unit_order
 from clipq_ray.data import Data
-from clipq_ray.data.split import NAMED_MOST
+from clipq_ray.data.finding import in_number_order
 from clipq_ray.evaluate import Evaluation, evaluate, reestimate_batch_norm
 from clipq_ray.intent import Drop
 from clipq_ray.network import Inventory
@@ -35,6 +35,7 @@ loss is higher by at most the second [nats]. Even the finest grid turns a few im
 refused it, and the file took 5 of 42 KB more (bench/LOG.md)."""
 
 
+_NAMED_MOST = 100
 _SAMPLE = 16  # images whose outputs must be the same without dead units
 
 
@@ -285,7 +286,6 @@ def _array(value: torch.Tensor) -> npt.NDArray[np.generic]:
 def _metadata(source: Source, inventory: Inventory, data: Data, source_sha256: str) -> dict[str, Any]:
     """What the file says of itself: enough for `jobs/evaluate.py`."""
     architecture = source.architecture()
-    numbered = tuple(str(index) for index in range(data.classes))
     result: dict[str, Any] = {
         "architecture": architecture.to_json() if architecture and ":" not in architecture.name else None,
         "classes": data.classes,
@@ -295,8 +295,14 @@ def _metadata(source: Source, inventory: Inventory, data: Data, source_sha256: s
     extra: dict[str, Any] = {
         "ties": inventory.ties,
         "dropped": list(inventory.dropped),
-        "class_names": list(data.class_names)
-        if tuple(data.class_names) != numbered and data.classes <= NAMED_MOST
-        else [],
+        "class_names": list(data.class_names) if _holds_names(data.class_names) else [],
     }
     return {**result, **{key: value for key, value in extra.items() if value}}
+
+
+def _holds_names(names: tuple[str, ...]) -> bool:
+    """Whether a file holds the names of its classes: of 100 at most, where they are not their numbers; and of all that are numbers in another order, as of
+    folders that are called so and sorted, since these would be taken for the numbers of classes."""
+    if names == tuple(str(index) for index in range(len(names))):
+        return False
+    return len(names) <= _NAMED_MOST or (all(map(str.isdecimal, names)) and not in_number_order(names))

@@ -8,7 +8,7 @@ stages of attempts that nobody continues, checkpoints, unfinished writes, parts 
 A job may begin while `remove` works. So that a stage never goes away under it, what says that a stage is finished is taken away first, and then
 claims are looked at once more: a job that has named the stage by then gets it back whole, one that looks in between or later finds no finished stage and makes it again; what it
 writes meanwhile stays.
-Not covered: files that no job wrote.
+Not covered: files that no job wrote, and what links lead to outside of the storage.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def leftovers(storage: Store, older_than_hours: float = OLDER_THAN_HOURS) -> Lef
     """What nobody needs; `FormatError` where a manifest is damaged, since then nobody knows what it names."""
     entries, limit = storage.entries(), 3600.0 * older_than_hours
     latest = _before(storage, limit)
-    found = _unneeded(storage, entries, latest)
+    # what lies behind a link is of another storage, whose runs may need it
+    found = [one for one in _unneeded(storage, entries, latest) if not storage.beyond(one.place)]
     young = [one for one in found if any(entries[name].modified > latest() for name in one.names)]
     old = [one for one in found if one not in young]
     return Leftovers([*old, *_unfinished(storage, max(limit, _UNFINISHED_SECONDS))], young)
@@ -103,7 +104,7 @@ def _unneeded(storage: Store, entries: Mapping[str, Entry], latest: Callable[[],
 
 def _unfinished(storage: Store, seconds: float) -> Iterator[Leftover]:
     """Writes that are that old."""
-    if names := storage.unfinished(seconds):
+    if names := [name for name in storage.unfinished(seconds) if not storage.beyond(name)]:
         size = sum(storage.size(name) for name in names)
         yield Leftover(".", tuple(names), size, "writes that did not come to their end")
     # below the storage others may keep data, whose uploads are no job's

@@ -199,6 +199,12 @@ class Store:
         with _translated(self.uri, "remove"):
             self._backend.remove_tree()
 
+    def beyond(self, name: str) -> bool:
+        """Whether a link leads from this directory to an object, or to where it would be, outside of it."""
+        return self.local is not None and not (self.local / name).resolve().is_relative_to(
+            self.local.resolve()
+        )
+
     def tidy(self) -> None:
         """Remove what is empty in this directory, and it itself if it is; on object storage there are no directories."""
         with _translated(self.uri, "remove"):

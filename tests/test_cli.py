@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -251,6 +252,13 @@ def test_the_signature_of_a_url_is_not_printed(
             "expected another file than the network itself",
         ),
         (
+            ["export", "{tmp}/link.clq", "{tmp}/m.clq", "--format", "safetensors"],
+            "expected another file than the network itself",
+        ),
+        (["export", "{tmp}/m.clq", "{tmp}/" + 300 * "x" + ".safetensors"], "expected a path as the output"),
+        (["export", "{tmp}/m.clq", "", "--format", "huggingface"], "expected a storage URI"),
+        (["export", "{tmp}/m.clq", "{tmp}/pipe.safetensors"], "a file or nothing yet, got something else"),
+        (
             ["export", "{tmp}/m.clq", "{tmp}/m.clq/out.safetensors"],
             "choose a path whose parents are directories",
         ),
@@ -261,6 +269,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
 ) -> None:
     folder = file.parent
     (folder / "bad.clq").write_bytes(b"no network")
+    (folder / "link.clq").symlink_to(file)
+    os.mkfifo(folder / "pipe.safetensors")
     before = sorted(path.name for path in folder.iterdir())
     assert main([argument.format(tmp=folder) for argument in arguments]) == 2
     out, err = capsys.readouterr()

@@ -184,7 +184,12 @@ def test_what_has_nothing_to_do_is_said() -> None:
         (
             {"data": "digits", "data_root": "/x"},
             {"data": "mnist", "data_root": "/x"},
-            "--data-root has nothing to do with --data digits, which is no torchvision set by its name alone",
+            "--data-root has nothing to do with digits: no torchvision set by its name alone",
+        ),
+        (
+            {"data": "/own", "validation_data": "/more", "data_root": "/x"},
+            {"data": "/own", "validation_data": "mnist:", "data_root": "/x"},
+            "--data-root has nothing to do with /own and /more: no torchvision set by its name alone",
         ),
     ],
 )  # fmt: skip

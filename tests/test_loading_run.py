@@ -148,6 +148,15 @@ def test_an_unknown_architecture_is_refused_with_a_word_on_the_factory(tmp_path:
         load(written(tmp_path, strange))
 
 
+def test_advice_on_the_installation_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> nn.Module:
+        raise ModelError("torchvision's networks need one that matches torch; install the pair together")
+
+    monkeypatch.setattr(models, "build", build)
+    with refused(ModelError, match="; install the pair together; pass factory= that builds it$"):
+        load(written(tmp_path, lenet()))
+
+
 def test_a_name_with_a_module_in_a_file_is_never_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,37 @@ def test_a_job_that_was_halted_in_a_write_mends_the_run_that_it_damages(
             manifests.commit(run, others, document)
         write(self, name, data)
 
+    waits: list[float] = []
     monkeypatch.setattr(Store, "write", halted)
+    monkeypatch.setattr(time, "sleep", waits.append)
     manifests.commit(run, files, document)
     assert manifests.verify(run) == []
     assert {name: run.read(name) for name in files} == files
+    assert sum(waits) >= 10  # the other might have been about to mend it
+
+
+def test_what_a_job_has_written_over_another_that_still_commits_is_mended_by_that_one(
+    storage: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other is between its manifest and its last look."""
+    run = run_store(storage, "lenet5", "r-1")
+    files, document = run_files(), content("lenet5", "r-1")
+    others = {**files, LAYERS: b"with other seconds"}
+    waits: list[float] = []
+
+    def waited(seconds: float) -> None:
+        waits.append(seconds)
+        for one, content in files.items():
+            run.write(one, content)
+
+    manifests.commit(run, files, document)
+    monkeypatch.setattr(time, "sleep", waited)
+    for one, data in others.items():
+        run.write(one, data)
+    with pytest.raises(StorageError, match="never changes"):
+        manifests._behind_another(run, others, others, document)
+    assert len(waits) == 1
+    assert manifests.verify(run) == []
 
 
 @pytest.mark.parametrize("late", [REPORT, MANIFEST])

@@ -185,7 +185,9 @@ def test_a_network_that_is_right_about_the_few_images_there_are_goes_on() -> Non
     judge(right)
     with refused(RunError, match=r"got top-1 66\.67 % on 3 validation images \(chance is 50\.00 %\)"):
         judge(scored(2, 3))
-    with refused(RunError, match=r"images that the loaders prepare otherwise than in training, wrong weights$"):
+    with refused(
+        RunError, match=r"images that the loaders prepare otherwise than in training, wrong weights$"
+    ):
         judge(scored(2, 3), data=object())  # whose loaders are the caller's own
 
 

@@ -153,6 +153,22 @@ def test_a_young_run_keeps_the_stages_that_it_has_begun(
     assert not [path for path in Path(storage.uri).rglob("*") if path.is_dir() and not any(path.iterdir())]
 
 
+def test_what_lies_behind_a_link_is_another_storages(
+    storage: Store, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And runs that are linked need their stages here."""
+    other = Store(tmp_path_factory.mktemp("other"))
+    (Path(other.uri) / "_stages").symlink_to(Path(storage.uri) / "_stages")
+    before = storage.names()
+    assert "nothing is left over" in pruned(other, capsys, "--yes")
+    assert storage.names() == before
+    disk = tmp_path_factory.mktemp("disk") / "model=lenet5"
+    (Path(storage.uri) / "model=lenet5").rename(disk)
+    (Path(storage.uri) / "model=lenet5").symlink_to(disk)
+    pruned(storage, capsys, "--yes")
+    assert {f"_stages/{one}/done.json" for one in KEPT} <= set(storage.names())
+
+
 @pytest.mark.parametrize("moment", ["curve.json", "weights.safetensors"])
 def test_what_is_made_anew_right_before_its_removal_stays(
     moment: str, storage: Store, monkeypatch: pytest.MonkeyPatch

@@ -176,25 +176,42 @@ def test_a_file_that_another_process_removes_meanwhile_does_not_keep_the_rest(
     assert not (tmp_path / "s").exists()
 
 
-def test_what_is_written_while_a_directory_is_removed_is_there_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["write", "create"])
+@pytest.mark.parametrize("moment", ["open", "link", "replace"])
+def test_what_is_written_while_a_directory_is_removed_is_there_whole(
+    method: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when one job ends while another looks whether it may begin."""
-    store, ended = Store(tmp_path / "s"), threading.Event()
+    store, removals = Store(tmp_path / "s"), [2]
+    kind: Any = Path if moment == "open" else os
+    real = getattr(kind, moment)
 
-    def removing() -> None:
-        while not ended.is_set():
+    def beside(*given: Any, **more: Any) -> Any:
+        if removals[0] and "deep" in str(given[0]):
+            removals[0] -= 1
             store.remove_tree()
+        return real(*given, **more)
 
-    remover = threading.Thread(target=removing)
-    remover.start()
-    try:
-        for number in range(300):
-            store.write(f"deep/below/{number % 3}", b"1")
-            store.create(f"deep/claims/{number}", b"2")
-    finally:
-        ended.set()
-        remover.join()
-    store.write("deep/below/1", b"1")
-    assert store.exclusive()
+    monkeypatch.setattr(kind, moment, beside)
+    getattr(store, method)("deep/below/a", b"whole")
+    assert store.read("deep/below/a") == b"whole"
+    assert store.names() == ["deep/below/a"]
+
+
+def test_a_directory_that_another_process_writes_into_while_it_is_removed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "s")
+    store.write("a/b", b"1")
+    rmdir = os.rmdir
+
+    def beside(path: Any, **more: Any) -> None:
+        store._backend.root.joinpath("a/c").write_bytes(b"2") if (tmp_path / "s" / "a").exists() else None
+        rmdir(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", beside)
+    store.remove_tree()
+    assert store.names() == ["a/c"]
 
 
 def test_links_to_directories_are_followed_and_loops_end(tmp_path: Path) -> None:

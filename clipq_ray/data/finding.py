@@ -19,7 +19,6 @@ from clipq_ray.data.builtin import Images
 from clipq_ray.data.folders import ENDINGS, ImageFiles, class_of
 from clipq_ray.data.listing import Listing, few
 from clipq_ray.data.parquet import ParquetRows, class_names
-from clipq_ray.data.split import NAMED_MOST
 from clipq_ray.errors import DataError
 
 Source = Images | ParquetRows | ImageFiles
@@ -58,15 +57,19 @@ class Expected:
         if self.names or self.count is None or not all(map(str.isdecimal, folders)):
             return list(self.names or folders)
         numbers = [str(number) for number in range(self.count)]
-        # of more, a file holds no names, and those of the training images may have been numbers in the order of names
-        if self.count <= NAMED_MOST and set(folders) <= set(numbers):
+        if set(folders) <= set(numbers):
             return numbers
-        if sorted(folders, key=int) == list(folders):
+        if in_number_order(folders):
             return list(folders)
         raise DataError(
             f"expected folders called 0 to {self.count - 1}, as the classes have no names, got {few(list(folders))}, in another order as numbers than as names; "
-            "rename them, with zeros in front if need be, so that both are that of the classes"
+            "call each by the number of its class"
         )
+
+
+def in_number_order(names: Sequence[str]) -> bool:
+    """Whether names that are all numbers stand in the order of these."""
+    return sorted(names, key=int) == list(names)
 
 
 def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None = None) -> Found:

@@ -51,7 +51,13 @@ class ImageFiles:
         spaced = np.unique(np.linspace(0, len(self.names) - 1, SAMPLE_FILES).astype(int))
         below = f"{folder}/" if folder else ""  # the same images are the same, whichever folder was opened
         inside = "\n".join(f"{name.removeprefix(below)}\t{listing.sizes[name]}" for name in self.names)
-        self.fingerprint = content_hash("files", inside, *self._contents(spaced))
+        # classes that are numbers in their order and not in that of their names have other labels than they had when names alone decided
+        order = (
+            ["\n".join(classes)]
+            if all(map(str.isdecimal, classes)) and list(classes) != sorted(classes)
+            else []
+        )
+        self.fingerprint = content_hash("files", inside, *self._contents(spaced), *order)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,7 +93,7 @@ class ImageFiles:
     def same_images(self, other: object) -> bool:
         """Whether these are the files of `other`, whatever they are called: of as many bytes in each class, and the same where that tells them apart. Many files
         of one size (bitmaps) are told by their names too."""
-        if not isinstance(other, ImageFiles):
+        if not isinstance(other, ImageFiles) or len(self) != len(other):
             return False
         mine, theirs = self._by_size(), other._by_size()
         if {key: len(rows) for key, rows in mine.items()} != {key: len(rows) for key, rows in theirs.items()}:

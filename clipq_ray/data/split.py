@@ -91,8 +91,6 @@ class Data:
     notes: tuple[str, ...]
 
 
-NAMED_MOST = 100
-"""Of more classes a packed network holds no names."""
 CLASSES_MOST = 1_000_000
 """More classes than that are no class numbers."""
 

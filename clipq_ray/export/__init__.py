@@ -20,6 +20,7 @@ import os
 from clipq_ray import loading, manifest, outputs
 from clipq_ray.errors import ConfigError, StorageError
 from clipq_ray.export.formats import FORMATS, format_of
+from clipq_ray.storage import Store
 
 __all__ = ["FORMATS", "export", "format_of"]
 
@@ -45,7 +46,7 @@ def export(
     from clipq_ray.export.source import Source
 
     if chosen == "huggingface":
-        folder, _ = outputs.output(f"{output.rstrip('/')}/{hub.CARD}", "the output")
+        folder = outputs.output_folder(output, "the output")
         if not force and (found := folder.names()):
             raise StorageError(
                 f"expected no files in {output}, got {found[0]}; choose another folder or pass --force"
@@ -57,7 +58,7 @@ def export(
             folder.write(name, data)
         return f"{output}: {', '.join(f'{name} {len(data):,} bytes' for name, data in files.items())}"
     store, name = outputs.output(output, "the output")
-    if loading.file_at(uri) == (store, name):
+    if _same(loading.file_at(uri), (store, name)):
         raise ConfigError(f"expected another file than the network itself, got {output}; choose another name")
     if chosen == "onnx":
         onnx.require()
@@ -71,3 +72,13 @@ def export(
     data = Source.safetensors(state)
     store.write(name, data)
     return f"{output}: {len(state)} tensors, {len(data):,} bytes"
+
+
+def _same(file: tuple[Store, str] | None, other: tuple[Store, str]) -> bool:
+    """Whether two names are one file, by links of either kind too."""
+    if file is None or file[0].local is None or other[0].local is None:
+        return file == other
+    try:
+        return os.path.samefile(file[0].local / file[1], other[0].local / other[1])
+    except OSError:  # one is not there
+        return False

@@ -13,6 +13,7 @@ from data_files import CLASSES, folder, number_of, parquet, png, write
 from PIL import Image
 from refusals import refused
 
+from clipq_ray import packing
 from clipq_ray.data import Data, Preprocessing, open_data, open_test
 from clipq_ray.data.decoding import Encoded
 from clipq_ray.data.encoded import EncodedSplit
@@ -156,21 +157,39 @@ def test_folders_called_by_the_numbers_of_classes_without_names_are_those_classe
     preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
     judged, _ = open_test(str(tmp_path / "own"), preprocessing, 12)
     decides = opened(str(tmp_path / "rows"), validation_uri=str(tmp_path / "own")).validation
+    if names == range(12):  # whose labels were others when the order of the names alone decided
+        listing = Listing.of(str(tmp_path / "own"))
+        marks = {
+            ImageFiles(listing, list(listing.sizes), "", order).fingerprint
+            for order in (sorted(map(str, names)), list(map(str, names)))
+        }
+        assert len(marks) == 2
     for split in (judged, decides):
         images, labels = split.batch(torch.arange(len(names)), None)
         assert [number_of(image * 255) for image in images.numpy()] == labels.tolist()
 
 
 def test_folders_called_by_numbers_in_an_order_that_nobody_knows_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "later", {f"{name}/1.png": png(name) for name in range(1, 11)})
-    write(tmp_path / "many", {f"{name}/1.png": png(1) for name in range(101)})
-    write(tmp_path / "filled", {f"{name:03d}/1.png": png(name % 200) for name in range(101)})
+    write(tmp_path, {f"{name}/1.png": png(name) for name in range(1, 11)})
     preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)
-    for place, classes in (("later", 10), ("many", 101)):
-        with refused(DataError, match=f"expected folders called 0 to {classes - 1}, .*; rename them"):
-            open_test(str(tmp_path / place), preprocessing, classes)
-    split, _ = open_test(str(tmp_path / "filled"), preprocessing, 101)
-    assert split.labels.tolist() == list(range(101))
+    with refused(
+        DataError, match=r"expected folders called 0 to 9, .*; call each by the number of its class"
+    ):
+        open_test(str(tmp_path), preprocessing, 10)
+
+
+@pytest.mark.parametrize("called", ["{}", "{:03d}"])
+def test_folders_called_by_numbers_are_judged_as_they_were_trained_on(tmp_path: Path, called: str) -> None:
+    """Also where a file holds no names of so many classes."""
+    for split in ("train", "test"):
+        files = {called.format(one): png(one + 101 * (split == "test")) for one in range(101)}
+        write(tmp_path, {f"{split}/{name}/{n}.png": data for name, data in files.items() for n in range(2)})
+    data = opened(str(tmp_path))
+    names = data.class_names if packing._holds_names(data.class_names) else ()
+    assert bool(names) is (called == "{}")
+    judged, _ = open_test(str(tmp_path), data.preprocessing, data.classes, names)
+    assert data.test is not None
+    assert judged.labels.tolist() == data.test.labels.tolist()
 
 
 @pytest.mark.parametrize("memory", [1000, 10**8])
