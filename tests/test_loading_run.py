@@ -152,9 +152,10 @@ def test_advice_on_the_installation_stays(tmp_path: Path, monkeypatch: pytest.Mo
     def build(*_: object) -> nn.Module:
         raise ModelError("torchvision's networks need one that matches torch; install the pair together")
 
+    path = written(tmp_path, lenet())
     monkeypatch.setattr(models, "build", build)
     with refused(ModelError, match="; install the pair together; pass factory= that builds it$"):
-        load(written(tmp_path, lenet()))
+        load(path)
 
 
 def test_a_name_with_a_module_in_a_file_is_never_imported(
