@@ -62,14 +62,15 @@ def beside(sections: Mapping[str, Mapping[str, Units]]) -> str:
     for title, variants in sections.items():
         if set(WORDS) <= set(variants):
             found = [variants[variant] for variant in WORDS]
-            counts = sorted({len(units) for units in found})
+            counts = [len(units) for units in found]
+            least, most = min(counts), max(counts)
             cells = [
                 f"{errors_of(units)} in {statistics.median(one['bytes'] for one in units):,.0f}"
                 for units in found
             ]
             epochs = spread([one["epochs"] for one in variants["ours"]], ".0f")
             rows.append(
-                f"| `{title.partition(':')[0]}` | {' to '.join(map(str, counts))} | {epochs} | {' | '.join(cells)} |"
+                f"| `{title.partition(':')[0]}` | {least if least == most else f'{least} to {most}'} | {epochs} | {' | '.join(cells)} |"
             )
     return "\n".join(rows)
 

@@ -48,12 +48,14 @@ def test_a_row_states_n_and_everything_that_made_it() -> None:
 def test_the_overview_has_those_beside_whom_all_others_stand_and_says_the_least_and_most_n() -> None:
     whole = {variant: [unit(4_700, 1.5, "aaa")] for variant in records_table.WORDS}
     sections = {
-        "one: at most 5,000 bytes": {**whole, "ours": [unit(4_800, 1.2, "a"), unit(4_810, 1.0, "a")]},
+        "one: at most 5,000 bytes": {
+            **whole, "ours": [unit(4_800, 1.2, "a"), unit(4_810, 1.0, "a"), unit(4_805, 1.1, "a")], "paper": 2 * whole["paper"],
+        },
         "two: alone": {"ours": whole["ours"]},
-    }
+    }  # fmt: skip
     rows = records_table.beside(sections).splitlines()[2:]
     assert rows == [
-        "| `one` | 1 to 2 | 61 | 1.10 (1.00 to 1.20) in 4,805 | 1.50 in 4,700 | 1.50 in 4,700 | 1.50 in 4,700 |"
+        "| `one` | 1 to 3 | 61 | 1.10 (1.00 to 1.20) in 4,805 | 1.50 in 4,700 | 1.50 in 4,700 | 1.50 in 4,700 |"
     ]
 
 
