@@ -1,8 +1,16 @@
-"""What is wrong with one option, in one line that names it. Not covered: what does not go together (`consistency`)."""
+"""What is wrong with one option, in one line that names it, and which name may be meant. Not covered: what does not go together (`consistency`)."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import Any
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Which of the names that are `known` may be meant by `name`; some of them where none is like it."""
+    near = difflib.get_close_matches(name.lower()[:100], known, n=3, cutoff=0.4)
+    return f"nearest names: {', '.join(near)}" if near else f"e.g. {', '.join(list(known)[:6])}"
 
 
 def line(detail: Any, known: list[str]) -> str:
@@ -20,8 +28,6 @@ def line(detail: Any, known: list[str]) -> str:
 
 def unknown(name: str, known: list[str]) -> str:
     """One line for a name that is not known, with the nearest ones."""
-    import difflib
-
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.5)
     hint = (
         f"; did you mean {' or '.join('--' + word.replace('_', '-') for word in near)}?"

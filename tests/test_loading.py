@@ -14,7 +14,7 @@ from torch import nn
 
 import clipq_ray
 from clipq_ray import codec, models
-from clipq_ray.errors import FormatError, ModelError
+from clipq_ray.errors import ArtifactError, FormatError, ModelError
 
 
 def packed(model: nn.Module, name: str | None, drop: str = "", kwargs: object = None) -> codec.Packed:
@@ -93,6 +93,12 @@ def test_a_factory_without_memory_gives_ties_and_types_as_they_were(tmp_path: Pa
 def test_one_name_is_taken_as_one_name(tmp_path: Path) -> None:
     path = written(tmp_path, packed(nn.Linear(3, 2), None))
     assert list(clipq_ray.load_state_dict(path, "bias")) == ["bias"]
+
+
+def test_a_name_that_no_tensor_has_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    path = written(tmp_path, packed(Tied(), None))
+    with pytest.raises(ArtifactError, match=r"got b\.bais; nearest names: b\.bias"):
+        clipq_ray.load_state_dict(path, ["b.bais"])
 
 
 def test_a_file_cannot_make_the_loader_import_code(tmp_path: Path) -> None:

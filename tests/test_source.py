@@ -216,7 +216,7 @@ def test_a_batch_of_which_a_worker_has_one_image_is_refused_where_the_network_wa
 
 
 def test_fewer_images_than_workers_are_refused_before_the_search() -> None:
-    source = Source(make(limit_images=5, batch_size=32, workers=8))
+    source = Source(make(limit_images=6, batch_size=32, workers=8))
     with refused(
         DataError, match="a training image for each of 8 workers in every step, got 4; lower --workers"
     ):

@@ -114,7 +114,7 @@ def photographs(root: Path) -> str:
 def test_an_image_that_cannot_be_read_while_training_is_named_in_the_notes(tmp_path: Path) -> None:
     uri = photographs(tmp_path / "images")
     source = Source(make(model="lenet5", weights="random", data=uri, bad_image_limit=1, engine="local"))
-    schedule = Schedule(1, 4, 0.01, 0.0, 0.9, 0.0, 0.0)
+    schedule = Schedule(1, 5, 0.01, 0.0, 0.9, 0.0, 0.0)
     out = Store(tmp_path / "out")
     task = TrainTask(source, "baseline", None, None, schedule, out.uri, Store(tmp_path / "checkpoints").uri)
     train(task, Rank(0, 1, torch.device("cpu")), silent, silent)

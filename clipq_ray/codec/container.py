@@ -8,7 +8,6 @@ well as bytes. Every truncation and every flipped byte is an `ArtifactError`. No
 
 from __future__ import annotations
 
-import difflib
 import os
 import struct
 import zlib
@@ -27,6 +26,7 @@ from clipq_ray.codec.header import CHECKSUM, Entry, Header, Table, norm_names
 from clipq_ray.codec.layers import CodedLayer
 from clipq_ray.codec.vectors import Vector
 from clipq_ray.errors import ArtifactError, advised
+from clipq_ray.problems import nearest
 
 Array = npt.NDArray[np.generic]
 Tensor = CodedLayer | Vector | Array
@@ -166,7 +166,7 @@ def _decode(
     known = {name for entry in found.entries for name in entry.tensors}
     if wanted is not None and (unknown := wanted - known):
         raise ArtifactError(
-            f"expected names of tensors in the file, got {', '.join(sorted(unknown))}; {_nearest(unknown, known)}"
+            f"expected names of tensors in the file, got {', '.join(sorted(unknown))}; {nearest(min(unknown), sorted(known))}"
         )
     chosen = [entry for entry in found.entries if wanted is None or wanted & set(entry.tensors)]
 
@@ -191,17 +191,6 @@ def _decode(
     tensors = {name: tensor for part in parts for name, tensor in part.items()}
     norms = tuple(module for module, _ in found.table.norms if norm_names(module)[0] in tensors)
     return Packed(found.metadata, tensors, norms)
-
-
-def _nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Which names may be meant."""
-    every = sorted(known)
-    near = [one for name in sorted(unknown) for one in difflib.get_close_matches(name, every, 2)]
-    return (
-        f"nearest names: {', '.join(near[:6])}"
-        if near
-        else f"the file holds {', '.join(every[:6])}{', ...' * (len(every) > 6)}"
-    )
 
 
 def _in_order(

@@ -7,7 +7,6 @@ keyword arguments that are no JSON (a norm layer's class): write a function and 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from clipq_ray import problems
 from clipq_ray.errors import ClipqError, ModelError
 from clipq_ray.models.small import CifarResNet, LeNet5, LeNet5Caffe, LeNet300100
 
@@ -95,9 +95,9 @@ def names() -> list[str]:
 def _refuse_unknown(name: str) -> None:
     if name in _BUILT_IN or name in zoo_names():
         return
-    near = difflib.get_close_matches(name.lower()[:100], names(), n=3, cutoff=0.4)
-    hint = f"nearest names: {', '.join(near)}" if near else f"e.g. {', '.join(names()[:6])}"
-    raise ModelError(f"expected a known network or package.module:function, got {name!r:.100}; {hint}")
+    raise ModelError(
+        f"expected a known network or package.module:function, got {name!r:.100}; {problems.nearest(name, names())}"
+    )
 
 
 def default_input(name: str) -> tuple[int, int, int]:
