@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipq_ray.api import compress
+    from clipq_ray.datasets import open_layers, open_trials
     from clipq_ray.loading import load, load_state_dict
-    from clipq_ray.manifest import open_layers, open_trials
 
 __all__ = ["compress", "load", "load_state_dict", "open_layers", "open_trials"]
 
@@ -17,8 +17,8 @@ _HOMES = {
     "compress": "clipq_ray.api",
     "load": "clipq_ray.loading",
     "load_state_dict": "clipq_ray.loading",
-    "open_layers": "clipq_ray.manifest",
-    "open_trials": "clipq_ray.manifest",
+    "open_layers": "clipq_ray.datasets",
+    "open_trials": "clipq_ray.datasets",
 }
 
 

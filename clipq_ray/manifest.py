@@ -2,8 +2,8 @@
 
 A run is a directory; `manifest.json` in it is its commit. `commit` writes every file whole, reads each back, and puts the manifest
 last, with the size and SHA-256 of every file and a SHA-256 of the manifest itself. A directory without a manifest does not exist for
-readers, whatever lies in it. `verify` checks every hash and decodes the packed network; `open_layers` and `open_trials` read the
-tables of all committed runs as one dataset. Not covered: what the manifest says about a run (`pipeline` builds it).
+readers, whatever lies in it. `verify` checks every hash and decodes the packed network. Not covered: what the manifest says about a run (`pipeline` builds it), and
+reading the tables of many (`datasets`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from clipq_ray.consistency import NAME
 from clipq_ray.errors import FormatError, StorageError, UserError
-from clipq_ray.storage import LAYERS, MANIFEST, MODEL, TRIALS, Store
-
-if TYPE_CHECKING:
-    import pyarrow.dataset as ds
+from clipq_ray.storage import MANIFEST, MODEL, Store
 
 FORMAT = 1
 _RUN = re.compile(rf"model=([^/]+)/run=([^/]+)/{re.escape(MANIFEST)}")
@@ -303,7 +299,7 @@ def verify_clq(data: bytes, origin: str) -> list[str]:
 
 def committed(storage: Store) -> list[CommittedRun]:
     """All committed runs of a storage, sorted by model and run; one listing."""
-    return _committed_among(storage, storage.names("model="))
+    return committed_among(storage, storage.names("model="))
 
 
 def fleets(storage: Store) -> list[Store]:
@@ -332,46 +328,8 @@ def runs_of(fleet: Store, storage: Store) -> list[CommittedRun]:
     ]
 
 
-def open_layers(storage: str | os.PathLike[str] | Store) -> ds.Dataset:
-    """The layer tables of all committed runs as one `pyarrow.dataset.Dataset`: the columns of `tables.LAYERS`, then model and run."""
-    return _open(storage, LAYERS, "layers")
-
-
-def open_trials(storage: str | os.PathLike[str] | Store) -> ds.Dataset:
-    """The search evaluations of all committed runs as one dataset: the columns of `tables.TRIALS`, then model and run."""
-    return _open(storage, TRIALS, "trials")
-
-
-def _open(storage: str | os.PathLike[str] | Store, name: str, table: str) -> ds.Dataset:
-    """Rows of exactly these files: a run that is committed while a reader works is seen by the next `open`."""
-    # Loading a network reads a manifest too, and does without pyarrow.
-    import pyarrow as pa
-    import pyarrow.dataset as ds
-
-    from clipq_ray import tables
-
-    store = storage if isinstance(storage, Store) else Store(storage)
-    if store.local is not None and not store.local.is_dir():
-        raise StorageError(f"expected a storage with runs at {store.uri}, got no directory; check the URI")
-    listed = store.names("model=")
-    inside = {f"model={run.model}/run={run.run}/{name}" for run in _committed_among(store, listed)}
-    filesystem, root = store.arrow()
-    # A run whose plan was given has no trials.
-    paths = [f"{root.rstrip('/')}/{path}" for path in listed if path in inside]
-    whole = pa.schema([*tables.SCHEMAS[table], *tables.PARTITIONS])
-    if not paths:
-        return ds.dataset(whole.empty_table())
-    return ds.dataset(
-        paths,
-        schema=whole,
-        format="parquet",
-        filesystem=filesystem,
-        partitioning=ds.partitioning(tables.PARTITIONS, flavor="hive"),
-        partition_base_dir=root,
-    )
-
-
-def _committed_among(storage: Store, names: list[str]) -> list[CommittedRun]:
+def committed_among(storage: Store, names: list[str]) -> list[CommittedRun]:
+    """The committed runs of a storage in which these objects lie, sorted."""
     found = (_RUN.fullmatch(name) for name in names)
     pairs = sorted((match[1], match[2]) for match in found if match)
     return [CommittedRun(model, run, storage.child(f"model={model}", f"run={run}")) for model, run in pairs]

@@ -3,7 +3,7 @@
 `LAYERS` has one row per compressed layer, `TRIALS` one per evaluation of the search, `PREDICTIONS` one per test image, `MODELS` one per network of a fleet. Every column
 carries its description and unit in the field's metadata, which Parquet keeps; TABLES.md beside this file lists them for readers, and
 a test holds the two equal. The partition keys `model` and `run` stand in the path of a run, not in its files. Not covered: where the
-files lie (`storage`) and reading many runs at once (`manifest.open_layers`).
+files lie (`storage`) and reading many runs at once (`datasets.open_layers`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commit: what readers see, what verify finds, and the queries of TABLES.md as they stand there."""
+"""The commit: what readers see, and what verify finds."""
 
 from __future__ import annotations
 
@@ -11,77 +11,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import fsspec
-import numpy as np
-import pyarrow as pa
 import pytest
+from committed_runs import commit, content, many_runs, run_files
 from refusals import refused
 
-from clipq_ray import codec, tables
 from clipq_ray import manifest as manifests
 from clipq_ray.cli import main
 from clipq_ray.errors import FormatError, StorageError
 from clipq_ray.storage import (
     LAYERS,
     MANIFEST,
-    MODEL,
     PREDICTIONS,
     REPORT,
     TRIALS,
     Store,
     run_store,
-    stage_store,
 )
 
 pytest_plugins = ["s3_server"]
-
-
-def layer(index: int, size: int, weights: int) -> dict[str, Any]:
-    return {
-        "index": index, "layer": f"conv{index}.weight", "group": f"conv{index}.weight", "kind": "conv", "shape": [weights], "weights": weights, "p": 0.5, "bits": 2,
-        "share_negative": 2, "share_positive": 1, "clip_negative": 0.1, "clip_positive": 0.2, "levels": 3, "level_values": [-1.0, 0.0, 1.0],
-        "nonzeros": 5, "nonzero_percent": 50.0, "bytes_before": 4 * weights, "bytes": size, "bits_per_weight": 8 * size / weights,
-        "entropy_bits_per_weight": 1.5, "ratio": 4 * weights / size, "quantization_error_percent": 30.0, "clipped_first": 5, "recovered": 1, "state_changes": 9,
-        "search_error_percent": None, "search_reference_error_percent": None, "coder": "static",
-    }  # fmt: skip
-
-
-def trial(name: str, chosen: bool) -> dict[str, Any]:
-    return {
-        "layer": name, "round": 1, "step": int(chosen), "origin": "start", "p": 0.5, "bits": 2, "images": 10, "bound": False, "error_percent": 5.0, "loss": 0.1,
-        "bytes": 10, "saved_fraction": 0.1, "tradeoff": 1.0, "objective": 4.9, "predicted_mean": None, "predicted_deviation": None, "chosen": chosen, "seconds": 0.1, "node": "n",
-    }  # fmt: skip
-
-
-def run_files(first_bytes: int = 100, *, trials: bool = True) -> dict[str, bytes]:
-    """The files of a small run of two layers of 400 weights, which its packed network, of one vector, knows nothing of (`test_cli` has another)."""
-    files = {
-        MODEL: codec.encode(codec.Packed({}, {"bias": np.ones(3, np.float32)})),
-        LAYERS: tables.to_bytes([layer(0, first_bytes, 400), layer(1, 50, 400)], tables.LAYERS),
-        REPORT: b"<html></html>",
-    }
-    if trials:
-        rows = [trial("conv0.weight", False), trial("conv0.weight", True)]
-        files[TRIALS] = tables.to_bytes(rows, tables.TRIALS)
-    return files
-
-
-def content(model: str, run: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "model": model,
-        "run": run,
-        "metrics": {"ratio": 15.5},
-        "notes": ["größer"],
-        **changes,
-    }
-
-
-def commit(storage: Store, model: str, run: str, files: dict[str, bytes] | None = None) -> Store:
-    store = run_store(storage, model, run)
-    manifests.commit(store, files or run_files(), content(model, run))
-    return store
 
 
 @pytest.fixture
@@ -212,8 +159,8 @@ def test_what_a_job_has_written_over_another_that_still_commits_is_mended_by_tha
 
     def waited(seconds: float) -> None:
         waits.append(seconds)
-        for one, content in files.items():
-            run.write(one, content)
+        for one, data in files.items():
+            run.write(one, data)
 
     manifests.commit(run, files, document)
     monkeypatch.setattr(time, "sleep", waited)
@@ -348,91 +295,12 @@ def test_verify_notices_a_run_that_lies_under_another_name(tmp_path: Path) -> No
     assert not run.exists(MANIFEST)
 
 
-def many_runs(storage: Store) -> None:
-    """Two committed runs, one of them without a search, and everything that is not one."""
-    commit(storage, "lenet5", "r-1", run_files(150))
-    commit(storage, "2024", "r-2", run_files(50, trials=False))
-    for name, data in run_files(9999).items():
-        run_store(storage, "lenet5", "r-unfinished").write(name, data)
-    stage_store(storage, "search", "ab").write(LAYERS, run_files(9999)[LAYERS])
-    storage.write("fleet=all/manifest.json", b"{}")
-
-
-EXPECTED = [("2024", "r-2", 100, 1.0), ("lenet5", "r-1", 200, 2.0)]
-
-
 def test_only_committed_runs_are_listed_sorted(storage: Store) -> None:
     assert manifests.committed(storage) == []
     many_runs(storage)
     found = manifests.committed(storage)
     assert [(one.model, one.run) for one in found] == [("2024", "r-2"), ("lenet5", "r-1")]
     assert found[1].store == run_store(storage, "lenet5", "r-1")
-
-
-def test_datasets_hold_the_rows_of_committed_runs_with_their_keys_as_text(storage: Store) -> None:
-    many_runs(storage)
-    layers = manifests.open_layers(storage.uri).to_table()
-    assert layers.schema.names == [*tables.LAYERS.names, "model", "run"]
-    assert layers.schema.field("model").type == pa.string()
-    assert set(zip(layers["model"].to_pylist(), layers["run"].to_pylist(), strict=True)) == {
-        ("2024", "r-2"),
-        ("lenet5", "r-1"),
-    }
-    trials = manifests.open_trials(storage).to_table()
-    assert trials["run"].to_pylist() == ["r-1", "r-1"]
-
-
-def test_a_storage_without_runs_gives_no_rows_but_all_columns(tmp_path: Path) -> None:
-    layers = manifests.open_layers(str(tmp_path)).to_table()
-    assert layers.num_rows == 0
-    assert layers.schema.names == [*tables.LAYERS.names, "model", "run"]
-
-
-def test_a_storage_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="no-such-place"):
-        manifests.open_layers(str(tmp_path / "no-such-place"))
-
-
-def blocks(language: str) -> list[str]:
-    text = Path(tables.__file__).with_name("TABLES.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
-
-
-def rounded(rows: Any) -> list[tuple[Any, ...]]:
-    return [tuple(row) for row in rows]
-
-
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_the_documented_python_queries_give_the_committed_runs(
-    storage: Store, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    many_runs(storage)
-    # The local storage is ./runs as in the document; elsewhere its URI takes the place of "runs".
-    monkeypatch.chdir(tmp_path)
-    code = (
-        blocks("python")[number]
-        if storage.local
-        else blocks("python")[number].replace('"runs"', repr(storage.uri))
-    )
-    names: dict[str, Any] = {}
-    exec(code, names)
-    if "plan" in names:
-        assert names["plan"] == [{"run": "r-1", "layer": "conv0.weight", "p": 0.5, "bits": 2}]
-    else:
-        assert rounded(names["result"]) == EXPECTED
-
-
-def test_the_documented_sql_query_gives_the_committed_runs(
-    storage: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    many_runs(storage)
-    monkeypatch.chdir(tmp_path)
-    (query,) = blocks("sql")
-    with duckdb.connect() as connection:
-        if storage.local is None:
-            connection.register_filesystem(fsspec.filesystem("s3", skip_instance_cache=True))
-            query = query.replace("'runs/", f"'{storage.uri}/")
-        assert rounded(connection.execute(query).fetchall()) == EXPECTED
 
 
 def test_a_run_without_its_own_hash_is_read_but_not_called_sound(run: Store) -> None:
