@@ -483,25 +483,21 @@ def test_an_endpoint_that_does_not_answer_is_named_with_what_to_do(
         Store(s3_uri).check_writable()
 
 
-def test_refused_permission_on_s3_says_which_rights_are_needed() -> None:
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        ("AccessDenied", "; allow these credentials to get, put, delete and list"),
+        ("RequestTimeTooSkewed", "; set this machine's clock$"),
+    ],
+)
+def test_what_s3_refuses_as_not_permitted_is_told_apart(code: str, advice: str) -> None:
     class Denying:
         def cat_file(self, _: str) -> bytes:
-            raise PermissionError("Access Denied") from S3Answer("AccessDenied")
+            raise PermissionError("no") from S3Answer(code)
 
     store = own_connection("s3://bucket/x")
     store._backend.connection._made = (os.getpid(), Denying())
-    with pytest.raises(StorageError, match="allow these credentials to get, put, delete and list"):
-        store.read("y")
-
-
-def test_a_clock_that_is_wrong_is_named() -> None:
-    class Skewed:
-        def cat_file(self, _: str) -> bytes:
-            raise PermissionError("The difference ... is too large") from S3Answer("RequestTimeTooSkewed")
-
-    store = own_connection("s3://bucket/x")
-    store._backend.connection._made = (os.getpid(), Skewed())
-    with pytest.raises(StorageError, match=r"; set this machine's clock$"):
+    with pytest.raises(StorageError, match=advice):
         store.read("y")
 
 
