@@ -7,6 +7,7 @@ what a trial does (`ray_search`), and who may take what (`room`).
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ class HandOut:
         """`why`: the reason why the trial of a place was given up, where that is known better than from what Ray says."""
         self._room, self._tasks, self._amounts, self._over, self._why = room, tasks, amounts, over, why
         self._waiting: list[Trial] = []
+        self._anew: list[Trial] = []  # in place of such as were given up too soon; Tune has yet to take them
         self._ended: list[Trial] = []  # and nobody has their seats yet
         self._known: set[str] = set()
         self._left = Counter(tasks)
@@ -51,11 +53,11 @@ class HandOut:
         return self._amounts[self._tasks[place]]
 
     def add(self, trial: Trial) -> None:
-        """A new one waits; one whose actor was lost has its seat, and Tune starts it again by itself."""
+        """A new one waits, behind those before it; one whose actor was lost has its seat, and Tune starts it again by itself."""
         if trial.trial_id not in self._known:
             self._known.add(trial.trial_id)
             trial.set_status(Trial.PAUSED)
-            self._waiting.append(trial)
+            bisect.insort(self._waiting, trial, key=lambda one: int(one.config["place"]))
 
     def next(self) -> Trial | None:
         """The trial that begins now, if one does."""
@@ -82,6 +84,19 @@ class HandOut:
     def heard(self, trial: Trial, result: dict[str, Any]) -> None:
         """A trial has made a step."""
         self._room.runs(trial.trial_id, result.get("group"))
+
+    def begin_anew(self, trial: Trial) -> None:
+        """A trial was given up that may still fail: another one does its work."""
+        self._room.end(trial.trial_id)
+        self._anew.append(trial.reset())
+
+    def anew(self) -> Trial | None:
+        """One for Tune to take, if there is one."""
+        return self._anew.pop(0) if self._anew else None
+
+    def expects_more(self) -> bool:
+        """Whether Tune is not to take the trials that it has for all that there are."""
+        return self.keeps() or bool(self._anew)
 
     def end(self, trial: Trial, error: Exception | None) -> None:
         """A trial has ended."""
@@ -137,6 +152,11 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         if trial.status == Trial.ERROR:
             return  # Tune says it before it starts a lost one again; of one that is given up it says it before it changes the status
+        if trial.status == Trial.PENDING:
+            # An actor kept from the trial before was lost: Tune hears of that as the actor's end, upon which the trial is to start again, and as the
+            # end of the task that would have made the actor this trial's, for which it gives up whatever does not run.
+            self._handout.begin_anew(trial)
+            return
         self._handout.end(trial, trial.get_error() or RuntimeError("the trial failed"))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
@@ -144,7 +164,7 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class _Generator(BasicVariantGenerator):  # type: ignore[misc]
-    """Makes all trials at once; says that it is finished while no actor is to be kept."""
+    """Makes all trials at once, and those that are begun anew; says that it is finished while no actor is to be kept."""
 
     def __init__(self, handout: HandOut) -> None:
         super().__init__()
@@ -153,8 +173,11 @@ class _Generator(BasicVariantGenerator):  # type: ignore[misc]
     def __reduce__(self) -> Any:
         return BasicVariantGenerator, ()
 
+    def next_trial(self) -> Trial | None:
+        return self._handout.anew() or super().next_trial()
+
     def is_finished(self) -> bool:
-        return bool(super().is_finished()) and not self._handout.keeps()
+        return bool(super().is_finished()) and not self._handout.expects_more()
 
     def save_to_dir(self, dirpath: str, session_str: str) -> None:
         """Nothing: what must last is in the store."""

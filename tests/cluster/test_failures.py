@@ -19,6 +19,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from clipq_ray import network
 from clipq_ray.cluster.failures import Restarts, low_memory, reason
+from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.on_ray import RayEngine
 from clipq_ray.cluster.ray_search import turn
 from clipq_ray.config import make
@@ -208,9 +209,10 @@ def test_a_training_begins_with_as_few_workers_as_it_may_where_there_is_no_room_
     assert 1 <= row["workers"] <= there
 
 
-def searching(place: Path, seed: int, deadline: float | None = None) -> SearchTask:
+def searching(place: Path, seed: int, deadline: float | None = None, **changes: Any) -> SearchTask:
+    given = {"max_failures": 0, **changes}
     source = Source(
-        make(model="lenet_300_100", weights="random", data="digits", device="cpu", seed=seed, max_failures=0)
+        make(model="lenet_300_100", weights="random", data="digits", device="cpu", seed=seed, **given)
     )
     model, weights = source.network(), Store(place / f"weights{seed}")
     write_state(weights, WEIGHTS, model.state_dict())
@@ -235,6 +237,32 @@ def test_what_tune_left_of_a_search_that_was_killed_is_removed_by_the_next(
     for task in tasks:
         assert task.open_groups() == []
         assert [name for name in Store(task.output).names() if "_ray" in name] == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_between_two_groups_ends_neither(
+    engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is kept for the next group, and dies before that is its own: Ray tells of this twice, and the second time gives the group up."""
+    task, told = searching(tmp_path, 0, max_failures=1), list[tuple[int, ClipqError | None]]()
+    end, killed = HandOut.end, list[int]()
+
+    def end_and_kill(handout: HandOut, trial: Any, error: Exception | None) -> None:
+        end(handout, trial, error)
+        if not killed:
+            assert handout.keeps()
+            killed.append(trial.last_result["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(HandOut, "end", end_and_kill)
+    with RayEngine(make(search_parallel=1)) as one_worker:
+        one_worker.search(
+            [task], lambda done, total, words: None, lambda number, error: told.append((number, error))
+        )
+    assert told == [(0, None)]
+    assert task.open_groups() == []
+    assert len(killed) == 1
+    assert caplog.text.count("was lost; it goes on behind its last evaluation") == 1
 
 
 def test_a_search_that_waits_for_another_one_of_its_job_loses_only_its_share_of_that_time(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ray.tune import register_trainable
 from ray.tune.experiment import Trial
 from test_room import ONE, Desk, going, until
 
@@ -60,9 +61,36 @@ def test_one_whose_actor_was_lost_keeps_its_seat_and_is_no_end() -> None:
     assert told == []
 
 
+def test_one_whose_kept_actor_was_lost_is_not_given_up_but_begins_anew_before_those_behind_it() -> None:
+    handout, trials, told = made(Room(Desk(1)), [0, 0, 0])
+    register_trainable(trials[1].trainable_name, lambda config: None)
+    assert chosen(handout) is trials[0]
+    handout.scheduler.on_trial_complete(None, trials[0], {"group": "g"})
+    assert chosen(handout) is trials[1]
+    trials[1].set_status(Trial.ERROR)  # as Tune does when it hears that the actor was lost
+    handout.scheduler.on_trial_error(None, trials[1])
+    trials[1].set_status(Trial.PENDING)
+    handout.scheduler.on_trial_add(None, trials[1])
+    # and when it hears that the actor did not become this trial's
+    handout.scheduler.on_trial_error(None, trials[1])
+    trials[1].set_status(Trial.ERROR)
+    assert not handout.generator.is_finished()
+    again = handout.generator.next_trial()
+    assert again is not None
+    assert again.config == trials[1].config
+    assert handout.generator.next_trial() is None
+    handout.scheduler.on_trial_add(None, again)
+    for trial in (again, trials[2]):
+        assert chosen(handout) is trial
+        assert told == []
+        handout.scheduler.on_trial_complete(None, trial, {"group": "g"})
+    assert told == [(0, 0)]
+
+
 def test_one_that_is_given_up_ends_its_task_with_what_was_lost() -> None:
     handout, trials, told = made(Room(Desk(1)), [0, 1])
     assert chosen(handout) is trials[0]
+    assert trials[0].status == Trial.RUNNING
     handout.scheduler.on_trial_error(None, trials[0])
     assert told == [(0, 1)]
     handout.tell_rest()
