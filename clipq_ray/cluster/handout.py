@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -43,6 +44,7 @@ class HandOut:
         self._known: set[str] = set()
         self._left = Counter(tasks)
         self._lost: dict[int, list[Exception]] = {number: [] for number in self._left}
+        self._failed: Exception | None = None
         self.scheduler, self.generator = _Scheduler(self), _Generator(self)
 
     def requests(self) -> list[tune.PlacementGroupFactory]:
@@ -109,7 +111,14 @@ class HandOut:
             self._lost[number].append(self._why(trial.config["place"], error))
         self._left[number] -= 1
         if self._left[number] == 0:
+            self._tell(number)
+
+    def _tell(self, number: int) -> None:
+        # Tune would take an error of ours for one of the trial, and make that again
+        try:
             self._over(number, self._lost[number])
+        except Exception as error:
+            self._failed = self._failed or error
 
     def close(self) -> None:
         """No trial takes anything of the room any more, whatever ended Tune: trainings wait for it."""
@@ -117,15 +126,23 @@ class HandOut:
             self._room.end(trial)
 
     def tell_rest(self) -> None:
-        """After the end: tell `over` of tasks whose trials did not all come to an end."""
+        """After the end: tell `over` of tasks whose trials did not all come to an end; raises what `over` has raised of any."""
         for number in [number for number, left in self._left.items() if left > 0]:
             self._left[number] = 0
-            self._over(number, self._lost[number])
+            self._tell(number)
+        if self._failed is not None:
+            raise self._failed
 
 
 def _request(amount: Amount) -> tune.PlacementGroupFactory:
     bundle = {"CPU": amount.cpus, **({"GPU": amount.gpus} if amount.gpus else {})}
     return tune.PlacementGroupFactory([bundle], strategy=PLACED_BY)
+
+
+def _error(trial: Trial) -> Exception:
+    """What Ray says of a trial that it gives up; where Tune keeps it for later it has not come yet."""
+    said = trial.error_file if trial.storage is not None else None
+    return RuntimeError(Path(said).read_text() if said and Path(said).exists() else "the trial failed")
 
 
 class _Scheduler(FIFOScheduler):  # type: ignore[misc]
@@ -155,9 +172,13 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         if trial.status == Trial.PENDING:
             # An actor kept from the trial before was lost: Tune hears of that as the actor's end, upon which the trial is to start again, and as the
             # end of the task that would have made the actor this trial's, for which it gives up whatever does not run.
+            if (
+                trial in tune_controller._staged_trials
+            ):  # an exception in that task leaves it there, and its seat with Tune
+                tune_controller._unstage_trial_with_resources(trial)
             self._handout.begin_anew(trial)
             return
-        self._handout.end(trial, trial.get_error() or RuntimeError("the trial failed"))
+        self._handout.end(trial, _error(trial))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         return self._handout.next()

@@ -56,7 +56,7 @@ from clipq_ray.memory import Attempts
 from clipq_ray.ranks import Rank
 from clipq_ray.storage import Store
 from clipq_ray.training import TrainTask, train
-from clipq_ray.work import SearchTask
+from clipq_ray.work import CURVE, SearchTask
 
 log = logs.logger(__name__)
 
@@ -272,7 +272,7 @@ class RayEngine:
         def run() -> None:
             with ray_search.turn(self._searching, tasks) as later:
                 self._apart.check()
-                ray_search.search(later, amounts, self._room, self._ray_storage, progress, done, self._apart)
+                ray_search.search(later, amounts, self._room, self._folder.name, progress, done, self._apart)
 
         with self._noting():
             if self._own:  # what goes on when this process leaves ends with its Ray
@@ -329,6 +329,8 @@ class RayEngine:
         with Watch(self._apart, progress, Limits.of([config]), hosts) as watch:
             while (failure := self._fitted(task, worker, decoding, watch.board)) is not None:
                 watch.release()
+                if Store(task.output).exists(CURVE):
+                    return  # a worker was lost, or Ray's own part failed, behind the end
                 if not restarts.allowed(failure, _last_checkpoint(task)):
                     why = watch.hangs.error(task.stage) or f"{reason(failure)}; run again to continue"
                     raise RunError(f"{task.stage} failed: {why}") from failure
@@ -361,7 +363,7 @@ class RayEngine:
                     max_failures=config.max_failures,
                     max_preemption_failures=-1 if config.max_failures else 0,
                 ),
-                callbacks=[_LowMemory(task.checkpoints, task.stage), UnstartedWorkers()],
+                callbacks=[_LowMemory(task.checkpoints, task.stage), UnstartedWorkers(board)],
                 **self._ray_storage(Store(task.checkpoints)),
             ),
         )

@@ -10,7 +10,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray import tune
 from clipq_ray import logs
 from clipq_ray.cluster.apart import Apart
 from clipq_ray.cluster.engine import Done
-from clipq_ray.cluster.failures import reason
+from clipq_ray.cluster.failures import actors_lost, reason
 from clipq_ray.cluster.handout import HandOut
 from clipq_ray.cluster.hangs import Limits, Worker
 from clipq_ray.cluster.hosts import Hosts
@@ -30,13 +31,12 @@ from clipq_ray.cluster.talk import ERROR, Watch, tell, told, visible_device
 from clipq_ray.connections import answered
 from clipq_ray.errors import ClipqError, RunError, StorageError
 from clipq_ray.finetune import Progress
-from clipq_ray.redaction import redacted
 from clipq_ray.search import Trial
 from clipq_ray.storage import Store
 from clipq_ray.work import Searcher, SearchTask
 
 log = logs.logger(__name__)
-_RAY = "_ray"  # what Tune keeps of a search, for as long as that goes on
+_IDLE_SECONDS = 0.1
 STARTING = "starting"
 
 
@@ -129,7 +129,9 @@ class _Steps(tune.Callback):  # type: ignore[misc]
         return tune.Callback, ()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._apart.check()
+        # where trainings have all the room Tune has nothing to wait for, and would take a whole core to find that out
+        idle = not any(trial.status in (trial.RUNNING, trial.PENDING) for trial in trials)
+        self._apart.check(_IDLE_SECONDS if idle else 0.0)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, index = self._places[trial.config["place"]]
@@ -154,14 +156,14 @@ def search(
     tasks: Sequence[SearchTask],
     amounts: Sequence[Amount],
     room: Room,
-    storage: Callable[[Store], dict[str, Any]],
+    folder: str,
     progress: Progress,
     done: Done,
     apart: Apart,
 ) -> None:
     """All open groups of all tasks as trials of one Tuner; `done` is told the number of each task when its last group has ended, with the error that
-    ended it, if one did. `amounts`: what a trial of each task takes of `room`; `storage`: where Tune keeps what it wants to keep, near a store; `apart`:
-    the engine's threads."""
+    ended it, if one did. `amounts`: what a trial of each task takes of `room`; `folder`: where Tune keeps what it wants to keep, on this machine, since
+    nobody reads it; `apart`: the engine's threads."""
 
     def over(number: int, lost: Sequence[Exception]) -> None:
         try:
@@ -186,7 +188,6 @@ def search(
     hosts, limits = Hosts("search", 1, most.resources), Limits.of([task.source.config for task in tasks])
     with Watch(apart, progress, limits, hosts, lease="search") as watch:
         tasks = [task.after(time.monotonic() - began) for task in tasks]
-        _remove_leftovers(tasks)  # behind the lease, so that it is of no search that goes on
         places = left()  # another job's search of the same network may have gone before
         if not places:
             return
@@ -195,23 +196,12 @@ def search(
         apart.check()
         _begin(tasks, places, watch.board)
         steps = _Steps(tasks, places, apart)
-        # the last one's stage: a job that is killed leaves it open, so whoever makes it next removes what is there
-        last = tasks[places[-1][0]]
         try:
-            _tuner(tasks, places, handout, steps, watch.board, storage(Store(last.output))).fit()
+            with actors_lost():
+                _tuner(tasks, places, handout, steps, watch.board, folder).fit()
         finally:
             handout.close()
-        _remove_leftovers([last])
         handout.tell_rest()
-
-
-def _remove_leftovers(tasks: Sequence[SearchTask]) -> None:
-    """What Tune keeps in the stages of these; it is of use to no search but its own."""
-    for task in tasks:
-        try:
-            Store(task.output).child(_RAY).remove_tree()
-        except StorageError as error:  # a search need not fail of it
-            log.warning("what Ray has left could not be removed: %s", redacted(str(error)))
 
 
 def _why(watch: Watch, places: Sequence[tuple[int, int]], place: int, error: Exception) -> Exception:
@@ -235,7 +225,7 @@ def _tuner(
     handout: HandOut,
     steps: _Steps,
     board: Any,
-    storage: dict[str, Any],
+    folder: str,
 ) -> tune.Tuner:
     requests = handout.requests()
     trainable = tune.with_parameters(_GroupTrial, tasks=list(tasks), places=places, board=board)
@@ -246,14 +236,14 @@ def _tuner(
             reuse_actors=True, scheduler=handout.scheduler, search_alg=handout.generator
         ),
         run_config=tune.RunConfig(
-            name=_RAY,
+            name=f"search-{uuid.uuid4().hex}",
+            storage_path=folder,
             verbose=0,
             callbacks=[steps],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(
                 max_failures=max(task.source.config.max_failures for task in tasks)
             ),
-            **storage,
         ),
     )
 

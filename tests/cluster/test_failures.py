@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 from job_process import children
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
 
 from clipq_ray import network
 from clipq_ray.cluster.failures import Restarts, low_memory, reason
@@ -87,6 +92,7 @@ def test_lost_workers_are_begun_again_as_long_as_there_are_new_checkpoints() -> 
     assert [restarts.allowed(lost, name) for name in ("epoch-1", "epoch-3", "epoch-3")] == [True, True, False]
     assert not Restarts(3, "epoch-2").allowed(lost, "epoch-2")  # Ray has started them three times since
     assert not Restarts(0, None).allowed(lost, "epoch-1")
+    assert Restarts(1, None).allowed(RayActorError(), None)  # Ray Train's own actor, which is no worker
 
 
 def test_what_failed_outside_the_workers_is_begun_again_so_often_without_a_checkpoint() -> None:
@@ -116,8 +122,7 @@ def training(place: Path, epochs: int, **changes: Any) -> TrainTask:
         data="digits",
         batch_size=32,
         device="cpu",
-        max_failures=1,
-        **changes,
+        **{"max_failures": 1, **changes},
     )
     schedule = Schedule(epochs, config.batch_size, 0.01, 0.0, 0.9, 0.0, 0.0)
     output, checkpoints = Store(place / "output").uri, Store(place / "checkpoints").uri
@@ -197,6 +202,50 @@ def test_workers_that_die_while_they_start_are_started_so_often_and_named(
     assert caplog.text.count("baseline: workers died while they started: ") == 1
 
 
+class _NoGroup(_TorchBackend):  # type: ignore[misc]
+    """Of torch's process group, which Ray makes: workers that cannot reach one another."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        raise RuntimeError("the address is in use")
+
+
+class _NoGroupSettings(TorchConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> Any:
+        return _NoGroup
+
+
+@pytest.mark.slow
+def test_workers_that_fail_in_their_process_group_give_back_what_they_had_of_the_cluster(
+    engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are begun again would find no room else."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the controller cannot import a test
+    monkeypatch.setattr("ray.train.torch.TorchConfig", _NoGroupSettings)
+    with pytest.raises(RunError, match=r"baseline failed: .*the address is in use"):
+        engine.train(training(tmp_path, 1, workers=2, max_failures=0), lambda done, total, words: None)
+
+    def held() -> list[str]:
+        groups = ray.util.placement_group_table().values()
+        return [one["placement_group_id"] for one in groups if one["state"] != "REMOVED"]
+
+    limit = time.monotonic() + 60
+    while held():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_behind_the_end_of_its_training_costs_nothing(
+    engine: RayEngine, tmp_path: Path
+) -> None:
+    task = training(tmp_path, 1, max_failures=0)
+    with killing(lambda killed: Store(task.output).exists(CURVE)) as killed:
+        engine.train(task, lambda done, total, words: None)
+    assert killed
+    assert len(read_record(Store(task.output), CURVE)["curve"]) == 1
+
+
 @pytest.mark.slow
 def test_a_training_begins_with_as_few_workers_as_it_may_where_there_is_no_room_for_all(
     engine: RayEngine, tmp_path: Path
@@ -225,18 +274,43 @@ def searching(place: Path, seed: int, deadline: float | None = None, **changes: 
     )  # fmt: skip
 
 
+Told = list[tuple[int, ClipqError | None]]
+
+
+def searched(engine: RayEngine, *tasks: SearchTask) -> Told:
+    """The tasks are searched; what was told of each by its number."""
+    told = Told()
+    engine.search(tasks, lambda done, total, words: None, lambda number, error: told.append((number, error)))
+    return sorted(told, key=lambda one: one[0])
+
+
 @pytest.mark.slow
-def test_what_tune_left_of_a_search_that_was_killed_is_removed_by_the_next(
+def test_of_a_search_there_is_nothing_in_the_storage_but_what_it_has_found(
     engine: RayEngine, tmp_path: Path
 ) -> None:
-    tasks, told = [searching(tmp_path, seed) for seed in (0, 1)], list[tuple[int, ClipqError | None]]()
-    for task in tasks:
-        Store(task.output).child("_ray").write("tuner.pkl", b"of a job that was killed")
-    engine.search(tasks, lambda done, total, words: None, lambda number, error: told.append((number, error)))
-    assert sorted(told, key=lambda one: one[0]) == [(0, None), (1, None)]
+    tasks = [searching(tmp_path, seed) for seed in (0, 1)]
+    assert searched(engine, *tasks) == [(0, None), (1, None)]
     for task in tasks:
         assert task.open_groups() == []
-        assert [name for name in Store(task.output).names() if "_ray" in name] == []
+        assert [name for name in Store(task.output).names() if not name.startswith("group-")] == []
+
+
+@pytest.mark.slow
+def test_a_trial_that_may_not_fail_is_given_up_with_what_ray_says_of_it(
+    engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, killed = HandOut.heard, list[int]()
+
+    def hear_and_kill(handout: HandOut, trial: Any, result: dict[str, Any]) -> None:
+        heard(handout, trial, result)
+        if not killed:
+            killed.append(result["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(HandOut, "heard", hear_and_kill)
+    ((_, error),) = searched(engine, searching(tmp_path, 0))
+    assert len(killed) == 1
+    assert "the search of 1 layers or groups failed: The actor is dead because its worker" in str(error)
 
 
 @pytest.mark.slow
@@ -244,7 +318,7 @@ def test_a_worker_that_is_lost_between_two_groups_ends_neither(
     engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is kept for the next group, and dies before that is its own: Ray tells of this twice, and the second time gives the group up."""
-    task, told = searching(tmp_path, 0, max_failures=1), list[tuple[int, ClipqError | None]]()
+    task = searching(tmp_path, 0, max_failures=1)
     end, killed = HandOut.end, list[int]()
 
     def end_and_kill(handout: HandOut, trial: Any, error: Exception | None) -> None:
@@ -256,10 +330,7 @@ def test_a_worker_that_is_lost_between_two_groups_ends_neither(
 
     monkeypatch.setattr(HandOut, "end", end_and_kill)
     with RayEngine(make(search_parallel=1)) as one_worker:
-        one_worker.search(
-            [task], lambda done, total, words: None, lambda number, error: told.append((number, error))
-        )
-    assert told == [(0, None)]
+        assert searched(one_worker, task) == [(0, None)]
     assert task.open_groups() == []
     assert len(killed) == 1
     assert caplog.text.count("was lost; it goes on behind its last evaluation") == 1

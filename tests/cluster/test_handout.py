@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from ray.tune import register_trainable
 from ray.tune.experiment import Trial
 from test_room import ONE, Desk, going, until
@@ -72,7 +74,7 @@ def test_one_whose_kept_actor_was_lost_is_not_given_up_but_begins_anew_before_th
     trials[1].set_status(Trial.PENDING)
     handout.scheduler.on_trial_add(None, trials[1])
     # and when it hears that the actor did not become this trial's
-    handout.scheduler.on_trial_error(None, trials[1])
+    handout.scheduler.on_trial_error(SimpleNamespace(_staged_trials=()), trials[1])
     trials[1].set_status(Trial.ERROR)
     assert not handout.generator.is_finished()
     again = handout.generator.next_trial()
@@ -95,6 +97,26 @@ def test_one_that_is_given_up_ends_its_task_with_what_was_lost() -> None:
     assert told == [(0, 1)]
     handout.tell_rest()
     assert told == [(0, 1), (1, 0)]
+
+
+def test_an_error_behind_the_end_of_a_task_ends_the_search_at_its_end_and_no_trial() -> None:
+    told = list[int]()
+
+    def over(number: int, lost: object) -> None:
+        told.append(number)
+        if number == 0:
+            raise OSError("no space left")
+
+    handout = HandOut(Room(Desk(2)), [0, 1], [ONE, ONE], over)
+    for place in (0, 1):
+        trial = Trial("none", config={"place": place}, stub=True, trial_id=f"t{place}")
+        handout.scheduler.on_trial_add(None, trial)
+    for _ in range(2):
+        handout.scheduler.on_trial_complete(None, chosen(handout), {"group": "g"})
+    assert told == [0, 1]
+    with pytest.raises(OSError, match="no space left"):
+        handout.tell_rest()
+    assert told == [0, 1]
 
 
 def test_a_search_that_ends_with_an_error_of_its_own_leaves_the_whole_room_to_trainings() -> None:

@@ -286,6 +286,42 @@ def test_several_networks_share_one_tuner_and_one_that_fails_stops_no_other(tmp_
     assert (tmp_path / "errors").read_text().count("search: done") == 1
 
 
+def test_a_worker_that_the_memory_monitor_ends_costs_the_evaluation_under_way(tmp_path: Path) -> None:
+    """Ray's own, for once: a network takes all the memory that there is in the search's first evaluation."""
+    text = f"""
+import time
+from pathlib import Path
+from torch import nn
+
+marker = Path({str(tmp_path / "greedy")!r})
+
+class Greedy(nn.Linear):
+    def forward(self, images):
+        if not marker.exists() and list(Path({str(tmp_path)!r}).glob("s/_stages/search-*/partial-*")):
+            marker.touch()
+            taken = []
+            for _ in range(300):
+                taken.append(bytearray(b"1") * (100 << 20))
+                time.sleep(0.02)
+        return super().forward(images)
+
+def few(num_classes=10):
+    return nn.Sequential(nn.Flatten(), Greedy(3 * 784, 20), nn.ReLU(), nn.Linear(20, num_classes))
+"""
+    (tmp_path / "hungry.py").write_text(text)
+    sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+    total, free = (int(sizes[name]) for name in ("MemTotal", "MemAvailable"))
+    share = 1 - free / total + 0.15  # workers take some of it
+    given = command(tmp_path / "s", "random", **BRIEFLY, max_failures=5)
+    limits = {"RAY_memory_usage_threshold": f"{share:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    arguments = [*given, "--model=hungry:few", "--input-size=28"]
+    with started(arguments, tmp_path / "errors", PYTHONPATH=str(tmp_path), **limits) as job:
+        ended = job.wait()
+    assert ended.code == 0
+    assert (tmp_path / "greedy").exists()
+    assert any("was lost; it goes on behind its last evaluation" in line for line in ended.lines)
+
+
 def test_a_search_behind_a_training_can_be_interrupted_too(tmp_path: Path) -> None:
     """Ray Train has a handler of its own, which swallows interrupts of what comes after it."""
     storage = tmp_path / "s"
