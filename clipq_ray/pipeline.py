@@ -26,7 +26,7 @@ from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, grouped
 from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
-from clipq_ray.searching import Search, Searched, original_error, planned, sample, scoring_images
+from clipq_ray.searching import Search, Searched, lambdas, original_error, planned, sample, scoring_images
 from clipq_ray.source import Source
 from clipq_ray.stages import Run, scored
 from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
@@ -184,7 +184,8 @@ def _ready(
     weights, baseline = _baseline(run, state_given, origin, own.target.child(WORK))
     put_state(model, read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
-    search = planned(run, model, weights, inventory, groups, images)
+    wanted = lambdas(config, inventory.bytes_before)
+    search = planned(run, model, weights, inventory, groups, images, tradeoffs=wanted)
     return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)
 
 

@@ -34,8 +34,8 @@ from clipq_ray.prefix import LayerScores
 from clipq_ray.quantizer import decide_share, quantize
 
 LADDER = (2.0, 8.0, 32.0)
-"""The lambdas that share a search, whatever is wanted of it: around them lie the choices for 8- to 40-fold smaller networks (measured on
-ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda needs no other search."""
+"""The lambdas that share a search: around them lie the choices for 8- to 40-fold smaller networks (measured on
+ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda among them needs no other search."""
 
 STEEP = (128.0, 512.0)
 """Further ones where a file is to be more than `LADDER_RATIO` times smaller: there the choices of one run lie between 3 and 330 (bench/LOG.md)."""

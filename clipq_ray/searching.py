@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from clipq_ray import identity, models, search, sharing, stages
 from clipq_ray.cluster.engine import Done, Engine
+from clipq_ray.config import Config
 from clipq_ray.data import Split
 from clipq_ray.errors import ClipqError, HeldError, StorageError
 from clipq_ray.groups import Group, work
+from clipq_ray.intent import Intent
 from clipq_ray.network import Inventory
 from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
@@ -112,6 +114,16 @@ def planned(
         stages.DEADLINE_SHARES["search"] * time_share,
     )  # fmt: skip
     return Search(run, key, task)
+
+
+def lambdas(config: Config, bytes_before: int) -> tuple[float, ...]:
+    """The lambdas of the search before all rounds, which serves the steepest size that is wanted but where further searches on the way to it do."""
+    intent = Intent.of(config, bytes_before)
+    if intent.kind == "tradeoff":
+        return search.LADDER if intent.value <= max(search.LADDER) else search.LADDER + search.STEEP
+    if intent.kind != "bytes" or (config.rungs > 1 and config.search_again):
+        return search.LADDER
+    return search.ladder(bytes_before / intent.value)
 
 
 def search_again(
