@@ -5,8 +5,8 @@
     clipq prune URI [--yes]               what no run and no job needs any more, a day old: shown, then removed
     clipq export URI OUT                  dense for other tools: OUT.safetensors, OUT.onnx, or a Hugging Face style folder OUT/
 
-URIs are local paths or anything that fsspec opens. Exit code 0: all is well; 2: damage, or a mistake in the input (one line on stderr,
-no traceback). Not covered: making compressed networks and evaluating them (`jobs/`).
+URIs are local paths or anything that fsspec opens. Exit code 0: all is well; 2: damage, which `verify` lists, or a mistake in the input (one line on
+stderr, no traceback). Not covered: making compressed networks and evaluating them (`jobs/`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from clipq_ray.manifest import (
     verify_clq,
     verify_fleet,
 )
-from clipq_ray.redaction import redacted
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def inspect_command(uri: str) -> int:
     """Print the tensors of a packed network with shape, coder, levels, non-zeros and bytes, and the totals; from the file alone."""
     data, origin = _packed(uri)
     for line in describe(data, origin):
-        print(console.harmless(redacted(line)))
+        console.show(line)
     return 0
 
 
@@ -111,10 +110,10 @@ def verify_command(uri: str) -> int:
         several += is_fleet
         problems.extend(found)
         for line in found or [f"{name}: ok"]:
-            print(console.harmless(redacted(line)))
+            console.show(line)
     if count > 1:
         what = f"{count - several} runs" + (f", {several} fleets" if several else "")
-        print(f"{what}: {'all ok' if not problems else f'{len(problems)} problems'}")
+        console.show(f"{what}: {'all ok' if not problems else f'{len(problems)} problems'}")
     return 2 if problems else 0
 
 
@@ -134,19 +133,19 @@ def prune_command(uri: str, yes: bool, older_than_hours: str) -> int:
     both = leftovers(storage, hours)
     found = both.old
     for one in found:
-        print(f"{one.bytes:>15,} bytes  {one.place}: {one.reason}")
+        console.show(f"{one.bytes:>15,} bytes  {one.place}: {one.reason}")
     if both.young:
-        print(
+        console.show(
             f"{sum(one.bytes for one in both.young):>15,} bytes  in {len(both.young)} places were written to in the last {hours:g} hours, "
             "and stay; --older-than-hours 0 shows them"
         )
     total = sum(one.bytes for one in found)
     if not found:
-        print(f"nothing{' else' if both.young else ''} is left over in {storage.uri}")
+        console.show(f"nothing{' else' if both.young else ''} is left over in {storage.uri}")
     elif yes:
-        print(f"removed {remove(storage, found, print, hours):,} bytes")
+        console.show(f"removed {remove(storage, found, console.show, hours):,} bytes")
     else:
-        print(f"{total:,} bytes in {len(found)} places; nothing was removed, --yes removes them")
+        console.show(f"{total:,} bytes in {len(found)} places; nothing was removed, --yes removes them")
     return 0
 
 
@@ -164,7 +163,7 @@ def export_command(uri: str, output: str, **options: Any) -> int:
     """Write a packed network for other tools, with dense weights: tensors as safetensors, the network as ONNX (checked by onnxruntime), or a Hugging Face style folder with a model card; the output's ending decides."""
     from clipq_ray.export import export
 
-    print(console.harmless(redacted(export(uri, output, **options))))
+    console.show(export(uri, output, **options))
     return 0
 
 

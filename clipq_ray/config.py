@@ -382,13 +382,13 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _said_otherwise(cls, given: Any) -> Any:
-        """No loss where nothing else is wanted, and lists of words as one text: one configuration, however it is said."""
+        """No loss where nothing else is wanted, and lists as one text or one number: one configuration, however it is said."""
         if not isinstance(given, dict):
             return given
         listed = {
-            name: tuple(part.strip() for part in given[name].split(",") if part.strip())
-            for name in ("keep", "groups")
-            if isinstance(given.get(name), str)
+            name: tuple(part.strip() for part in str(given[name]).split(",") if part.strip())
+            for name in ("keep", "groups", "mean", "std")
+            if isinstance(given.get(name), str | int | float)
         }
         published = {name: value for name, value in PAPER.items() if name not in given}
         wanted = published if given.get("paper") in (True, "true", "True") else {}

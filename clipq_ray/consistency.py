@@ -135,6 +135,8 @@ def _values(config: Config) -> Iterator[str]:
             yield f"expected text in UTF-8 as --{name.replace('_', '-')}, got {getattr(config, name)!r}; correct it"
     if config.warmup_epochs >= config.epochs:
         yield f"expected --warmup-epochs below --epochs ({config.epochs}), got {config.warmup_epochs}"
+    if config.mean is not None and not all(0 <= one <= 1 for one in config.mean):
+        yield f"expected --mean of values in 0..1, as images have them, got {config.mean}; divide both --mean and --std by 255"
     if config.std is not None and min(config.std, default=1.0) <= 0:
         yield f"expected --std above 0, got {config.std}"
     if config.name is not None and not NAME.fullmatch(config.name):

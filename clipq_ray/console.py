@@ -7,6 +7,7 @@ Exit codes: 0 all is well; 1 the run failed; 2 something in the input is wrong; 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from clipq_ray.errors import ClipqError, ConfigError
+from clipq_ray.errors import ClipqError, ConfigError, RunError
 from clipq_ray.redaction import redacted
 
 _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -35,8 +36,56 @@ def page(text: str) -> str:
     return "\n".join(harmless(line) for line in redacted(text).split("\n"))
 
 
+def show(text: str) -> None:
+    """Print a `page`; `RunError` where standard output does not take it."""
+    try:
+        print(page(text), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise RunError(
+            f"cannot write to standard output: {error.strerror or error}; what was done stays done, direct the output elsewhere"
+        ) from error
+
+
+def _drop_output() -> None:
+    """Python flushes once more at exit, which must find an open end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Once(argparse.Action):
+    """Takes an option's value, and refuses a second one."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        refuse_again(self.dest, self.dest in parser.given)
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def refuse_again(name: str, there: bool) -> None:
+    """`ConfigError` where an option is `there` already."""
+    if there:
+        raise ConfigError(
+            f"--{name.replace('_', '-')}: expected it once on the command line, got it again; leave one out"
+        )
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are a `ConfigError`: one line instead of the usage."""
+    """argparse whose errors are a `ConfigError`: one line instead of the usage; options are written out, and given once."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+        self.given = set[str]()
+        for action in (None, "store"):
+            self.register("action", action, _Once)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, of one command line."""
+        self.given.clear()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
@@ -71,6 +120,8 @@ def run(program: str, main: Callable[[list[str]], int | None], arguments: list[s
     """The exit code of `main` on `arguments` (default: the process's); a named error is one line on stderr, any other one a traceback."""
     for name, value in _NO_OTHER_RAY.items():
         os.environ.setdefault(name, value)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of any encoding, for names of any
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _stopping():
         try:
             code = _code(program, main, arguments)
@@ -92,7 +143,7 @@ def leave(code: int) -> NoReturn:
     """End the process; where it was interrupted, at once: by then all that was begun is left whole, and a thread that still waits for a training would hold up
     the end for ever."""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        with suppress(OSError):  # nobody reads
+        with suppress(OSError, AttributeError):  # nobody reads, or it was closed from the start
             sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -122,7 +173,8 @@ def _stop(number: int, frame: Any) -> NoReturn:
 def _code(program: str, main: Callable[[list[str]], int | None], arguments: list[str] | None) -> int:
     try:
         code = main(sys.argv[1:] if arguments is None else arguments) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # which was closed from the start
+            sys.stdout.flush()
     except ClipqError as error:
         print(harmless(redacted(f"{program}: {' '.join(str(error).split())}")), file=sys.stderr, flush=True)
         return error.exit_code
@@ -131,7 +183,6 @@ def _code(program: str, main: Callable[[list[str]], int | None], arguments: list
         print(f"{program}: {word}; run the same command again to continue", file=sys.stderr, flush=True)
         return 128 + code
     except BrokenPipeError:
-        # The reader has seen enough. Python flushes once more at exit, which must find an open end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader has seen enough
         return 128 + signal.SIGPIPE
     return code

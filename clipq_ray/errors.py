@@ -75,6 +75,13 @@ class DivergedError(RunError):
     """A training's weights or its loss became NaN or infinite, as they would again."""
 
 
+def brief(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line of at most so many characters; of one that says nothing, and of code that ends the process, what it is."""
+    if isinstance(error, SystemExit):
+        return f"it ended the process with {error.code}; put what it runs below if __name__ == '__main__'"
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 @contextmanager
 def advised(advice: str) -> Iterator[None]:
     """An `ArtifactError` that says what is wrong with bytes, and not what to do, says `advice` too."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipq_ray import logs, seeds
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.errors import ClipqError, DataError, ModelError, RunError
+from clipq_ray.errors import ClipqError, DataError, ModelError, RunError, brief
 from clipq_ray.memory import ran_out
 
 log = logs.logger(__name__)
@@ -91,10 +91,9 @@ def _answering(images: Tensor, advice: str) -> Iterator[None]:
         yield
     except ClipqError:
         raise
-    except Exception as error:  # torchvision's assert
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except (Exception, SystemExit) as error:  # torchvision's assert
         raise ModelError(
-            f"expected a network that takes images of {tuple(images.shape[1:])}, got: {reason}; {advice}"
+            f"expected a network that takes images of {tuple(images.shape[1:])}, got: {brief(error)}; {advice}"
         ) from error
 
 

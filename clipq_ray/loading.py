@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from clipq_ray import codec, manifest
-from clipq_ray.errors import ModelError, StorageError
+from clipq_ray.errors import ModelError, StorageError, brief
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 if TYPE_CHECKING:
@@ -138,9 +138,8 @@ def from_bytes(data: bytes, factory: Callable[[], nn.Module] | None = None) -> n
     try:
         model.load_state_dict(complete, assign=empty)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"the network does not fit the file: {reason}; build the one that it was made from"
+            f"the network does not fit the file: {brief(error)}; build the one that it was made from"
         ) from error
     lost = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if lost:

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from clipq_ray import problems
 from clipq_ray.config import Config, checked
 from clipq_ray.consistency import INTENTS
-from clipq_ray.console import OneLineParser, json_object
+from clipq_ray.console import OneLineParser, json_object, refuse_again
 from clipq_ray.errors import ConfigError
 from clipq_ray.fleet.file import Fleet, parsed, read
 
@@ -32,30 +32,12 @@ _REPEATED = ("model", "keep", "groups")
 """Options that may be given again: each adds to those before."""
 
 
-class _Once(argparse.Action):
-    """Takes an option's value, and refuses a second one."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        _refuse_again(namespace, self.dest)
-        setattr(namespace, self.dest, values)
-
-
 class _SwitchOnce(argparse.BooleanOptionalAction):
     """`--force` or `--no-force`, one of them, once."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, *given: Any, **named: Any) -> None:
-        _refuse_again(namespace, self.dest)
+        refuse_again(self.dest, hasattr(namespace, self.dest))  # defaults are suppressed
         super().__call__(parser, namespace, *given, **named)
-
-
-def _refuse_again(namespace: argparse.Namespace, name: str) -> None:
-    """`ConfigError` where the option is there already; defaults are suppressed, so what is there was given."""
-    if hasattr(namespace, name):
-        raise ConfigError(
-            f"--{name.replace('_', '-')}: expected it once on the command line, got it again; leave one out"
-        )
 
 
 def parser(description: str) -> OneLineParser:
@@ -63,20 +45,17 @@ def parser(description: str) -> OneLineParser:
     result = OneLineParser(
         usage="%(prog)s [--model NAME ... | --config FILE | --fleet FILE] [options]",
         description=description,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument(
         "--config",
         metavar="FILE",
-        action=_Once,
         default=argparse.SUPPRESS,
         help="YAML file that holds the same options, e.g. target_ratio: 20",
     )
     result.add_argument(
         "--fleet",
         metavar="FILE",
-        action=_Once,
         default=argparse.SUPPRESS,
         help="YAML file that names many networks with their options, see clipq_ray/fleet/file.py; options of the command line take the place of its defaults",
     )
@@ -101,7 +80,7 @@ def _add(result: argparse._ActionsContainer, name: str, field: FieldInfo) -> Non
         typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else None
     )
     metavar = "|".join(choices) if choices else _metavar(kinds)
-    action: Any = "append" if name in _REPEATED else _Once
+    action = "append" if name in _REPEATED else "store"
     result.add_argument(option, metavar=metavar, action=action, default=argparse.SUPPRESS, help=text)
 
 
@@ -133,7 +112,9 @@ def parse_all(arguments: Sequence[str], description: str) -> Fleet:
                 "--fleet: expected its file to name the results, got --name as well; leave one out"
             )
         places = {name: f" (in {path!r})" for name in filed if name not in given}
-        said = [text + places.get(option, "") for option, text in checked(options)[1] if option in options]
+        said = [
+            text + places.get(option or "", "") for option, text in checked(options)[1] if option in options
+        ]
         if said:
             raise ConfigError("; ".join(said))
         return read(fleet, options)

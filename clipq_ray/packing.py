@@ -20,7 +20,7 @@ from clipq_ray import codec, dead_units, folding, levels, loading, unit_order
 from clipq_ray.data import Data
 from clipq_ray.data.finding import in_number_order
 from clipq_ray.evaluate import Evaluation, evaluate, reestimate_batch_norm
-from clipq_ray.intent import Drop
+from clipq_ray.intent import Drop, Intent
 from clipq_ray.network import Inventory
 from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
@@ -250,6 +250,16 @@ def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Da
     layers = sum(codec.layer_bytes(one, source.config.profile) for one in zeros.values())
     # the size of a real layer takes a byte more in the header
     return _bytes(source, model, inventory, data, zeros, usual(source)) - layers + len(zeros)
+
+
+def size_notes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> list[str]:
+    """A note where the size that is asked for leaves nothing for the layers' weights: only units that die can make it smaller."""
+    intent = Intent.of(source.config, inventory.bytes_before)
+    if intent.kind != "bytes" or (other := other_bytes(source, model, inventory, data)) < intent.value:
+        return []
+    return [
+        f"{intent.words()} are asked for, and header, biases and batch norm alone take {other:,}: no plan for the weights can keep that; ask for more"
+    ]
 
 
 def _bytes(

@@ -18,7 +18,19 @@ from typing import Any
 
 from torch import Tensor
 
-from clipq_ray import claims, identity, loading, manifest, models, network, results, rounds, stages, together
+from clipq_ray import (
+    claims,
+    identity,
+    loading,
+    manifest,
+    models,
+    network,
+    packing,
+    results,
+    rounds,
+    stages,
+    together,
+)
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.consistency import idle
 from clipq_ray.errors import FormatError, HeldError, RunError, StorageError
@@ -108,11 +120,12 @@ def prepare(
     run.notes += idle(config, source.weights_origin())
     for note in run.notes:
         reporter.say(f"options: {note}")
-    reporter.say(f"data: opening {config.data}")
+    if source.own_data is None:
+        reporter.say(f"data: opening {config.data}")
     data = source.data()
-    source.check_fit()
-    run.notes += data.notes
-    for words in (data.description, *data.notes):
+    notes_on_data = [*data.notes, *source.check_fit()]
+    run.notes += notes_on_data
+    for words in (data.description, *notes_on_data):
         reporter.say(f"data: {words}")
     state_given, origin = _given(source, run.notes)
     inputs = identity.of_run(source, data, state_given)
@@ -184,6 +197,9 @@ def _ready(
     weights, baseline = _baseline(run, state_given, origin, own.target.child(WORK))
     put_state(model, read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
+    for note in packing.size_notes(source, model, inventory, run.data):
+        run.notes.append(note)
+        run.reporter.say(f"options: {note}")
     wanted = lambdas(config, inventory.bytes_before)
     search = planned(run, model, weights, inventory, groups, images, tradeoffs=wanted)
     return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from clipq_ray import identity, network, stages
+from clipq_ray import identity, network, packing, stages
 from clipq_ray.config import Config
 from clipq_ray.consistency import idle
 from clipq_ray.errors import ClipqError, StorageError
@@ -120,7 +120,7 @@ def _planned(source: Source) -> Plan:
     config = source.config
     prepare_process(config.threads_per_worker)
     data = source.data()
-    source.check_fit()
+    of_fit = source.check_fit()
     run, committed = identity.run_id(
         Store(config.storage), source.name, inputs_of(source), force=config.force
     )
@@ -130,6 +130,7 @@ def _planned(source: Source) -> Plan:
     sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0].to(device)
     found = network.inventory(model, sample, config.keep)
     forward, step = _seconds(source, model, [layer.name for layer in found.layers])
+    of_size = packing.size_notes(source, model.cpu(), found, data)
     images, held = len(data.train), len(data.validation)
     groups = grouped(model, [layer.name for layer in found.layers], config.groups)
     its_trainings = trainings(source)
@@ -165,7 +166,13 @@ def _planned(source: Source) -> Plan:
             *lines,
             *(
                 f"note        {note}"
-                for note in (*idle(config, source.weights_origin()), *data.notes, *found.notes)
+                for note in (
+                    *idle(config, source.weights_origin()),
+                    *data.notes,
+                    *of_fit,
+                    *found.notes,
+                    *of_size,
+                )
             ),
         ]
     )

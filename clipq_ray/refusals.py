@@ -62,7 +62,7 @@ _ADVICE = (
     ),
     (("QuotaExceeded",), "free space there or choose another storage"),
     (("SlowDown", "503", "ServiceUnavailable", "InternalError", "500", "502", "504", "TimeoutError", "FSTimeoutError"), "try again later"),
-    (("NoRegionError", "PermanentRedirect", "AuthorizationHeaderMalformed", "301"), "set AWS_DEFAULT_REGION to the bucket's region"),
+    (("NoRegionError", "InvalidRegionError", "PermanentRedirect", "AuthorizationHeaderMalformed", "301"), "set AWS_DEFAULT_REGION to the bucket's region"),
     (("FileNotFoundError",), "check the URI"),
     (("NotADirectoryError", "FileExistsError"), "choose a path whose parents are directories"),
     (("IsADirectoryError",), "name a file, not a directory"),
@@ -85,12 +85,12 @@ def line(error: BaseException) -> str:
     return redacted(" ".join(text.split()))[:300] or type(error).__name__
 
 
-def advice(error: BaseException) -> str:
-    """What to do about it."""
+def advice(error: BaseException, otherwise: str = "check the URI and the storage behind it") -> str:
+    """What to do about it; `otherwise`: where nothing is known of it."""
     for one in chain(error):
         if isinstance(one, OSError) and one.errno in _ADVICE_BY_NUMBER:
             return _ADVICE_BY_NUMBER[one.errno]
+        if "Invalid endpoint" in str(one):  # a ValueError of botocore
+            return "write AWS_ENDPOINT_URL with http:// or https://"
     found = codes(error)
-    return next(
-        (words for names, words in _ADVICE if found & set(names)), "check the URI and the storage behind it"
-    )
+    return next((words for names, words in _ADVICE if found & set(names)), otherwise)

@@ -16,9 +16,10 @@ from torch import nn
 from clipq_ray import models, seeds
 from clipq_ray.config import Config, make
 from clipq_ray.data import Data, Preprocessing, open_data
-from clipq_ray.errors import ConfigError, DataError, ModelError
+from clipq_ray.errors import ConfigError, DataError, ModelError, brief
 from clipq_ray.evaluate import gradients, scores
-from clipq_ray.network import refuse_unstorable
+from clipq_ray.groups import grouped
+from clipq_ray.network import inventory, refuse_unstorable
 from clipq_ray.trainable import training_mode
 
 
@@ -138,8 +139,8 @@ class Source:
             if self.weights_origin() not in ("train", "random"):
                 self.architecture()
 
-    def check_fit(self) -> None:
-        """Two images through the network: it must take the data's size, have an output for every label, and something to train, in batches that it takes, by the
+    def check_fit(self) -> list[str]:
+        """Notes on how the network goes with the data. Two images through the network: it must take the data's size, have an output for every label, layers as they are named, and something to train, in batches that it takes, by the
         loss of its class scores. What only training mode does would else be met behind the search."""
         data, network = self.data(), self.network()
         images = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
@@ -158,6 +159,12 @@ class Source:
                 "expected parameters to fine-tune, got a network without any that has requires_grad; call .requires_grad_(True) on it first"
             )
         self._check_training(network)
+        found = inventory(self.network(), images, self.config.keep)
+        grouped(network, [layer.name for layer in found.layers], self.config.groups)
+        fewer = outputs > data.classes and self.weights_origin() not in ("train", "random")
+        return [
+            f"the network tells {outputs} classes apart and the data {data.classes}: labels must be the network's numbers, so folders of all its classes, or --model-args that say how many there are"
+        ] * fewer
 
     def _check_training(self, network: nn.Module) -> None:
         """One step in training mode on two images, or on as many as a worker gets: what splits its batches may take no two."""
@@ -204,9 +211,8 @@ def _copied(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module)
     except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:150]
         raise ModelError(
-            f"expected a network that can be copied, got: {reason}; make pruning and weight norm permanent (torch.nn.utils.prune.remove, remove_weight_norm), "
+            f"expected a network that can be copied, got: {brief(error, 150)}; make pruning and weight norm permanent (torch.nn.utils.prune.remove, remove_weight_norm), "
             "detach tensors that it keeps from one call to the next, and hold locks, files and the like outside of it"
         ) from error
 

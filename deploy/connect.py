@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -30,7 +31,11 @@ class Refused(Exception):
 def edited(cluster: str) -> None:
     """`Refused` with the line where the file is no YAML, as long as it has a mark."""
     try:
-        yaml.safe_load(Path(cluster).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(cluster).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "provider" not in content:
+            raise Refused(
+                f"{cluster}: expected a cluster file, got one without provider:; give the one that `ray up` takes"
+            )
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(
             f"{cluster}: expected a cluster file as UTF-8 text, got what cannot be read as such ({error})"
@@ -99,11 +104,15 @@ def check(address: str, token: str, cluster: str) -> None:
         )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage."""
+        self.exit(2, f"connect: {message}; see --help\n")
+
+
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cluster", help="the cluster file that `ray up` was called with")
     parser.add_argument(
         "--port", type=int, default=8265, help="of `ray dashboard` on this machine (default: 8265)"

@@ -34,11 +34,11 @@ def main(arguments: list[str]) -> int:
     fleet = options.parse_all(arguments, __doc__ or "")
     sources = fleet.sources()
     shared = fleet.configs[0]
+    connections.patience()  # a slip in the environment is said before hours are spent
     if shared.dry_run:
         text, code = dry_run(sources, fleet.ensembles)
-        print(console.page(text))
+        console.show(text)
         return code
-    connections.patience()  # a slip in the environment is said before hours are spent
     for source in sources:
         source.check()
     if fleet.name is not None:
@@ -64,9 +64,9 @@ def main(arguments: list[str]) -> int:
         raise failed[0]
     results = [one for one in found if isinstance(one, Result)]
     names = [source.name for source, one in zip(sources, found, strict=True) if isinstance(one, ClipqError)]
-    print(console.page(table([one.manifest for one in results], [one.uri for one in results], names)))
+    console.show(table([one.manifest for one in results], [one.uri for one in results], names))
     for ensemble in together:
-        print(console.page(ensemble_line(ensemble)))
+        console.show(ensemble_line(ensemble))
     for source, one in zip(sources, found, strict=True):
         if isinstance(one, ClipqError):
             line = redacted(f"compress: {source.name}: {' '.join(str(one).split())}")
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
         if isinstance(one, Result) and not one.kept
     ]
     if len(found) > 1:
-        print(
+        console.show(
             f"{len(results)} of {len(found)} committed"
             + (f"; promises not kept: {', '.join(broken)}" if broken else "")
         )

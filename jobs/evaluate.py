@@ -69,15 +69,15 @@ def main(arguments: list[str]) -> int:
     result = evaluate(network, split, batch_size=min(given.batch_size, at_once), device=device)
     low, high = result.interval()
     before = bytes_before(data)
-    print(f"network     {architecture.name}")
-    print(f"bytes       {len(data):,}")
-    print(f"ratio       {before / len(data):.2f}x (of {before:,} bytes)")
-    print(
-        f"top-1       {100 * result.top1:.2f} % on {result.n:,} {kind} images "
-        f"(95 % interval {100 * low:.2f} to {100 * high:.2f})"
-    )
+    lines = [
+        f"network     {architecture.name}",
+        f"bytes       {len(data):,}",
+        f"ratio       {before / len(data):.2f}x (of {before:,} bytes)",
+        f"top-1       {100 * result.top1:.2f} % on {result.n:,} {kind} images (95 % interval {100 * low:.2f} to {100 * high:.2f})",
+    ]
     if given.model is not None and preprocessing == _as_they_are(preprocessing.input_shape):
-        print("note        " + PLAIN)
+        lines.append("note        " + PLAIN)
+    console.show("\n".join(lines))
     return 0
 
 

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         "--output", metavar="FILE", type=Path, help="local file (default: ./report-{model}-{run}.html)"
     )
     given = parser.parse_args(arguments)
-    print(make(given.run_uri, given.output))
+    console.show(str(make(given.run_uri, given.output)))
     return 0
 
 

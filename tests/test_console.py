@@ -93,3 +93,39 @@ def test_afterwards_sigterm_does_what_it_did_before() -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert console.run("work", lambda arguments: 0, []) == 0
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+PRINTING = """
+import sys
+from clipq_ray import console
+sys.exit(console.run("work", lambda arguments: console.show("L\\u00e4ufe \\u2603")))
+"""
+
+
+def shown(redirected: str, **environment: str) -> tuple[int, str, str]:
+    """What becomes of a line on a standard output of another kind: exit code, output, errors."""
+    command = ["sh", "-c", f'"$0" -c "$1" {redirected}', sys.executable, PRINTING]
+    given = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    ended = subprocess.run(command, capture_output=True, env=given, check=False)
+    return ended.returncode, ended.stdout.decode("latin-1"), ended.stderr.decode()
+
+
+def test_a_standard_output_that_is_full_closed_or_of_another_encoding_is_no_traceback() -> None:
+    code, _, errors = shown("> /dev/full")
+    assert code == 1
+    assert errors.startswith("work: cannot write to standard output: No space left on device; what was done")
+    assert errors.count("\n") == 1
+    assert shown(">&-") == (0, "", "")
+    assert shown("", PYTHONIOENCODING="latin-1") == (0, "L\u00e4ufe \\u2603\n", "")
+
+
+def test_an_option_is_written_out_and_given_once() -> None:
+    parser = console.OneLineParser()
+    parser.add_argument("--data")
+    parser.add_argument("--yes", action="store_true")
+    for _ in range(2):
+        assert parser.parse_args(["--data", "a", "--yes"]).data == "a"
+    with pytest.raises(ConfigError, match="--data: expected it once on the command line, got it again"):
+        parser.parse_args(["--data", "a", "--data", "b"])
+    with pytest.raises(ConfigError, match="unrecognized arguments: --y"):
+        parser.parse_args(["--y"])

@@ -250,8 +250,9 @@ def test_a_file_without_a_name_is_no_file(option: str) -> None:
 
 
 def test_a_list_of_words_may_be_one_text_in_a_file(tmp_path: Path) -> None:
-    found = parsed(written(tmp_path, "groups: blocks\nkeep: fc.*, conv1.weight\n"))
+    found = parsed(written(tmp_path, "groups: blocks\nkeep: fc.*, conv1.weight\nmean: 0\nstd: '0.3'\n"))
     assert (found.groups, found.keep) == (("blocks",), ("fc.*", "conv1.weight"))
+    assert (found.mean, found.std) == ((0.0,), (0.3,))
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,21 @@ def test_what_a_file_holds_besides_layers_is_known_before_to_a_byte_for_each_lay
     assert abs(predicted - packing.other_bytes_of(made)) <= len(inventory.layers)
 
 
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_size_that_leaves_nothing_for_weights_is_noted(
+    digits_weights: dict[str, torch.Tensor], spare: int
+) -> None:
+    def source(**options: Any) -> Source:
+        return Source(make(engine="local", **options), model, DIGITS)
+
+    model = lenet(digits_weights)
+    inventory = network.inventory(model, DIGITS.train.batch(torch.arange(2), None)[0], ())
+    other = packing.other_bytes(source(), model, inventory, DIGITS)
+    found = packing.size_notes(source(target_bytes=other + spare), model, inventory, DIGITS)
+    words = f"at most {other:,} bytes are asked for, and header, biases and batch norm alone take {other:,}"
+    assert [note.startswith(words) for note in found] == [True] * (1 - spare)
+
+
 def test_what_the_user_names_is_on_no_grid(tmp_path: Path, digits_weights: dict[str, torch.Tensor]) -> None:
     names = [name for name, value in digits_weights.items() if value.dim() == 1]
     made = packed(tmp_path, lenet(digits_weights), keep=names[:1], unit_order="given")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
@@ -55,6 +57,40 @@ def test_images_are_prepared_as_torchvisions_weights_want_unless_the_user_says_o
 ) -> None:
     found = Source(make(**{"model": "efficientnet_v2_l", "engine": "local", **given})).data().preprocessing
     assert (found.resize, found.mean[0], found.std[0], found.interpolation) == expected
+
+
+class Leaving(nn.Module):
+    """Ends the process instead of an answer."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        sys.exit(5)
+
+
+def test_a_network_that_ends_the_process_is_refused() -> None:
+    config = make(limit_images=20, engine="local")
+    with refused(ModelError, match="got: it ended the process with 5"):
+        Source(config, Leaving()).check_fit()
+
+
+def test_layers_and_groups_that_nothing_is_called_by_are_refused_before_anything_is_made() -> None:
+    for option in ("keep", "groups"):
+        given: dict[str, Any] = {option: ("nope",)}
+        with refused(ConfigError, match=f"--{option}"):
+            Source(make(model="lenet5", data="digits", weights="random", engine="local", **given)).check_fit()
+
+
+def test_given_weights_of_more_classes_than_the_data_has_are_noted(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    arguments: dict[str, Any] = {
+        "model": "lenet5",
+        "data": "digits",
+        "engine": "local",
+        "model_args": {"num_classes": 12},
+    }
+    save_file(Source(make(**arguments, weights="random")).network().state_dict(), weights)
+    (note,) = Source(make(**arguments, weights=str(weights))).check_fit()
+    assert note.startswith("the network tells 12 classes apart and the data 10: labels must be the network's")
+    assert Source(make(**arguments, weights="random")).check_fit() == []
 
 
 def test_an_interpolation_that_has_nothing_to_do_is_noted_and_changes_nothing() -> None:

@@ -79,7 +79,9 @@ def reading(what: str) -> Iterator[None]:
         line = f"cannot read {what}: {refusals.line(error)}"
         if connections.passing(error):
             raise StorageError(f"{line}; {refusals.advice(error)}") from error
-        raise DataError(f"{line}; check that it is whole and may be read") from error
+        raise DataError(
+            f"{line}; {refusals.advice(error, 'check that it is whole and may be read')}"
+        ) from error
 
 
 def few(names: list[str] | tuple[str, ...], most: int = 4) -> str:

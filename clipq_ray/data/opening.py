@@ -214,6 +214,7 @@ def _validation(
         raise DataError(
             f"expected validation data with the classes of the training data, got other names or another order at {uri}; give matching data"
         )
+    _check_order(other, uri, expected.count or 0, expected.names)
     split = next((one for one in ("validation", "test", "train", "any") if one in other.sources), None)
     if split is None:
         raise DataError(f"expected labelled validation images at {uri}, found none; check the URI")

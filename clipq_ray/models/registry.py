@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clipq_ray import problems
-from clipq_ray.errors import ClipqError, ModelError
+from clipq_ray.errors import ClipqError, ModelError, brief
 from clipq_ray.models.small import CifarResNet, LeNet5, LeNet5Caffe, LeNet300100
 
 
@@ -77,7 +78,7 @@ def zoo() -> Any:
         return importlib.import_module("torchvision.models")
     except (ImportError, RuntimeError) as error:
         raise ModelError(
-            f"torchvision's networks need a torchvision that matches torch, got {_line(error)}; install the pair together"
+            f"torchvision's networks need a torchvision that matches torch, got {brief(error)}; install the pair together"
         ) from error
 
 
@@ -175,12 +176,13 @@ def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Modul
     if ":" not in name:
         _refuse_unknown(name)
     try:
-        made = _made(name, kwargs)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is one line
+            made = _made(name, kwargs)
     except ClipqError:
         raise
-    except Exception as error:  # constructors raise whatever they like
+    except (Exception, SystemExit) as error:  # constructors raise whatever they like
         raise ModelError(
-            f"{name} cannot be built with {kwargs!r:.500}: {_line(error)}; check --model-args"
+            f"{name} cannot be built with {kwargs!r:.500}: {brief(error)}; check --model-args"
         ) from error
     if not isinstance(made, nn.Module):
         raise ModelError(
@@ -203,11 +205,7 @@ def imported(name: str) -> Any:
     module_name, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # importing runs the user's module, which raises whatever it likes
+    except (Exception, SystemExit) as error:  # importing runs the user's module, which does whatever it likes
         raise ModelError(
-            f"expected an importable package.module:function, got {name!r} ({_line(error)}); is its folder on PYTHONPATH?"
+            f"expected an importable package.module:function, got {name!r} ({brief(error)}); is its folder on PYTHONPATH?"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -169,6 +169,15 @@ def test_folders_called_by_the_numbers_of_classes_without_names_are_those_classe
         assert [number_of(image * 255) for image in images.numpy()] == labels.tolist()
 
 
+def test_folders_that_are_not_all_classes_decide_nothing_beside_data_without_names(tmp_path: Path) -> None:
+    """The class folders behind the one that is not there would be other classes."""
+    rows = [png(100 + number) for number in range(30)]
+    write(tmp_path / "rows", {"train.parquet": parquet(rows, [number % 3 for number in range(30)], ())})
+    write(tmp_path, {f"own/{name}/1.png": png(number) for number, name in enumerate(CLASSES[1:])})
+    with refused(DataError, match=r"expected a folder for each of 3 classes at .*own, got 2; give all"):
+        opened(str(tmp_path / "rows"), validation_uri=str(tmp_path / "own"))
+
+
 def test_folders_called_by_numbers_in_an_order_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     write(tmp_path, {f"{name}/1.png": png(name) for name in range(1, 11)})
     preprocessing = Preprocessing((3, 8, 8), None, (0.0,) * 3, (1.0,) * 3)

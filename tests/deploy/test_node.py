@@ -214,7 +214,7 @@ def test_a_cluster_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
 def test_without_ray_s_command_it_is_said_what_to_activate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cluster.yaml").write_text("cluster_name: a\n")
+    (tmp_path / "cluster.yaml").write_text("cluster_name: a\nprovider: {}\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     (said,) = connected(str(tmp_path / "cluster.yaml"))
@@ -222,7 +222,7 @@ def test_without_ray_s_command_it_is_said_what_to_activate(
 
 
 def test_a_slip_in_its_options_leaves_the_cluster_of_before_too() -> None:
-    assert connected("cluster.yaml", "--prt", "1")[-1].endswith("unrecognized arguments: --prt 1")
+    assert connected("cluster.yaml", "--prt", "1") == ["connect: unrecognized arguments: --prt 1; see --help"]
 
 
 def test_a_cluster_file_with_what_no_yaml_has_is_one_line(tmp_path: Path) -> None:

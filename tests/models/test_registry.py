@@ -29,6 +29,10 @@ def not_a_network() -> int:
     return 3
 
 
+def leaving() -> nn.Module:
+    sys.exit(3)
+
+
 def broken() -> nn.Module:
     raise RuntimeError("first line\nsecond line")
 
@@ -219,9 +223,15 @@ def test_a_function_is_imported_only_where_the_caller_allows_it(
         (f"{__name__}:not_a_network", "return a torch.nn.Module, got int"),
         ("torch.nn:Linear", "cannot be built with"),
         (f"{__name__}:broken", "first line.*second line"),
+        (f"{__name__}:leaving", "it ended the process with 3; put what it runs below if __name__"),
+        ("antigravity_of_ours:net", "it ended the process with 0; put what it runs below if __name__"),
     ],
 )
-def test_a_function_that_gives_no_network_is_refused_by_name(name: str, words: str) -> None:
+def test_a_function_that_gives_no_network_is_refused_by_name(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "antigravity_of_ours.py").write_text("import sys\nsys.exit(0)\n")  # a script's last line
+    monkeypatch.syspath_prepend(str(tmp_path))
     with refused(ModelError, match=words) as caught:
         build(Architecture(name), allow_import=True)
     assert name in str(caught.value)
