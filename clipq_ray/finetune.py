@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,7 +77,7 @@ class Trainer:
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
     should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `held`: with a plan, the size that pruning rates
-    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise. `number`: which training of its kind it is in the run. `bit_price`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained, a bit of a code at this price. `feed` makes the batches.
+    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise; `densities`: by which they are already. `number`: which training of its kind it is in the run. `bit_price`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained, a bit of a code at this price. `feed` makes the batches.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Trainer:
         ramp: Ramp | None = None,
         held: Held | None = None,
         costs: Costs | None = None,
+        densities: Sequence[Tensor] | None = None,
         bit_price: float | None = None,
         number: int = 1,
         feed: Feed = batches,
@@ -125,9 +126,10 @@ class Trainer:
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
         self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and bit_price is None else None
         self.operator: Operator | Levels | None = fixed or (
-            Operator(model, plan, self.rates.now, costs) if plan and self.rates else None
+            Operator(model, plan, self.rates.now, costs, densities) if plan and self.rates else None
         )
         self.recovery: dict[str, Recovery] = {}
+        self.densities: list[Tensor] = []  # by which weights were divided, behind the end
         self.optimizer = optimizers.sgd(model, schedule)
         if found:
             self._load_progress(*found)
@@ -217,6 +219,7 @@ class Trainer:
         self._say_worlds()
         if self.operator:
             self.recovery = self.operator.recovery()
+            self.densities = self.operator.densities if isinstance(self.operator, Operator) else []
             self.operator.detach()
             self.operator = None
 

@@ -50,9 +50,15 @@ class Operator:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, rates: Sequence[float] | None = None, costs: Costs | None = None
+        self,
+        model: nn.Module,
+        plan: Plan,
+        rates: Sequence[float] | None = None,
+        costs: Costs | None = None,
+        densities: Sequence[Tensor] | None = None,
     ) -> None:
-        """`rates`: pruning rates to begin with instead of the plan's; `costs`: what `follow_costs` goes by."""
+        """`rates`: pruning rates to begin with instead of the plan's; `costs`: what `follow_costs` goes by; `densities`: of each layer, by which its weights
+        are divided already."""
         self._layers: list[tuple[LayerPlan, nn.Parameter]] = []
         for layer in plan.layers:
             self._layers.append((layer, _parameter(model, layer.layer)))
@@ -66,7 +72,15 @@ class Operator:
             self._requantizer.set_rates(rates)
         self.requantize()
         self._clipped_first = [np.packbits(zero) for zero in self._clipped()]
-        self._places = [Places(kept, costs) for kept in self._kept()] if costs else []
+        self._places = []
+        if costs:
+            before: Sequence[Tensor | None] = densities or [None] * len(planned)
+            self._places = [Places(kept, costs, one) for kept, one in zip(self._kept(), before, strict=True)]
+
+    @property
+    def densities(self) -> list[Tensor]:
+        """Of each layer's places, by which its full-precision weights are divided; none without costs."""
+        return [one.densities for one in self._places]
 
     def _kept(self) -> list[Tensor]:
         return [parameter.detach() != 0 for _, parameter in self._layers]
@@ -165,7 +179,7 @@ class Operator:
             f"clipped_first/{number}": torch.from_numpy(bits)
             for number, bits in enumerate(self._clipped_first)
         }
-        densities = {f"densities/{number}": one.densities for number, one in enumerate(self._places)}
+        densities = {f"densities/{number}": one for number, one in enumerate(self.densities)}
         return {**first, **densities, "changes": self._changes_before + self._requantizer.changes.cpu()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

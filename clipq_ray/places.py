@@ -29,30 +29,31 @@ _NEW = 0.5
 
 @dataclass(frozen=True)
 class Costs:
-    """`power`: of a place's bits over the mean, by which its weights are divided; 0.5 follows from the square error. `counted`: the weights at the beginning are
-    divided already, by the densities that they have then."""
+    """`power`: of a place's bits over the mean, by which its weights are divided; 0.5 follows from the square error. `divided`: the weights at the beginning are
+    divided already, by what follows from densities that lie beside them."""
 
     power: float
-    counted: bool = False
+    divided: bool = False
 
 
 class Places:
     """Densities of one layer by row, column and place of a kernel, as its coders see a shape, and the divisors that follow from them."""
 
-    def __init__(self, kept: Tensor, costs: Costs) -> None:
-        """`kept`: bool, the weight's shape: which weights are not clipped at the beginning."""
+    def __init__(self, kept: Tensor, costs: Costs, densities: Tensor | None = None) -> None:
+        """`kept`: bool, the weight's shape: which weights are not clipped at the beginning; `densities`: by which these are divided already."""
         self._power = costs.power
         self._sides = codes.geometry(tuple(kept.shape))[:3]
         self.divisors = torch.empty_like(kept, dtype=torch.float32)
-        found = self._found(kept)
-        self.set(found if costs.counted else torch.full_like(found, float(kept.double().mean())))
+        if densities is None:
+            densities = torch.full_like(self.found(kept), float(kept.double().mean()))
+        self.set(densities.to(kept.device))
 
     def set(self, densities: Tensor) -> None:
         """The divisors of these densities."""
         self.densities = densities
         self.divisors.copy_(self._of(densities).reshape(self.divisors.shape))
 
-    def _found(self, kept: Tensor) -> Tensor:
+    def found(self, kept: Tensor) -> Tensor:
         """float64: the densities of all rows, then columns, then places; each drawn to the layer's as by one weight more."""
         sides = self._sides
         counts = kept.reshape(sides)
@@ -73,7 +74,7 @@ class Places:
     def follow(self, weight: Tensor, kept: Tensor) -> None:
         """Look at which weights are `kept` by now, and divide `weight` by what that changes; in place."""
         weight.mul_(self.divisors)
-        self.set((1 - _NEW) * self.densities + _NEW * self._found(kept))
+        self.set((1 - _NEW) * self.densities + _NEW * self.found(kept))
         weight.div_(self.divisors)
 
 

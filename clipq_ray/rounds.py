@@ -49,12 +49,14 @@ from clipq_ray.storage import Store
 from clipq_ray.together import added
 from clipq_ray.training import Size, epochs_in, plan_after
 
+_FAR = 0.8
+"""A plan of less of what it may take has the mildest points that were measured."""
+
 
 @dataclass(frozen=True)
 class Round:
     """One round: the search that it is from, the plan and what became of it; `held`: the bytes that it was held at, if it was; `on_the_way`: whether more were
-    to follow it on the way to a size; `fitted`: the levels and codes trained behind it that the file has, if it has them; `divided`: whether its weights were divided by what their
-    places cost; `planned`: the bytes that its plan was to take before training, where a size was asked for."""
+    to follow it on the way to a size; `fitted`: the levels and codes trained behind it that the file has, if it has them; `planned`: the bytes that its plan was to take before training, where a size was asked for."""
 
     searched: Searched
     choice: Choice
@@ -65,7 +67,6 @@ class Round:
     fitted: Store | None
     packed: packing.PackedNetwork
     outcome: Outcome
-    divided: bool = False
     planned: int | None = None
 
 
@@ -267,16 +268,18 @@ def _say_diverged(run: Run, made: Rounds, error: DivergedError) -> None:
 
 
 def _say_smallest(run: Run, made: Rounds) -> None:
-    """A note where the search had nothing as small as what was asked for."""
+    """A note where the search had nothing as small, or nothing near as large, as what was asked for."""
     planned, outcome = made.best.planned, made.best.outcome
     if made.best.on_the_way:  # the size that was asked for never was in a round
         return
-    if planned is not None and outcome.requested is not None and outcome.predicted > planned:
-        asked = math.floor(made.intent.value) if made.intent.kind == "bytes" else outcome.requested
-        run.notes.append(
-            f"asked for {asked:,} bytes; the nearest that the search measured were taken, {outcome.predicted:,} bytes before training"
-        )
-        run.reporter.say(run.notes[-1])
+    if planned is None or outcome.requested is None or _FAR * planned <= outcome.predicted <= planned:
+        return
+    asked = math.floor(made.intent.value) if made.intent.kind == "bytes" else outcome.requested
+    milder = " (it has nothing milder)" if outcome.predicted < planned else ""
+    run.notes.append(
+        f"asked for {asked:,} bytes; the nearest that the search measured{milder} were taken, {outcome.predicted:,} bytes before training"
+    )
+    run.reporter.say(run.notes[-1])
 
 
 def _thetas(choice: Choice) -> list[Any]:
@@ -350,7 +353,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     schedule, size = _schedule(run.config, rungs_left, further), making.size(requested, rungs_left)
     ramp = _ramp(run.config, model, plan, before)
     power = run.config.rate_distortion
-    costs = Costs(power, counted=any(one.divided for one in before)) if power else None
+    costs = Costs(power, divided=bool(before)) if power else None
     run.notes += _idle(number, schedule.epochs, ramp, size, costs)
     tuned = stages.trained(
         run, "finetune", schedule, making.start, plan, given.work, number, ramp, 1 / (1 + rungs_left), size,
@@ -369,11 +372,7 @@ def _round(making: Making, choice: Choice, requested: int | None, rungs_left: in
     drop = Drop.between(given.reference.predictions, judged.predictions, judged.labels)
     outcome = Outcome(requested, predicted, len(packed.file), drop, epochs, scale)
     held = size.bytes if size else None
-    # between the first two epochs, which a deadline shortens only behind that
-    divided = costs is not None and schedule.epochs > 1
-    return Round(
-        making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome, divided, planned
-    )
+    return Round(making.searched, choice, held, rungs_left > 0, plan, tuned, fitted, packed, outcome, planned)
 
 
 def _idle(

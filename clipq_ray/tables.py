@@ -52,7 +52,7 @@ LAYERS: pa.Schema = pa.schema(
         _column("bits_per_weight", pa.float64(), "bits/weight", "8 x bytes / weights"),
         _column("entropy_bits_per_weight", pa.float64(), "bits/weight", "entropy of the codes without context, levels not counted"),
         _column("ratio", pa.float64(), "", "bytes_before / bytes"),
-        _column("quantization_error_percent", pa.float64(), "%", "100 x |w - q| / |w| (Euclidean norms) after fine-tuning"),
+        _column("quantization_error_percent", pa.float64(), "%", "100 x |w - q| / |w| (Euclidean norms) after fine-tuning, before dead units are dropped and levels are stored"),
         _column("clipped_first", pa.int64(), "weights", "weights that were zero when the committed round of fine-tuning started"),
         _column("recovered", pa.int64(), "weights", "those of them that are not zero after it"),
         _column("state_changes", pa.int64(), "changes", "how often a weight went between zero and non-zero during it"),

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.data import Data, batches
@@ -41,6 +42,10 @@ class Size:
     bytes: int
     inventory: Inventory
     precision: Precision | None
+
+
+DENSITIES = "densities.safetensors"
+"""Beside weights that were divided by what their places cost (`places`): of each planned layer, what that follows from."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def train(
         ramp=task.ramp,
         held=_held(task, data),
         costs=task.costs,
+        densities=_densities(task),
         bit_price=task.bit_price,
         feed=feed,
     )
@@ -114,6 +120,8 @@ def train(
     if rank.rank == 0 and not output.exists(CURVE):
         trainer.notes += _notes(task, rank, trainer, data)
         write_state(output, WEIGHTS, model.state_dict())
+        if trainer.densities:
+            write_state(output, DENSITIES, {str(at): one for at, one in enumerate(trainer.densities)})
         rows = [asdict(row) for row in trainer.curve]
         recovery = {layer: asdict(one) for layer, one in trainer.recovery.items()}
         content: dict[str, Any] = {"curve": rows, "notes": trainer.notes, "recovery": recovery}
@@ -122,6 +130,14 @@ def train(
         if task.size is not None and trainer.rates is not None:
             content["held"] = {"plan": trainer.rates.plan.to_json(), "scale": trainer.rates.scale}
         output.write(CURVE, json.dumps(content).encode())
+
+
+def _densities(task: TrainTask) -> list[Tensor] | None:
+    """Those by which the weights are divided with which the training begins."""
+    if task.costs is None or not task.costs.divided or task.initial is None:
+        return None
+    found = read_state(Store(task.initial), DENSITIES)
+    return [found[str(at)] for at in range(len(found))]
 
 
 def _notes(task: TrainTask, rank: Rank, trainer: Trainer, data: Data) -> Iterator[str]:

@@ -261,10 +261,9 @@ def test_what_places_cost_is_followed_in_every_round_and_weights_are_divided_onc
         return compress(Source(config), Watching(), Reporter(quiet=True))
 
     watched(2)
-    assert Watching.costs == [Costs(0.5), Costs(0.5, counted=True), None]
+    assert Watching.costs == [Costs(0.5), Costs(0.5, divided=True), None]
     given["rung_epochs"] = 1
-    result = watched(1)  # in which nothing was divided yet
-    assert Watching.costs == [Costs(0.5), Costs(0.5), None]
+    result = watched(1)
     said = [note for note in result.manifest["notes"] if "--rate-distortion had nothing to do" in note]
     assert [note.split(":")[0] for note in said] == ["round 1"]  # the one of a single epoch
     without = run(promised[0], **{**given, "rate_distortion": 0.0})
@@ -405,19 +404,20 @@ def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, 
     assert again == choose_for_bytes(TRIALS, tried.bytes)
 
 
-@pytest.mark.parametrize(("planned", "said"), [(899, True), (900, False), (2000, False), (None, False)])
-def test_a_size_that_the_search_did_not_have_is_said_where_the_plan_was_to_be_smaller(
-    planned: int | None, said: bool
+@pytest.mark.parametrize(
+    ("planned", "said"),
+    [(899, ""), (900, None), (1120, None), (1130, " (it has nothing milder)"), (None, None)],
+)
+def test_a_size_that_the_search_did_not_have_is_said_where_the_plan_was_to_be_smaller_or_far_larger(
+    planned: int | None, said: str | None
 ) -> None:
     """A further round plans for less than was asked for where files turn out larger than predicted, and for more where they turn out smaller."""
     outcome = Outcome(1000, 900, 950, Drop(0.0, -1.0, 1.0, 500), 1)
     one: Any = SimpleNamespace(on_the_way=False, outcome=outcome, planned=planned)
     run: Any = SimpleNamespace(notes=[], reporter=Reporter(quiet=True))
     rounds._say_smallest(run, rounds.Rounds(Intent("bytes", 1000.0), None, (one,)))  # type: ignore[arg-type]
-    words = (
-        "asked for 1,000 bytes; the nearest that the search measured were taken, 900 bytes before training"
-    )
-    assert run.notes == [words] * said
+    words = f"asked for 1,000 bytes; the nearest that the search measured{said} were taken, 900 bytes before training"
+    assert run.notes == [words] * (said is not None)
 
 
 def test_a_size_that_no_round_was_made_for_is_not_said_to_have_been_asked_for() -> None:
