@@ -151,8 +151,8 @@ def left_in(folder: Path) -> list[str]:
 
 
 def left_in_storage(storage: Store) -> list[str]:
-    """Objects that only work under way needs: claims, checkpoints, unfinished groups, what Tune keeps, unfinished writes."""
-    words = ("/_work/", "/_ray/", "/claim-", "/partial-", "/error.json", "/.clipq-")
+    """Objects that only work under way needs: claims, checkpoints, unfinished groups, unfinished writes."""
+    words = ("/_work/", "/claim-", "/partial-", "/error.json", "/.clipq-")
     return [name for name in objects(storage) if any(word in f"/{name}" for word in words)]
 
 

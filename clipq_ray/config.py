@@ -387,8 +387,13 @@ class Config(BaseModel):
             return given
         listed = {
             name: tuple(part.strip() for part in str(given[name]).split(",") if part.strip())
-            for name in ("keep", "groups", "mean", "std")
-            if isinstance(given.get(name), str | int | float)
+            for name, kinds in (
+                ("keep", str),
+                ("groups", str),
+                ("mean", str | int | float),
+                ("std", str | int | float),
+            )
+            if isinstance(given.get(name), kinds) and not isinstance(given[name], bool)
         }
         published = {name: value for name, value in PAPER.items() if name not in given}
         wanted = published if given.get("paper") in (True, "true", "True") else {}

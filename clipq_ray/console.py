@@ -31,15 +31,10 @@ def harmless(line: str) -> str:
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
-def page(text: str) -> str:
-    """Lines for a terminal, each `harmless` and without secrets."""
-    return "\n".join(harmless(line) for line in redacted(text).split("\n"))
-
-
-def show(text: str) -> None:
-    """Print a `page`; `RunError` where standard output does not take it."""
+def show(*lines: str) -> None:
+    """Print lines, each `harmless` and without secrets; `RunError` where standard output does not take them."""
     try:
-        print(page(text), flush=True)
+        print("\n".join(harmless(redacted(line)) for line in lines), flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -19,6 +19,8 @@ A message says what was expected, what came and what to do, in one line. Foreign
 
 from __future__ import annotations
 
+import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -80,6 +82,14 @@ def brief(error: BaseException, most: int = 300) -> str:
     if isinstance(error, SystemExit):
         return f"it ended the process with {error.code}; put what it runs below if __name__ == '__main__'"
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def from_signal(error: BaseException) -> bool:
+    """Whether a handler of a signal has raised it, as Ray's of SIGTERM raises `SystemExit`: it is nothing that the code did which was under way."""
+    handlers = {
+        getattr(signal.getsignal(number), "__code__", None) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 @contextmanager

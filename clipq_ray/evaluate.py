@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipq_ray import logs, seeds
 from clipq_ray.data import Split, batches
 from clipq_ray.data.prefetch import Feed
-from clipq_ray.errors import ClipqError, DataError, ModelError, RunError, brief
+from clipq_ray.errors import ClipqError, DataError, ModelError, RunError, brief, from_signal
 from clipq_ray.memory import ran_out
 
 log = logs.logger(__name__)
@@ -92,6 +92,8 @@ def _answering(images: Tensor, advice: str) -> Iterator[None]:
     except ClipqError:
         raise
     except (Exception, SystemExit) as error:  # torchvision's assert
+        if from_signal(error):
+            raise
         raise ModelError(
             f"expected a network that takes images of {tuple(images.shape[1:])}, got: {brief(error)}; {advice}"
         ) from error

@@ -239,7 +239,14 @@ def other_bytes_of(packed: PackedNetwork) -> int:
 
 
 def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> int:
-    """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers; measured by encoding them beside layers of zeros."""
+    """Bytes of the file besides the layers' blobs: header, biases, batch norm, buffers."""
+    return _beside(source, model, inventory, data, usual(source))
+
+
+def _beside(
+    source: Source, model: nn.Module, inventory: Inventory, data: Data, precision: folding.Precision | None
+) -> int:
+    """The same with grids of `precision`, measured by encoding them beside layers of zeros."""
     state = model.state_dict()
     zeros = {
         layer.name: codec.CodedLayer(
@@ -249,16 +256,18 @@ def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Da
     }
     layers = sum(codec.layer_bytes(one, source.config.profile) for one in zeros.values())
     # the size of a real layer takes a byte more in the header
-    return _bytes(source, model, inventory, data, zeros, usual(source)) - layers + len(zeros)
+    return _bytes(source, model, inventory, data, zeros, precision) - layers + len(zeros)
 
 
 def size_notes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> list[str]:
     """A note where the size that is asked for leaves nothing for the layers' weights: only units that die can make it smaller."""
     intent = Intent.of(source.config, inventory.bytes_before)
-    if intent.kind != "bytes" or (other := other_bytes(source, model, inventory, data)) < intent.value:
+    coarsest = folding.LADDER[0] if source.config.vectors == "auto" else None
+    if intent.kind != "bytes" or (other := _beside(source, model, inventory, data, coarsest)) < intent.value:
         return []
+    unless = ", unless units die" if source.config.dead_units == "drop" else ""
     return [
-        f"{intent.words()} are asked for, and header, biases and batch norm alone take {other:,}: no plan for the weights can keep that; ask for more"
+        f"{intent.words()} are asked for, and header, biases and batch norm alone take {other:,} at least{unless}: no plan for the weights can keep that; ask for more"
     ]
 
 

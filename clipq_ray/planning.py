@@ -126,11 +126,12 @@ def _planned(source: Source) -> Plan:
     )
     if committed is not None:
         return Plan(f"network     {source.name}: run {run} is committed already", committed=True)
-    model, device = source.network().to(source.device()), source.device()
-    sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0].to(device)
+    model, device = source.network(), source.device()
+    sample = data.train.batch(torch.arange(min(2, len(data.train))), None)[0]
     found = network.inventory(model, sample, config.keep)
+    of_size = packing.size_notes(source, model, found, data)  # of new weights, which take no more
+    model, sample = model.to(device), sample.to(device)
     forward, step = _seconds(source, model, [layer.name for layer in found.layers])
-    of_size = packing.size_notes(source, model.cpu(), found, data)
     images, held = len(data.train), len(data.validation)
     groups = grouped(model, [layer.name for layer in found.layers], config.groups)
     its_trainings = trainings(source)

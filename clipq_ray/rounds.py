@@ -50,7 +50,7 @@ from clipq_ray.together import added
 from clipq_ray.training import Size, epochs_in, plan_after
 
 _FAR = 0.8
-"""A plan of less of what it may take has the mildest points that were measured."""
+"""Of what a plan may take: where the mildest points that were measured take less, it is said."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,13 @@ def _say_smallest(run: Run, made: Rounds) -> None:
     planned, outcome = made.best.planned, made.best.outcome
     if made.best.on_the_way:  # the size that was asked for never was in a round
         return
-    if planned is None or outcome.requested is None or _FAR * planned <= outcome.predicted <= planned:
+    if planned is None or outcome.requested is None:
+        return
+    mildest = (
+        made.intent.kind == "bytes"
+        and choose(made.best.searched.trials, 1e-4).bytes <= made.best.choice.bytes
+    )
+    if outcome.predicted <= planned and not (mildest and outcome.predicted < _FAR * planned):
         return
     asked = math.floor(made.intent.value) if made.intent.kind == "bytes" else outcome.requested
     milder = " (it has nothing milder)" if outcome.predicted < planned else ""

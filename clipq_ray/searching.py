@@ -117,7 +117,8 @@ def planned(
 
 
 def lambdas(config: Config, bytes_before: int) -> tuple[float, ...]:
-    """The lambdas of the search before all rounds, which serves the steepest size that is wanted but where further searches on the way to it do."""
+    """The lambdas of the search before all rounds, which serves the steepest size that is wanted but where further searches on the way to it do. Members of an ensemble
+    with one intent have no size of their own, and none of them steep lambdas."""
     intent = Intent.of(config, bytes_before)
     if intent.kind == "tradeoff":
         return search.LADDER if intent.value <= max(search.LADDER) else search.LADDER + search.STEEP

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     connections.patience()  # a slip in the environment is said before hours are spent
     if shared.dry_run:
         text, code = dry_run(sources, fleet.ensembles)
-        console.show(text)
+        console.show(*text.split("\n"))
         return code
     for source in sources:
         source.check()
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         raise failed[0]
     results = [one for one in found if isinstance(one, Result)]
     names = [source.name for source, one in zip(sources, found, strict=True) if isinstance(one, ClipqError)]
-    console.show(table([one.manifest for one in results], [one.uri for one in results], names))
+    console.show(*table([one.manifest for one in results], [one.uri for one in results], names).split("\n"))
     for ensemble in together:
         console.show(ensemble_line(ensemble))
     for source, one in zip(sources, found, strict=True):

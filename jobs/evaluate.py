@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     ]
     if given.model is not None and preprocessing == _as_they_are(preprocessing.input_shape):
         lines.append("note        " + PLAIN)
-    console.show("\n".join(lines))
+    console.show(*lines)
     return 0
 
 

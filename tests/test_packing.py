@@ -99,7 +99,7 @@ def test_a_size_that_leaves_nothing_for_weights_is_noted(
     digits_weights: dict[str, torch.Tensor], spare: int
 ) -> None:
     def source(**options: Any) -> Source:
-        return Source(make(engine="local", **options), model, DIGITS)
+        return Source(make(engine="local", vectors="exact", **options), model, DIGITS)
 
     model = lenet(digits_weights)
     inventory = network.inventory(model, DIGITS.train.batch(torch.arange(2), None)[0], ())

@@ -105,9 +105,10 @@ def test_a_stage_that_fails_is_not_said_to_be_done() -> None:
     assert "done" not in stream.getvalue()
 
 
-def test_what_would_steer_a_terminal_is_spelt_out() -> None:
+def test_what_would_steer_a_terminal_is_spelt_out(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
     Reporter(stream).about("a\x1b[2J").say("data: \x1b]0;owned\x07.txt is not used")
     assert "\x1b" not in stream.getvalue()
     assert r"a\x1b[2J: data: \x1b]0;owned\x07.txt is not used" in stream.getvalue()
-    assert console.page("a\x1b[2J\nb") == "a\\x1b[2J\nb"
+    console.show("a\x1b[2J\nb", "c")
+    assert capsys.readouterr().out == "a\\x1b[2J\\nb\nc\n"

@@ -17,7 +17,7 @@ import pytest
 import clipq_ray
 from clipq_ray import loading, manifest, pipeline, rounds, tables
 from clipq_ray.batch import compress
-from clipq_ray.choice import choose_for_bytes
+from clipq_ray.choice import choose, choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
@@ -412,12 +412,26 @@ def test_a_size_that_the_search_did_not_have_is_said_where_the_plan_was_to_be_sm
     planned: int | None, said: str | None
 ) -> None:
     """A further round plans for less than was asked for where files turn out larger than predicted, and for more where they turn out smaller."""
+    from test_choice import TRIALS
+
     outcome = Outcome(1000, 900, 950, Drop(0.0, -1.0, 1.0, 500), 1)
-    one: Any = SimpleNamespace(on_the_way=False, outcome=outcome, planned=planned)
+    mildest = choose(TRIALS, 1e-4)
+    one: Any = SimpleNamespace(
+        on_the_way=False,
+        outcome=outcome,
+        planned=planned,
+        choice=mildest,
+        searched=SimpleNamespace(trials=TRIALS),
+    )
     run: Any = SimpleNamespace(notes=[], reporter=Reporter(quiet=True))
     rounds._say_smallest(run, rounds.Rounds(Intent("bytes", 1000.0), None, (one,)))  # type: ignore[arg-type]
     words = f"asked for 1,000 bytes; the nearest that the search measured{said} were taken, 900 bytes before training"
     assert run.notes == [words] * (said is not None)
+    if said:  # but where there are milder ones, and where no size is promised
+        one.choice = choose(TRIALS, 1e6)
+        for intent in (Intent("bytes", 1000.0), Intent("max_drop", 0.5)):
+            rounds._say_smallest(run, rounds.Rounds(intent, None, (one,)))  # type: ignore[arg-type]
+        assert run.notes == [words]
 
 
 def test_a_size_that_no_round_was_made_for_is_not_said_to_have_been_asked_for() -> None:

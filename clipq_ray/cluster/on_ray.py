@@ -3,9 +3,8 @@
 Training: one TorchTrainer (Train V2, DDP; NCCL on GPUs, gloo on CPUs), restarted from the last checkpoint in the store when a worker or a node is
 lost, and another one where Ray gives it up and `failures` does not. The search is `ray_search`.
 
-Without a running cluster, Ray starts on this machine and ends with the job; its logs are kept where something failed. Ray's own storage is a temporary folder on one machine, and on a
-cluster `_work` of the run for trainings and `_ray` in a stage for a search, removed at its
-end or before the next one; nothing that must last lies there, since Tune pickles. Not covered: several searches at a time on one cluster; the
+Without a running cluster, Ray starts on this machine and ends with the job; its logs are kept where something failed. Ray's own storage is a temporary folder of the
+job, on a cluster `_work` of the run for trainings; nothing that must last lies there, since Tune pickles. Not covered: several searches at a time on one cluster; the
 next job's waits.
 """
 

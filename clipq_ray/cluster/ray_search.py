@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,8 +121,15 @@ def _item(place: tuple[int, int]) -> str:
 class _Steps(tune.Callback):  # type: ignore[misc]
     """Says in one line what Tune says in a page: a trial was lost and is started again. Ends Tune's loop where nobody waits for it any more."""
 
-    def __init__(self, tasks: Sequence[SearchTask], places: Sequence[tuple[int, int]], apart: Apart) -> None:
-        self._tasks, self._places, self._apart = tasks, places, apart
+    def __init__(
+        self,
+        tasks: Sequence[SearchTask],
+        places: Sequence[tuple[int, int]],
+        apart: Apart,
+        keeps: Callable[[], bool],
+    ) -> None:
+        """`keeps`: whether an actor is kept for a trial that begins now."""
+        self._tasks, self._places, self._apart, self._keeps = tasks, places, apart, keeps
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
     def __reduce__(self) -> Any:  # Tune pickles what it was given, and nobody reads it
@@ -130,7 +137,8 @@ class _Steps(tune.Callback):  # type: ignore[misc]
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         # where trainings have all the room Tune has nothing to wait for, and would take a whole core to find that out
-        idle = not any(trial.status in (trial.RUNNING, trial.PENDING) for trial in trials)
+        begun = any(trial.status in (trial.RUNNING, trial.PENDING) for trial in trials)
+        idle = not begun and not self._keeps()
         self._apart.check(_IDLE_SECONDS if idle else 0.0)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -195,7 +203,7 @@ def search(
         handout = HandOut(room, [number for number, _ in places], amounts, over, why)
         apart.check()
         _begin(tasks, places, watch.board)
-        steps = _Steps(tasks, places, apart)
+        steps = _Steps(tasks, places, apart, handout.keeps)
         try:
             with actors_lost():
                 _tuner(tasks, places, handout, steps, watch.board, folder).fit()

@@ -74,7 +74,9 @@ def open_data(
             validation_uri,
             data_root,
             memory_limit_bytes // 8,
-            Expected(found.class_names, int(train.labels.max(initial=-1)) + 1),
+            Expected(
+                found.class_names, 1 + max(int(one.labels.max(initial=-1)) for one in found.sources.values())
+            ),
             validation is not None,
         )
         notes += more
@@ -214,7 +216,11 @@ def _validation(
         raise DataError(
             f"expected validation data with the classes of the training data, got other names or another order at {uri}; give matching data"
         )
-    _check_order(other, uri, expected.count or 0, expected.names)
+    folders = any(isinstance(one, ImageFiles) for one in other.sources.values())
+    if folders and not expected.names and len(other.class_names) < (expected.count or 0):
+        raise DataError(
+            f"expected a folder for each of {expected.count} classes at {uri}, got {len(other.class_names)}; give all of them"
+        )
     split = next((one for one in ("validation", "test", "train", "any") if one in other.sources), None)
     if split is None:
         raise DataError(f"expected labelled validation images at {uri}, found none; check the URI")

@@ -78,7 +78,7 @@ def hold_out(
         count = min(max(2, len(labels) // 10), MOST_VALIDATION_IMAGES, len(labels) - 1)
     if not 1 <= count < len(labels):
         raise ConfigError(
-            f"expected 2 to {len(labels) - 1} validation images out of {len(labels)} training images, got {count}"
+            f"expected at most {len(labels) - 1} validation images out of {len(labels)} training images, got {count}"
         )
     held = stratified(labels, count, seed, "validation", groups, left=1)
     return np.setdiff1d(np.arange(len(labels)), held), held

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clipq_ray import problems
-from clipq_ray.errors import ClipqError, ModelError, brief
+from clipq_ray.errors import ClipqError, ModelError, brief, from_signal
 from clipq_ray.models.small import CifarResNet, LeNet5, LeNet5Caffe, LeNet300100
 
 
@@ -181,6 +181,8 @@ def build(architecture: Architecture, *, allow_import: bool = False) -> nn.Modul
     except ClipqError:
         raise
     except (Exception, SystemExit) as error:  # constructors raise whatever they like
+        if from_signal(error):
+            raise
         raise ModelError(
             f"{name} cannot be built with {kwargs!r:.500}: {brief(error)}; check --model-args"
         ) from error
@@ -206,6 +208,8 @@ def imported(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), function)
     except (Exception, SystemExit) as error:  # importing runs the user's module, which does whatever it likes
+        if from_signal(error):
+            raise
         raise ModelError(
             f"expected an importable package.module:function, got {name!r} ({brief(error)}); is its folder on PYTHONPATH?"
         ) from error

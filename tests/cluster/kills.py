@@ -182,7 +182,7 @@ def left_over(storage: Path) -> list[str]:
     (run,) = manifest.committed(Store(storage))
     problems = manifest.verify(run.store)
     inside = Store(storage).names()
-    unfinished = re.compile(r"/_work/|/_making/|/claim-|/partial-|/error\.json|/_ray/")
+    unfinished = re.compile(r"/_work/|/_making/|/claim-|/partial-|/error\.json")
     return problems + [name for name in inside if unfinished.search("/" + name)]
 
 

@@ -176,6 +176,10 @@ def test_folders_that_are_not_all_classes_decide_nothing_beside_data_without_nam
     write(tmp_path, {f"own/{name}/1.png": png(number) for number, name in enumerate(CLASSES[1:])})
     with refused(DataError, match=r"expected a folder for each of 3 classes at .*own, got 2; give all"):
         opened(str(tmp_path / "rows"), validation_uri=str(tmp_path / "own"))
+    # a class that training images lack
+    write(tmp_path / "rows", {"test.parquet": parquet([png(200 + at) for at in range(4)], [0, 1, 2, 3], ())})
+    write(tmp_path, {f"four/{name}/1.png": png(number) for number, name in enumerate("abcd")})
+    assert opened(str(tmp_path / "rows"), validation_uri=str(tmp_path / "four")).classes == 4
 
 
 def test_folders_called_by_numbers_in_an_order_that_nobody_knows_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,11 @@ def own_function(width: int) -> nn.Module:
 
 def not_a_network() -> int:
     return 3
+
+
+def interrupted() -> nn.Module:
+    signal.raise_signal(signal.SIGTERM)
+    return nn.Identity()
 
 
 def leaving() -> nn.Module:
@@ -235,6 +241,20 @@ def test_a_function_that_gives_no_network_is_refused_by_name(
     with refused(ModelError, match=words) as caught:
         build(Architecture(name), allow_import=True)
     assert name in str(caught.value)
+
+
+def test_a_signal_while_a_network_is_built_is_no_mistake_of_the_network() -> None:
+    """As Ray's workers have it: the process ends, and the work is another's."""
+
+    def leave(number: int, frame: Any) -> None:
+        sys.exit(1)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with pytest.raises(SystemExit):
+            build(Architecture(f"{__name__}:interrupted"), allow_import=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # Building
