@@ -11,6 +11,9 @@ from clipq_ray.groups import Group, by_layer
 from clipq_ray.plan import Theta
 from clipq_ray.search import Trial
 
+MILDEST, STEEPEST = 1e-4, 1e6
+"""Lambdas beyond which no choice is another one."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -48,7 +51,7 @@ def choose(trials: Mapping[str, Sequence[Trial]], tradeoff: float) -> Choice:
 def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int, *, nearest: bool = False) -> Choice:
     """The smallest lambda whose choice takes at most `budget` bytes; the largest lambda's where none does. `nearest`: where measured points leave a gap around
     `budget`, the choice above it if that is nearer, by ratio."""
-    low, high = 1e-4, 1e6
+    low, high = MILDEST, STEEPEST
     best, above = choose(trials, high), choose(trials, low)
     if best.bytes > budget:
         return best

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from clipq_ray import fitting, packing, stages
-from clipq_ray.choice import Choice, choose, choose_for_bytes
+from clipq_ray.choice import MILDEST, Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
 from clipq_ray.errors import DivergedError
 from clipq_ray.evaluate import Evaluation
@@ -276,7 +276,7 @@ def _say_smallest(run: Run, made: Rounds) -> None:
         return
     mildest = (
         made.intent.kind == "bytes"
-        and choose(made.best.searched.trials, 1e-4).bytes <= made.best.choice.bytes
+        and choose(made.best.searched.trials, MILDEST).bytes <= made.best.choice.bytes
     )
     if outcome.predicted <= planned and not (mildest and outcome.predicted < _FAR * planned):
         return

@@ -158,9 +158,9 @@ class Source:
             raise ModelError(
                 "expected parameters to fine-tune, got a network without any that has requires_grad; call .requires_grad_(True) on it first"
             )
-        self._check_training(network)
-        found = inventory(self.network(), images, self.config.keep)
+        found = inventory(network, images, self.config.keep)
         grouped(network, [layer.name for layer in found.layers], self.config.groups)
+        self._check_training(network)
         fewer = outputs > data.classes and self.weights_origin() not in ("train", "random")
         return [
             f"the network tells {outputs} classes apart and the data {data.classes}: labels must be the network's numbers, so folders of all its classes, or --model-args that say how many there are"

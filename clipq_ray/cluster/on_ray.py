@@ -85,9 +85,6 @@ def _train(task: TrainTask, board: Any, *decoding: int) -> None:
 
     board.begin.remote(task.stage, task.stage, Worker.here(), rank.rank, rank.world)
 
-    if rank.rank == 0 and (group := ray.util.get_current_placement_group()) is not None:
-        board.hold.remote(group)
-
     def progress(done: int, total: int, words: str) -> None:
         if rank.rank == 0:
             board.write.remote(task.stage, done, total, words)

@@ -78,7 +78,7 @@ class _Board:
         return len(self._workers)
 
     def hold(self, group: PlacementGroup) -> None:
-        """Workers that have begun hold this of the cluster."""
+        """Workers that are there hold this of the cluster, whether they have begun or not."""
         self._groups.append(group)
 
     def held(self) -> list[PlacementGroup]:
