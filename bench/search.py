@@ -29,11 +29,12 @@ from bench.joint import layers_of, trained
 from bench.record import RESULTS, Row, row, write
 from clipq_ray import network, seeds
 from clipq_ray.acquisition import Candidates
+from clipq_ray.aim import LADDER
 from clipq_ray.data import open_data
 from clipq_ray.groups import Group
 from clipq_ray.plan import Theta
 from clipq_ray.quantizer import decide_share, quantize
-from clipq_ray.search import LADDER, LayerEvaluator, Settings, Trial, suggest
+from clipq_ray.search import LayerEvaluator, Settings, Trial, suggest
 from clipq_ray.work import search_images
 
 UNITS = RESULTS / "search-units"

@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.record import RESULTS, Row, row, write
 from clipq_ray import models, network
+from clipq_ray.aim import LADDER
 from clipq_ray.cluster.engine import Engine, LocalEngine
 from clipq_ray.cluster.on_ray import RayEngine
 from clipq_ray.config import make
 from clipq_ray.groups import grouped
-from clipq_ray.search import LADDER, Settings, Trial
+from clipq_ray.search import Settings, Trial
 from clipq_ray.source import Source
 from clipq_ray.states import WEIGHTS, write_state
 from clipq_ray.storage import Store

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.record import RESULTS, Row, row, write
 from clipq_ray import codec, loading, models, network, packing, search
+from clipq_ray.aim import LADDER
 from clipq_ray.choice import choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
@@ -73,7 +74,7 @@ class Bench:
         output = RESULTS / "search-global-units" / f"search-e{self.given.evaluations}-seed{self.seed}"
         groups = grouped(self.model, self.layers, ())
         settings = search.Settings(
-            config.search_evaluations, config.search_start, search.LADDER, self.seed, config.search_stop_gain, config.search_loss_share
+            config.search_evaluations, config.search_start, LADDER, self.seed, config.search_stop_gain, config.search_loss_share
         )  # fmt: skip
         task = SearchTask(
             self.source, self.initial.uri, groups, settings, config.search_images, self.inventory.bytes_before, Store(output).uri

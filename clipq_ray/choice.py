@@ -4,7 +4,7 @@ section 3.2). Pure decisions on what `search` measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clipq_ray.groups import Group, by_layer
@@ -62,21 +62,25 @@ def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int, *, near
             best, high = choice, middle
         else:
             above, low = choice, middle
-    best = _fill(best, trials, budget)
+    best = _fill(best, trials, budget, lambda trial: trial.error)
+    if above.bytes <= budget:  # no lambda is as mild: errors tie, and losses say what else helps
+        best = _fill(best, trials, budget, lambda trial: trial.loss)
     # the product, since a ratio may be of 0 bytes
     return above if nearest and budget**2 > above.bytes * best.bytes and above.bytes > budget else best
 
 
-def _fill(choice: Choice, trials: Mapping[str, Sequence[Trial]], budget: int) -> Choice:
-    """Spend what a jump between two lambdas leaves of the budget: the most error removed per byte first."""
+def _fill(
+    choice: Choice, trials: Mapping[str, Sequence[Trial]], budget: int, harm: Callable[[Trial], float]
+) -> Choice:
+    """Spend what is left of the budget, as between two lambdas: the most `harm` removed per byte first."""
     chosen = dict(choice.trials)
     left = budget - choice.bytes
     while True:
         steps = [
-            ((chosen[layer].error - point.error) / max(point.bytes - chosen[layer].bytes, 1), layer, point)
+            ((harm(chosen[layer]) - harm(point)) / max(point.bytes - chosen[layer].bytes, 1), layer, point)
             for layer, points in trials.items()
             for point in _whole(points)
-            if point.error < chosen[layer].error and point.bytes - chosen[layer].bytes <= left
+            if harm(point) < harm(chosen[layer]) and point.bytes - chosen[layer].bytes <= left
         ]
         if not steps:
             return Choice(choice.tradeoff, chosen)

@@ -144,9 +144,14 @@ def best(intent: Intent, outcomes: Sequence[Outcome]) -> int:
     return min(range(len(outcomes)), key=lambda index: (outcomes[index].drop.points, outcomes[index].bytes))
 
 
+def may_add(intent: Intent) -> float:
+    """The one-shot error, summed over layers, that may do for a first round of a promised drop; as a fraction."""
+    return START_ERROR + 5 * intent.value / 100
+
+
 def harmless(intent: Intent, chosen: Callable[[float], T], error: Callable[[T], float]) -> T:
     """What is `chosen` at the largest lambda whose one-shot `error` may do for a first round; where even the mildest has more, that."""
-    allowed = START_ERROR + 5 * intent.value / 100
+    allowed = may_add(intent)
     mildest, *others = map(float, np.geomspace(1e-4, 1e6, 200))
     found = chosen(mildest)
     for tradeoff in others:

@@ -31,14 +31,16 @@ from clipq_ray import (
     stages,
     together,
 )
+from clipq_ray.aim import Aim
 from clipq_ray.cluster.engine import Engine
 from clipq_ray.consistency import idle
 from clipq_ray.errors import FormatError, HeldError, RunError, StorageError
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group, grouped
+from clipq_ray.making import Given, Round
 from clipq_ray.operator import make_plan
 from clipq_ray.progress import Reporter
-from clipq_ray.searching import Search, Searched, lambdas, original_error, planned, sample, scoring_images
+from clipq_ray.searching import Search, Searched, original_error, planned, sample, scoring_images
 from clipq_ray.source import Source
 from clipq_ray.stages import Run, scored
 from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
@@ -200,8 +202,8 @@ def _ready(
     for note in packing.size_notes(source, model, inventory, run.data):
         run.notes.append(note)
         run.reporter.say(f"options: {note}")
-    wanted = lambdas(config, inventory.bytes_before)
-    search = planned(run, model, weights, inventory, groups, images, tradeoffs=wanted)
+    aim = Aim.of(config, inventory.bytes_before)
+    search = planned(run, model, weights, inventory, groups, images, aim)
     return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)
 
 
@@ -212,7 +214,7 @@ class Opened:
     prepared: Prepared
     control: Store | None
     dense: Mapping[str, Evaluation | None]
-    given: rounds.Given
+    given: Given
 
     @property
     def reference(self) -> Store:
@@ -266,7 +268,7 @@ def open_rounds(given: Prepared) -> Opened:
     sha256 = models.weights_sha256(read_state(weights))
     return Opened(
         given, control, dense,
-        rounds.Given(searched, given.groups, weights, given.inventory, reference, sha256, given.work),
+        Given(searched, given.groups, weights, given.inventory, reference, sha256, given.work),
     )  # fmt: skip
 
 
@@ -397,7 +399,7 @@ def _dense(run: Run, control: Store | None) -> dict[str, Evaluation | None]:
 
 def _scores(
     run: Run,
-    best: rounds.Round,
+    best: Round,
     baseline: Mapping[str, Evaluation | None],
     dense: Mapping[str, Evaluation | None],
 ) -> results.Scores:
@@ -407,7 +409,7 @@ def _scores(
     return results.Scores(dict(baseline), dict(dense), compressed)
 
 
-def _together(given: Prepared, best: rounds.Round) -> dict[str, Any]:
+def _together(given: Prepared, best: Round) -> dict[str, Any]:
     """The front of the whole network, and how far the groups' errors add up, from the weights that were searched."""
     model, config, searched = given.run.source.network(), given.run.config, best.searched
     put_state(model, read_state(searched.weights))
@@ -419,7 +421,7 @@ def _together(given: Prepared, best: rounds.Round) -> dict[str, Any]:
     return together.document(together.front(searched.trials, searched.error), found)
 
 
-def _curves(best: rounds.Round, control: Store | None) -> dict[str, Any]:
+def _curves(best: Round, control: Store | None) -> dict[str, Any]:
     def rows(store: Store | None) -> list[dict[str, Any]]:
         return read_record(store, CURVE)["curve"] if store else []
 

@@ -24,6 +24,7 @@ from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import without
 from clipq_ray.groups import grouped
+from clipq_ray.intent import Intent
 from clipq_ray.operator import Operator, make_plan
 from clipq_ray.pipeline import inputs_of
 from clipq_ray.plan import Theta
@@ -145,7 +146,12 @@ def _planned(source: Source) -> Plan:
         + (f" in {len(groups)} groups" if config.groups else ""),
         f"data        {data.description}: {images:,} training, {held:,} validation images",
         f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: {bound} {_clock(search_seconds)}"
-        + (f", {trials} at a time" if trials > 1 else ""),
+        + (f", {trials} at a time" if trials > 1 else "")
+        + (
+            "; once more where nothing measured is mild enough"
+            if Intent.of(config, found.bytes_before).kind == "max_drop"
+            else ""
+        ),
     ]
     total = search_seconds
     for one in its_trainings:

@@ -27,28 +27,12 @@ from torch import nn
 
 from clipq_ray import codec, seeds
 from clipq_ray.acquisition import Candidates, Point, propose, start_point
+from clipq_ray.aim import START
 from clipq_ray.data import Split
 from clipq_ray.groups import Group
 from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 from clipq_ray.prefix import LayerScores
 from clipq_ray.quantizer import decide_share, quantize
-
-LADDER = (2.0, 8.0, 32.0)
-"""The lambdas that share a search: around them lie the choices for 8- to 40-fold smaller networks (measured on
-ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda among them needs no other search."""
-
-STEEP = (128.0, 512.0)
-"""Further ones where a file is to be more than `LADDER_RATIO` times smaller: there the choices of one run lie between 3 and 330 (bench/LOG.md)."""
-
-LADDER_RATIO = 160.0
-"""Up to this ratio `LADDER` suffices."""
-
-START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
-"""The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
-lost, the point that saves the most; further ones are drawn at random."""
-
-START_AGAIN = (0.0, 0.25, 0.1, 0.5, 0.05, 0.75, 0.02, 0.9, 0.35, 0.17)
-"""The same where a network is searched that is compressed already: the share is that of the weights as they are, and the first point moves them least."""
 
 TOO_FAR = 0.1
 """A layer of which no start point is within so much of the original's error [fraction of images] has nowhere to begin from, and looks the same everywhere: it gets
@@ -75,7 +59,8 @@ class Settings:
     """How one layer is searched; `tradeoffs` are the lambdas that steps take turns over.
 
     A layer (or a group of them) ends before `evaluations` when at no lambda a further one is expected to lower the objective by as much as an error on `stop_gain`
-    images would raise it; 0 switches that off. `loss_share`: how far the loss stands for the error in the model; 0 leaves the paper's eps.
+    images would raise it; 0 switches that off. `loss_share`: how far the loss stands for the error in the model; 0 leaves the paper's eps. `shares`: of the weights' energy,
+    what each of the first points may lose; further ones of the `start` are drawn at random.
     `early_stop`: end evaluations that cannot win at the one lambda there is. `again`: the network is compressed already.
     """
 
@@ -87,16 +72,11 @@ class Settings:
     loss_share: float = 0.5
     early_stop: bool = False
     again: bool = False
+    shares: tuple[float, ...] = START
 
     def __post_init__(self) -> None:
         if self.early_stop and len(self.tradeoffs) != 1:
             raise ValueError(f"expected one lambda where evaluations end early, got {self.tradeoffs}")
-
-
-def ladder(ratio: float) -> tuple[float, ...]:
-    """The lambdas for a network that is to be `ratio` times smaller: where files are so many times smaller, the same share of a file is so many times fewer
-    of the network's bits, and lambda, which prices these, so much larger for the layers that have most of what is left."""
-    return LADDER if ratio <= LADDER_RATIO else LADDER + STEEP
 
 
 @dataclass(frozen=True)
@@ -162,7 +142,7 @@ def suggest(trials: Sequence[Trial], layer: str, settings: Settings, known: Cand
     turn = step % len(settings.tradeoffs)
     seed = seeds.derive(settings.seed, "search", layer, step)
     if step < settings.start:
-        shares = START_AGAIN if settings.again else START
+        shares = settings.shares
         fixed = start_point(free, shares[step]) if step < len(shares) else seed % len(free.thetas)
         return Suggestion(free.thetas[fixed], "start", settings.tradeoffs[turn])
     whole = trials[0].images  # the first evaluation of a layer has nothing to lose against

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from clipq_ray import identity, models, search, sharing, stages
+from clipq_ray.aim import START_AGAIN, Aim
 from clipq_ray.cluster.engine import Done, Engine
-from clipq_ray.config import Config
 from clipq_ray.data import Split
 from clipq_ray.errors import ClipqError, HeldError, StorageError
 from clipq_ray.groups import Group, work
-from clipq_ray.intent import Intent
 from clipq_ray.network import Inventory
 from clipq_ray.operator import bake
 from clipq_ray.plan import Plan
@@ -89,15 +88,16 @@ class Search:
 
 def planned(
     run: Run, model: nn.Module, weights: Store, inventory: Inventory, groups: Sequence[Group], images: Tensor,
-    plan: Plan | None = None, tradeoffs: tuple[float, ...] = search.LADDER, time_share: float = 1.0,
+    aim: Aim, plan: Plan | None = None, time_share: float = 1.0,
 ) -> Search:  # fmt: skip
-    """What is to be searched; `images`: float32 (n, c, h, w), a few for the order of the groups; `plan`: of the other layers; `time_share`: of the time that
+    """What is to be searched; `images`: float32 (n, c, h, w), a few for the order of the groups; `aim`: where to look; `plan`: of the other layers; `time_share`: of the time that
     a search may take before a deadline."""
     config = run.config
-    lambdas = (config.tradeoff,) if config.search_early_stop and config.tradeoff else tradeoffs
+    lambdas = (config.tradeoff,) if config.search_early_stop and config.tradeoff else aim.tradeoffs
     settings = search.Settings(
         config.search_evaluations, min(config.search_start, config.search_evaluations), lambdas, config.seed,
         config.search_stop_gain, config.search_loss_share, config.search_early_stop, plan is not None,
+        START_AGAIN if plan else aim.start,
     )  # fmt: skip
     inputs = {
         "architecture": identity.of_network(run.source),
@@ -116,17 +116,6 @@ def planned(
     return Search(run, key, task)
 
 
-def lambdas(config: Config, bytes_before: int) -> tuple[float, ...]:
-    """The lambdas of the search before all rounds, which serves the steepest size that is wanted but where further searches on the way to it do. Members of an ensemble
-    with one intent have no size of their own, and none of them steep lambdas."""
-    intent = Intent.of(config, bytes_before)
-    if intent.kind == "tradeoff":
-        return search.LADDER if intent.value <= max(search.LADDER) else search.LADDER + search.STEEP
-    if intent.kind != "bytes" or (config.rungs > 1 and config.search_again):
-        return search.LADDER
-    return search.ladder(bytes_before / intent.value)
-
-
 def search_again(
     run: Run,
     weights: Store,
@@ -143,8 +132,25 @@ def search_again(
     weights of fine-tuning are no network of their own: what was trained are the quantized ones."""
     model = run.source.network()
     put_state(model, read_state(weights))
-    one = planned(run, model, weights, inventory, groups, sample(run), plan, search.ladder(ratio), time_share)
-    ended: list[ClipqError] = []
+    one = planned(run, model, weights, inventory, groups, sample(run), Aim.at(ratio), plan, time_share)
+    trials = _made(one)
+    bake(model, plan)
+    return Searched(trials, weights, plan, original_error(run, model))
+
+
+def search_milder(
+    run: Run, before: Searched, inventory: Inventory, groups: Sequence[Group], ratio: float
+) -> Searched:
+    """Search the weights of a search once more, where a file `ratio` times smaller is decided: which size a promised drop allows is not known before."""
+    model = run.source.network()
+    put_state(model, read_state(before.weights))
+    one = planned(run, model, before.weights, inventory, groups, sample(run), Aim.at(ratio), time_share=0.5)
+    return replace(before, trials=_made(one))
+
+
+def _made(one: Search) -> dict[str, list[search.Trial]]:
+    """The trials of a search that is made between two rounds, or was."""
+    run, ended = one.run, list[ClipqError]()
 
     def done(number: int, error: ClipqError | None) -> None:
         ended.extend([error] if error is not None else [])
@@ -153,8 +159,7 @@ def search_again(
         search_all([one], run.engine, run.reporter, done)
     if ended:
         raise ended[0]
-    bake(model, plan)
-    return Searched(one.trials(), weights, plan, original_error(run, model))
+    return one.trials()
 
 
 def search_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -77,3 +78,19 @@ def test_a_bound_is_chosen_at_no_lambda_and_fills_no_budget() -> None:
     for tradeoff in (0.0, 1.0, 100.0):
         assert choose(trials, tradeoff) == choose(TRIALS, tradeoff)
     assert choose_for_bytes(trials, 900) == choose_for_bytes(TRIALS, 900)
+
+
+def test_a_budget_that_no_lambda_spends_goes_to_the_losses_where_errors_tie() -> None:
+    """Of a mild size few of the images that are scored tell points apart."""
+    points = [
+        replace(BASE, step=step, error=0.01, loss=loss, bytes=size, saved=1 - size / 10_000)
+        for step, (size, loss) in enumerate(((1000, 0.3), (2000, 0.1), (3000, 0.05), (4000, math.nan)))
+    ]
+    assert [choose_for_bytes({"a": points}, budget).bytes for budget in (1500, 2500, 10**6)] == [
+        1000,
+        2000,
+        3000,
+    ]
+    # where a lambda decides, losses do not
+    better = replace(points[0], step=9, error=0.001, bytes=5000, saved=0.5)
+    assert choose_for_bytes({"a": [*points, better]}, 4999).bytes == 1000

@@ -66,8 +66,12 @@ def test_a_dry_run_says_how_its_search_is_timed(tmp_path: Any, monkeypatch: pyte
         ]
         return line.partition("images: ")[2]
 
-    assert search(engine="local", search_parallel=5) == "about 15.0 min"
-    assert search(search_parallel=3) == "about 5.0 min, 3 at a time"
+    assert search(engine="local", search_parallel=5, target_ratio=20) == "about 15.0 min"
+    assert search(search_parallel=3, target_ratio=20) == "about 5.0 min, 3 at a time"
+    assert (
+        search(engine="local", max_drop=1)
+        == "about 15.0 min; once more where nothing measured is mild enough"
+    )
 
 
 def test_steps_on_images_of_any_size_are_timed_as_batch_norm_takes_them(

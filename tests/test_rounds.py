@@ -24,6 +24,7 @@ from clipq_ray.data import open_data
 from clipq_ray.errors import DivergedError, RunError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.intent import MOST_SHRUNK, SPARE, Drop, Intent, Outcome
+from clipq_ray.making import Making
 from clipq_ray.pipeline import Result
 from clipq_ray.places import Costs
 from clipq_ray.progress import Reporter
@@ -91,41 +92,6 @@ def test_what_a_round_shrank_by_is_known_to_the_next(promised: tuple[Path, Resul
         assert 0 <= planned - one["predicted_bytes"] < next_larger - taken
 
 
-def test_each_round_is_held_at_what_it_is_asked_for() -> None:
-    def held(intent: Intent, requested: int, rungs_left: int, **options: Any) -> int | None:
-        source = SimpleNamespace(config=make(**{"hold_size": True, "target_bytes": 1500, **options}))
-        making = rounds.Making.__new__(rounds.Making)
-        making.run, making.given = (
-            SimpleNamespace(config=source.config, source=source),
-            SimpleNamespace(inventory=None),
-        )  # type: ignore[assignment]
-        making._intent, making.done = intent, []
-        size = making.size(requested, rungs_left)
-        return size and size.bytes
-
-    size = Intent("bytes", 1500)
-    assert held(size, 12000, 3) == 12000
-    assert held(size, 2143, 1) == 2143
-    assert held(size, 1500, 0) == 1477
-    assert held(size, 1500, 0, level_epochs=3) == 1440
-    assert held(size, 1400, 0) == 1400
-    assert held(Intent("max_drop", 1.0), 1500, 0) is None
-    assert held(size, 1500, 0, hold_size=False) is None
-
-
-def test_what_a_file_holds_besides_layers_is_not_taken_for_their_growth() -> None:
-    """Layers of 30,000 bytes that ended at 32,400, and 4,000 for the rest that turned out as 3,000."""
-    making = rounds.Making.__new__(rounds.Making)
-    drop = Drop(0.0, 0.0, 0.0, 100)
-    outcome = Outcome(34_000, 34_000, 35_400, drop, 1)
-    making.done = [SimpleNamespace(outcome=outcome, choice=SimpleNamespace(bytes=30_000))]  # type: ignore[list-item]
-    making.other = 3_000
-    planned = making.planned(34_500)
-    assert planned is not None
-    assert planned - making.other < 30_000 * 34_500 / 35_400
-    assert making.planned(None) is None
-
-
 def test_a_size_that_is_mild_itself_is_asked_for_as_without_rungs(
     promised: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,26 +99,6 @@ def test_a_size_that_is_mild_itself_is_asked_for_as_without_rungs(
     for wanted, first in ((1500, (1477,)), (500, (1000, 707, 500))):
         config = make(target_bytes=wanted, rungs=3)
         assert rounds._requests(Intent("bytes", wanted), None, 0, config) == first  # type: ignore[arg-type]
-
-
-def test_the_same_plan_held_at_another_size_is_another_round() -> None:
-    from test_choice import TRIALS
-
-    tried = choose_for_bytes(TRIALS, 900)
-    making = rounds.Making.__new__(rounds.Making)
-    making.run = SimpleNamespace(config=make(target_bytes=1500, hold_size=True), source=None)  # type: ignore[assignment]
-    making.given, making._intent = SimpleNamespace(inventory=None), Intent("bytes", 1500)  # type: ignore[assignment]
-    packed = SimpleNamespace(precision=None)
-    making.done = [SimpleNamespace(choice=tried, held=3000, on_the_way=True, packed=packed)]  # type: ignore[list-item]
-    assert making.made(tried, 3000, 1)
-    assert not making.made(tried, 1500, 0)
-    assert not making.made(choose_for_bytes(TRIALS, 10**9), 3000, 1)
-
-
-def test_rounds_behind_the_size_are_short_also_where_rungs_were_left_out() -> None:
-    config = make(target_bytes=1500, rungs=4, epochs=20, rung_epochs=3, round_epochs=5, learning_rate=0.1)
-    told = [rounds._schedule(config, *given) for given in ((3, False), (0, False), (0, True))]
-    assert [(one.epochs, one.learning_rate) for one in told] == [(3, 0.1), (20, 0.1), (5, 0.05)]
 
 
 def test_rungs_that_choose_the_same_plan_are_made_once_and_the_last_one_in_full(
@@ -386,7 +332,7 @@ def test_where_the_next_size_has_been_tried_the_one_behind_it_is(points: float, 
     tried = choose_for_bytes(TRIALS, 900)
 
     def making(*outcomes: Outcome) -> Any:
-        made = rounds.Making.__new__(rounds.Making)
+        made = Making.__new__(Making)
         made.searched, made.other = SimpleNamespace(trials=TRIALS), 0  # type: ignore[assignment]
         made._intent = None
         made.done = [

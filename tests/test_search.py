@@ -14,6 +14,7 @@ from torch import nn
 
 from clipq_ray import codec
 from clipq_ray.acquisition import Candidates
+from clipq_ray.aim import LADDER, START, START_AGAIN
 from clipq_ray.data import Preprocessing
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.evaluate import evaluate
@@ -22,15 +23,12 @@ from clipq_ray.operator import bake_keeping, make_plan
 from clipq_ray.plan import BITS_MAX, BITS_MIN, Theta
 from clipq_ray.quantizer import decide_share, quantize
 from clipq_ray.search import (
-    LADDER,
     RATES,
-    START,
     LayerEvaluator,
     Settings,
     Suggestion,
     Trial,
     exhausted,
-    ladder,
     milder,
     step_group,
     suggest,
@@ -359,7 +357,7 @@ def test_a_search_of_a_compressed_network_begins_where_that_is() -> None:
     before = evaluate(model, images(), batch_size=32)
     trials: list[Trial] = []
     for _ in range(4):
-        step_group(measures, alone("3.weight"), trials, replace(SETTINGS, again=True))
+        step_group(measures, alone("3.weight"), trials, replace(SETTINGS, again=True, shares=START_AGAIN))
     assert (trials[0].error, trials[0].loss) == (pytest.approx(1.0 - before.top1), before.loss)
     known = measures.known(alone("3.weight"))
     places = [known.thetas.index(theta) for theta in (trials[0].theta, Theta(0.72, 3))]  # they clip the same
@@ -381,12 +379,6 @@ def test_a_layer_that_the_plan_clips_whole_is_judged_by_its_full_precision_weigh
     ).known(alone("0.weight"))  # fmt: skip
     assert again.thetas == before.thetas
     np.testing.assert_allclose(again.distortion, before.distortion, rtol=1e-6)
-
-
-def test_a_network_that_is_to_be_hundreds_of_times_smaller_is_searched_at_larger_lambdas_too() -> None:
-    assert ladder(5.0) == ladder(160.0) == LADDER
-    assert ladder(161.0)[: len(LADDER)] == LADDER
-    assert min(ladder(161.0)[len(LADDER) :]) > max(LADDER)
 
 
 def test_an_evaluation_that_cannot_win_ends_and_is_a_bound() -> None:

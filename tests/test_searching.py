@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from clipq_ray import network
+from clipq_ray.aim import Aim
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.groups import grouped
 from clipq_ray.progress import Reporter
-from clipq_ray.search import LADDER, STEEP, Trial
-from clipq_ray.searching import DONE, Search, lambdas, planned, scoring_images
+from clipq_ray.search import Trial
+from clipq_ray.searching import DONE, Search, planned, scoring_images
 from clipq_ray.source import Source
 from clipq_ray.stages import Run
 from clipq_ray.states import WEIGHTS, write_state
@@ -33,7 +34,7 @@ def search(storage: Path, **options: Any) -> Search:
     images = torch.zeros(2, 1, 28, 28)
     inventory = network.inventory(model, images, ())
     groups = grouped(model, [layer.name for layer in inventory.layers], ())
-    return planned(run, model, weights, inventory, groups, images)
+    return planned(run, model, weights, inventory, groups, images, Aim())
 
 
 def test_more_images_than_there_are_make_no_other_search(tmp_path: Path) -> None:
@@ -62,25 +63,3 @@ def test_what_a_deadline_cut_is_said_also_where_the_record_says_no_more_than_tha
     one.store.write(DONE, json.dumps({"late": late}).encode())
     assert [len(points) for points in one.trials().values()] == [2, 3, 4, 5, 6]
     assert [said in note for note in one.run.notes] == [True] if said else one.run.notes == []
-
-
-@pytest.mark.parametrize(
-    ("wanted", "steep"),
-    [
-        ({"target_ratio": 150}, False),
-        ({"target_ratio": 170}, True),
-        ({"target_bytes": 1000}, True),
-        ({"target_bytes": 1000, "rungs": 4, "search_again": True}, False),  # others serve the steep ones
-        ({"target_bytes": 1000, "search_again": True}, True),
-        ({"target_bytes": 1000, "rungs": 4}, True),
-        ({"tradeoff": 30.0}, False),
-        ({"tradeoff": 100.0}, True),
-        ({"max_drop": 0.5}, False),
-    ],
-)
-def test_the_search_before_all_rounds_looks_where_the_size_is_decided_that_it_serves(
-    wanted: dict[str, Any], steep: bool
-) -> None:
-    assert lambdas(make(model="lenet5", data="digits", **wanted), 200_000) == (
-        LADDER + STEEP if steep else LADDER
-    )

@@ -15,6 +15,7 @@ import torch
 from refusals import refused
 
 from clipq_ray import claims, network, sharing
+from clipq_ray.aim import Aim
 from clipq_ray.batch import compress, compress_all
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, LocalEngine
@@ -233,7 +234,13 @@ def search(run: Run, seed: int, **options: Any) -> Search:
     images = torch.zeros(2, 1, 28, 28)
     inventory = network.inventory(model, images, ())
     return planned(
-        run, model, weights, inventory, grouped(model, [one.name for one in inventory.layers], ()), images
+        run,
+        model,
+        weights,
+        inventory,
+        grouped(model, [one.name for one in inventory.layers], ()),
+        images,
+        Aim(),
     )
 
 

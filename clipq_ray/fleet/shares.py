@@ -36,8 +36,9 @@ from clipq_ray.intent import (
     step_on,
     to_ask,
 )
+from clipq_ray.making import Making
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
-from clipq_ray.rounds import Making, Rounds, Shared
+from clipq_ray.rounds import Rounds, Shared
 from clipq_ray.source import Source
 from clipq_ray.states import put_state, read_state
 from clipq_ray.work import prepare_process

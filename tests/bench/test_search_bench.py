@@ -8,8 +8,9 @@ import pytest
 from bench import search as bench
 from bench.search_engine import Found, early_rows, tune_rows
 from clipq_ray.acquisition import Candidates
+from clipq_ray.aim import LADDER
 from clipq_ray.plan import Theta
-from clipq_ray.search import LADDER, Trial
+from clipq_ray.search import Trial
 
 
 def trial(step: int, error: float, *, seconds: float = 1.0, images: int = 2000, bound: bool = False) -> Trial:
