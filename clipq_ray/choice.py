@@ -4,6 +4,7 @@ section 3.2). Pure decisions on what `search` measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,8 +64,10 @@ def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int, *, near
         else:
             above, low = choice, middle
     best = _fill(best, trials, budget, lambda trial: trial.error)
-    if above.bytes <= budget:  # no lambda is as mild: errors tie, and losses say what else helps
-        best = _fill(best, trials, budget, lambda trial: trial.loss)
+    if (
+        above.bytes <= budget
+    ):  # no lambda is as mild: by errors, of a few images by now, nothing more helps, and by losses it does (bench/LOG.md)
+        best = _fill(best, trials, budget, lambda trial: math.inf if math.isnan(trial.loss) else trial.loss)
     # the product, since a ratio may be of 0 bytes
     return above if nearest and budget**2 > above.bytes * best.bytes and above.bytes > budget else best
 

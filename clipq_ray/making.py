@@ -7,6 +7,7 @@ half the rate. Not covered: which sizes are asked for, and when it ends (`rounds
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from clipq_ray import fitting, packing, stages
-from clipq_ray.aim import LEAST_RATIO
-from clipq_ray.choice import MILDEST, Choice, choose
+from clipq_ray.aim import LEAST_RATIO, MILD_RATIO
+from clipq_ray.choice import MILDEST, Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
 from clipq_ray.groups import Group
@@ -34,7 +35,7 @@ from clipq_ray.optimizers import Schedule
 from clipq_ray.places import Costs
 from clipq_ray.plan import Plan
 from clipq_ray.rates import END, Ramp, looked_at
-from clipq_ray.searching import Searched, search_again, search_milder
+from clipq_ray.searching import Searched, search_again, search_once_more
 from clipq_ray.stages import Run
 from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import Store
@@ -44,9 +45,10 @@ from clipq_ray.training import Size, epochs_in, plan_after
 FAR = 0.8
 """Of what a plan may take: where the mildest points that were measured take less, they are said to be, and are not what a promised drop ends with."""
 
-MILDER_SEARCHES = 1
-"""Where a promised drop needs a larger file than anything that was measured, it is searched so often for `_MILDER` times as large ones."""
-_MILDER = 2.0
+_MILD = MILD_RATIO / 2
+"""The ratio at which a second search looks at most."""
+_FIRST = 2
+"""Of the mildest plan, the size at which it looks where that adds too much error for a first round."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Making:
         self.other = packing.other_bytes(run.source, self._model, given.inventory, run.data)
         self.searched = given.searched
         self.done: list[Round] = []
+        self._once_more = False
 
     def made(self, choice: Choice, requested: int | None, rungs_left: int = 0) -> bool:
         """Whether a round of this choice was made, held at the same size and trained as long: one on the way has fewer epochs."""
@@ -116,25 +119,29 @@ class Making:
             self.run, last.tuned, last.plan, self.given.inventory, self.given.groups, ratio, time_share
         )
 
-    def search_milder(self, intent: Intent, requested: int | None = None) -> None:
-        """Search the given weights once more, where a promised drop needs a larger file than any that was measured: one of `requested` bytes, or for the first round
-        where even the mildest points add more error than may do."""
-        if intent.kind != "max_drop" or self.searched is not self.given.searched:
+    def search_once_more(self, requested: int | None = None) -> None:
+        """Measure milder points of the given weights, where a promised drop needs a larger file than any that was measured: one of `requested` bytes, or for the
+        first round where even the mildest points add more error than may do. Once, since it takes as long as the search before it."""
+        intent, given = self._intent, self.given
+        if intent is None or intent.kind != "max_drop" or self._once_more or self.searched.plan is not None:
             return
-        given, mildest, wanted = self.given, choose(self.searched.trials, MILDEST), self.planned(requested)
-        largest = mildest.bytes + self.other
+        trials, wanted = self.searched.trials, self.planned(requested)
+        largest = choose_for_bytes(trials, sys.maxsize)
+        size = largest.bytes + self.other
         if wanted is None:
-            enough = added(mildest, self.searched.error) <= may_add(intent)
+            enough = added(choose(trials, MILDEST), self.searched.error) <= may_add(intent)
         else:
-            enough = largest >= FAR * wanted
-        if enough or largest * LEAST_RATIO > FAR * given.inventory.bytes_before:
+            enough = wanted <= size or (size >= FAR * wanted and not self.made(largest, requested))
+        if enough or size * LEAST_RATIO > FAR * given.inventory.bytes_before:
             return
-        ratio = max(LEAST_RATIO, given.inventory.bytes_before / (_MILDER * max(largest, wanted or 0)))
+        # of a network of which nothing as mild was measured, though it lies far out, milder points than its size alone would say
+        ratio = min(_MILD, given.inventory.bytes_before / (wanted or _FIRST * size))
         self.run.notes.append(
             f"search: nothing that was measured is mild enough, so once more for files {ratio:.1f} times smaller"
         )
         self.run.reporter.say(self.run.notes[-1])
-        self.searched = search_milder(self.run, self.searched, given.inventory, given.groups, ratio)
+        self._once_more = True
+        search_once_more(self.run, self.searched, given.inventory, given.groups, ratio)
 
     def make(self, choice: Choice, requested: int | None, rungs_left: int = 0) -> Round:
         """The next round; `requested`: the bytes of the file that were asked for; `rungs_left`: how many rounds are to follow it on the way to a size."""

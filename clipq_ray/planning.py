@@ -136,7 +136,9 @@ def _planned(source: Source) -> Plan:
     images, held = len(data.train), len(data.validation)
     groups = grouped(model, [layer.name for layer in found.layers], config.groups)
     its_trainings = trainings(source)
-    searches = 1 + config.search_again * sum(one.times for one in its_trainings if one.searched)
+    drop = source.ensemble is None and Intent.of(config, found.bytes_before).kind == "max_drop"
+    # a drop may need larger files than the first search is for
+    searches = 1 + drop + config.search_again * sum(one.times for one in its_trainings if one.searched)
     evaluations = config.search_evaluations * len(groups) * searches
     trials, bound = at_a_time(config, len(groups), on_gpu=device.type == "cuda")
     search_seconds = evaluations * min(config.search_images, images) * forward / trials
@@ -146,12 +148,7 @@ def _planned(source: Source) -> Plan:
         + (f" in {len(groups)} groups" if config.groups else ""),
         f"data        {data.description}: {images:,} training, {held:,} validation images",
         f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: {bound} {_clock(search_seconds)}"
-        + (f", {trials} at a time" if trials > 1 else "")
-        + (
-            "; once more where nothing measured is mild enough"
-            if Intent.of(config, found.bytes_before).kind == "max_drop"
-            else ""
-        ),
+        + (f", {trials} at a time" if trials > 1 else ""),
     ]
     total = search_seconds
     for one in its_trainings:

@@ -104,7 +104,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
     intent = Intent.of(run.config, given.inventory.bytes_before)
     making = Making(run, given, intent)
     done = making.done
-    making.search_milder(intent)
+    making.search_once_more()
     requested, *rungs = _requests(intent, making.searched, making.other, run.config)
     if run.config.rungs > 1 and not rungs:
         run.notes.append(
@@ -120,7 +120,7 @@ def run_rounds(run: Run, given: Given) -> Rounds:
         if done and requested is not None and run.config.search_again:
             making.search_again(requested, 1 / (1 + len(rungs)))
         elif done and requested is not None:
-            making.search_milder(intent, requested)
+            making.search_once_more(requested)
         choice, requested = _other_choice(intent, making, requested, on_the_way=bool(rungs))
         if not making.made(choice, requested, len(rungs)):
             try:

@@ -41,10 +41,17 @@ class Searched:
     """What a search has measured: its trials, of which weights, how the other layers were compressed meanwhile (None: not), and the top-1 error of the
     network so on the same images."""
 
-    trials: Mapping[str, Sequence[search.Trial]]
+    trials: Mapping[str, list[search.Trial]]
     weights: Store
     plan: Plan | None
     error: float
+
+    def add(self, trials: Mapping[str, Sequence[search.Trial]]) -> None:
+        """Further points of the same groups, weights and images; those that are there already are left out."""
+        for name, there in self.trials.items():
+            known = {trial.theta for trial in there if not trial.bound}
+            new = (trial for trial in trials[name] if trial.theta not in known)
+            there += [replace(trial, step=step) for step, trial in enumerate(new, len(there))]
 
 
 @dataclass(eq=False)
@@ -138,14 +145,15 @@ def search_again(
     return Searched(trials, weights, plan, original_error(run, model))
 
 
-def search_milder(
-    run: Run, before: Searched, inventory: Inventory, groups: Sequence[Group], ratio: float
-) -> Searched:
-    """Search the weights of a search once more, where a file `ratio` times smaller is decided: which size a promised drop allows is not known before."""
+def search_once_more(
+    run: Run, searched: Searched, inventory: Inventory, groups: Sequence[Group], ratio: float
+) -> None:
+    """Search the same weights where a file `ratio` times smaller is decided, and add the points to those that `searched` has: which size a promised drop allows is
+    not known before."""
     model = run.source.network()
-    put_state(model, read_state(before.weights))
-    one = planned(run, model, before.weights, inventory, groups, sample(run), Aim.at(ratio), time_share=0.5)
-    return replace(before, trials=_made(one))
+    put_state(model, read_state(searched.weights))
+    one = planned(run, model, searched.weights, inventory, groups, sample(run), Aim.at(ratio), time_share=0.5)
+    searched.add(_made(one))
 
 
 def _made(one: Search) -> dict[str, list[search.Trial]]:

@@ -74,7 +74,7 @@ TRIALS: pa.Schema = pa.schema(
         _column("layer", pa.string(), "", "what was compressed: a layer, or a group of them (column group of layers.parquet)"),
         _column(
             "round", pa.int32(), "",
-            "round of fine-tuning, from 1, before which it was measured (--search-again); null in runs before that", null=True,
+            "round of fine-tuning, from 1, before which it was measured (--search-again; a second search of the given weights counts with the first); null in runs before that", null=True,
         ),
         _column("step", pa.int32(), "", "number of the evaluation within the layer or group, from 0"),
         _column(

@@ -199,7 +199,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert console.run("compress", imported("compress").main) == 0
     printed = capfd.readouterr().out
     assert "61,706 parameters, 5 layers" in printed
-    assert "45 evaluations" in printed
+    assert "at most 90 evaluations" in printed  # a drop may need a second search
     assert "note        --rung-epochs has nothing to do with --rungs 1" in printed
     for word in ("baseline", "fine-tuning", "time", "disk", "nothing was done"):
         assert word in printed

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 from test_choice import TRIALS
 
-from clipq_ray import making
-from clipq_ray.aim import LADDER, LEAST_RATIO, Aim
+from clipq_ray import making, tables
+from clipq_ray.aim import LADDER, Aim
 from clipq_ray.batch import compress
-from clipq_ray.choice import MILDEST, choose, choose_for_bytes
+from clipq_ray.choice import MILDEST, Choice, choose, choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.intent import Drop, Intent, Outcome
 from clipq_ray.making import Making
 from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
+from clipq_ray.storage import Store
+
+DROP, TRIED = Intent("max_drop", 0.5), choose_for_bytes(TRIALS, 900)
 
 
 def test_each_round_is_held_at_what_it_is_asked_for() -> None:
@@ -78,42 +81,52 @@ def test_a_promised_drop_is_searched_once_more_where_nothing_mild_enough_was_mea
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[float] = []
-
-    def milder(run: Any, before: Any, inventory: Any, groups: Any, ratio: float) -> Any:
-        made.append(ratio)
-        return SimpleNamespace(trials=before.trials, error=before.error)
-
-    monkeypatch.setattr(making, "search_milder", milder)
+    monkeypatch.setattr(making, "search_once_more", lambda *given: made.append(given[-1]))
+    largest = choose_for_bytes(TRIALS, 10**9)
     mildest = choose(TRIALS, MILDEST)
     least = sum(trial.error for trial in mildest.trials.values()) / len(mildest.trials)
 
     def ratios(
-        intent: Intent, requested: int | None, original: float = least, before: int = 20 * mildest.bytes
+        requested: int | None,
+        intent: Intent | None = DROP,
+        *,
+        original: float = least,
+        times: int = 20,
+        was: Choice = TRIED,
+        plan: Any = None,
     ) -> list[float]:
+        """Where a network that is `times` as large as the largest plan is searched; the round before had the plan `was`."""
         made.clear()
         one = Making.__new__(Making)
-        searched: Any = SimpleNamespace(trials=TRIALS, error=original)
-        one.run = SimpleNamespace(reporter=Reporter(quiet=True), notes=[])  # type: ignore[assignment]
-        one.given = SimpleNamespace(
-            searched=searched, inventory=SimpleNamespace(bytes_before=before), groups=()
-        )  # type: ignore[assignment]
+        searched: Any = SimpleNamespace(trials=TRIALS, error=original, plan=plan)
+        given: Any = SimpleNamespace(inventory=SimpleNamespace(bytes_before=times * largest.bytes), groups=())
+        run: Any = SimpleNamespace(reporter=Reporter(quiet=True), notes=[], config=make())
+        one.run, one.given, one._intent, one._once_more = run, given, intent, False
         one.searched, one.other, one.done = searched, 0, []
         if requested is not None:
-            outcome = Outcome(requested, mildest.bytes, mildest.bytes, Drop(2.0, 1.0, 3.0, 100), 1)
-            one.done = [SimpleNamespace(outcome=outcome, choice=mildest)]  # type: ignore[list-item]
-        one.search_milder(intent, requested)
-        one.search_milder(intent, requested)  # once
+            outcome = Outcome(was.bytes, was.bytes, was.bytes, Drop(2.0, 1.0, 3.0, 100), 1)
+            one.done = [SimpleNamespace(outcome=outcome, choice=was, held=None, on_the_way=False)]  # type: ignore[list-item]
+        one.search_once_more(requested)
+        one.search_once_more(requested)  # once
         assert len(one.run.notes) == len(made)
         return list(made)
 
-    drop = Intent("max_drop", 0.5)
-    assert ratios(drop, None) == []
-    assert ratios(drop, None, least - 0.03) == [10.0]
-    assert ratios(Intent("bytes", 1e6), None, least - 0.03) == []
-    assert ratios(drop, round(1.2 * mildest.bytes)) == []
-    assert ratios(drop, 2 * mildest.bytes) == [5.0]
-    assert ratios(drop, 4 * mildest.bytes) == [LEAST_RATIO]
-    assert ratios(drop, 4 * mildest.bytes, before=4 * mildest.bytes) == []
+    # before the first round: by what the mildest points add
+    assert ratios(None) == []
+    assert ratios(None, original=least - 0.03) == [8.0]
+    assert ratios(None, original=least - 0.03, times=12) == [6.0]
+    assert ratios(None, Intent("bytes", 1e6), original=least - 0.03) == []
+    assert ratios(None, None, original=least - 0.03) == []
+    assert ratios(None, original=least - 0.03, plan="compressed already") == []
+    # behind one: by what is asked for
+    assert ratios(largest.bytes) == []
+    assert ratios(round(1.2 * largest.bytes)) == []
+    assert ratios(2 * largest.bytes, times=12) == [6.0]
+    assert ratios(2 * largest.bytes) == [8.0]  # it lies far out
+    assert ratios(4 * largest.bytes, times=6) == []  # nothing milder can be measured
+    # the largest plan was tried, and is not enough
+    assert ratios(largest.bytes, was=largest) == []
+    assert ratios(round(1.2 * largest.bytes), was=largest, times=9) == [pytest.approx(7.5, abs=0.1)]
 
 
 def test_a_promise_that_only_a_file_beyond_the_first_search_keeps_is_kept(
@@ -130,3 +143,9 @@ def test_a_promise_that_only_a_file_beyond_the_first_search_keeps_is_kept(
     assert result.kept
     assert any("nothing that was measured is mild enough" in note for note in result.manifest["notes"])
     assert [stage["stage"] for stage in result.manifest["stages"]].count("search") == 2
+    rows = tables.from_bytes(Store(result.uri).read("trials.parquet")).to_pylist()
+    assert len(rows) == 2 * 4 * 5  # none is lost
+    assert [row["layer"] for row in rows if row["chosen"]] == [
+        row["layer"] for row in rows if row["step"] == 0
+    ]
+    assert [row["step"] for row in rows[:8]] == list(range(8))

@@ -69,8 +69,7 @@ def test_a_dry_run_says_how_its_search_is_timed(tmp_path: Any, monkeypatch: pyte
     assert search(engine="local", search_parallel=5, target_ratio=20) == "about 15.0 min"
     assert search(search_parallel=3, target_ratio=20) == "about 5.0 min, 3 at a time"
     assert (
-        search(engine="local", max_drop=1)
-        == "about 15.0 min; once more where nothing measured is mild enough"
+        search(engine="local", max_drop=1) == "about 30.0 min"  # a drop may need a second one
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_search import BASE
 
 from clipq_ray import network
 from clipq_ray.aim import Aim
@@ -17,7 +19,7 @@ from clipq_ray.config import make
 from clipq_ray.groups import grouped
 from clipq_ray.progress import Reporter
 from clipq_ray.search import Trial
-from clipq_ray.searching import DONE, Search, planned, scoring_images
+from clipq_ray.searching import DONE, Search, Searched, planned, scoring_images
 from clipq_ray.source import Source
 from clipq_ray.stages import Run
 from clipq_ray.states import WEIGHTS, write_state
@@ -63,3 +65,19 @@ def test_what_a_deadline_cut_is_said_also_where_the_record_says_no_more_than_tha
     one.store.write(DONE, json.dumps({"late": late}).encode())
     assert [len(points) for points in one.trials().values()] == [2, 3, 4, 5, 6]
     assert [said in note for note in one.run.notes] == [True] if said else one.run.notes == []
+
+
+def test_further_points_of_the_same_weights_follow_those_that_are_there(tmp_path: Path) -> None:
+    points = {
+        name: [replace(BASE, layer=name, step=step, p=p) for step, p in enumerate((0.1, 0.2))]
+        for name in "ab"
+    }
+    searched = Searched(points, Store(tmp_path), None, 0.0)
+    searched.add(
+        {
+            name: [replace(BASE, layer=name, step=step, p=p) for step, p in enumerate((0.3, 0.2, 0.4))]
+            for name in "ab"
+        }
+    )
+    for name in "ab":
+        assert [(one.step, one.p) for one in points[name]] == [(0, 0.1), (1, 0.2), (2, 0.3), (3, 0.4)]
