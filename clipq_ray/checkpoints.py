@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import FormatError, brief
 from clipq_ray.memory import Attempts
 from clipq_ray.storage import Store
 
@@ -47,9 +47,7 @@ class Checkpoints:
                 header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
                 return load_tensors(data), json.loads(header["__metadata__"]["state"])
             except (ValueError, KeyError, TypeError, SafetensorError) as error:
-                log.warning(
-                    "%s/%s is damaged (%s)", self._store.uri, name, " ".join(str(error).split())[:100]
-                )
+                log.warning("%s/%s is damaged (%s)", self._store.uri, name, brief(error, 100))
         if names:
             raise FormatError(
                 f"expected a checkpoint in {self._store.uri}, got damaged ones ({', '.join(names)}); remove them, and the training begins anew"

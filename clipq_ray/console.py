@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from clipq_ray.errors import ClipqError, ConfigError, RunError
+from clipq_ray.errors import ClipqError, ConfigError, RunError, brief
 from clipq_ray.redaction import redacted
 
 _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -171,7 +171,7 @@ def _code(program: str, main: Callable[[list[str]], int | None], arguments: list
         if sys.stdout is not None:  # which was closed from the start
             sys.stdout.flush()
     except ClipqError as error:
-        print(harmless(redacted(f"{program}: {' '.join(str(error).split())}")), file=sys.stderr, flush=True)
+        print(harmless(redacted(f"{program}: {brief(error, None)}")), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         word, code = ("stopped", signal.SIGTERM) if _TERMINATED.is_set() else ("interrupted", signal.SIGINT)

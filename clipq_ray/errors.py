@@ -77,8 +77,8 @@ class DivergedError(RunError):
     """A training's weights or its loss became NaN or infinite, as they would again."""
 
 
-def brief(error: BaseException, most: int = 300) -> str:
-    """What an error says, in one line of at most so many characters; of one that says nothing, and of code that ends the process, what it is."""
+def brief(error: BaseException, most: int | None = 300) -> str:
+    """What an error says, in one line of at most so many characters, None for all; of one that says nothing, and of code that ends the process, what it is."""
     if isinstance(error, SystemExit):
         return f"it ended the process with {error.code}; put what it runs below if __name__ == '__main__'"
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from clipq_ray import errors
 from clipq_ray.redaction import redacted
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def _named(record: logging.LogRecord) -> bool:
 
 def brief(error: BaseException) -> str:
     """What an error of somebody else's says, in one line without secrets."""
-    return redacted(" ".join(str(error).split()))[:300]
+    return redacted(errors.brief(error, None))[:300]
 
 
 def unexpected(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from clipq_ray.consistency import NAME
-from clipq_ray.errors import FormatError, StorageError, UserError
+from clipq_ray.errors import FormatError, StorageError, UserError, brief
 from clipq_ray.storage import MANIFEST, MODEL, Store
 
 FORMAT = 1
@@ -163,7 +163,7 @@ def read_manifest(run: Store) -> dict[str, Any]:
     try:
         manifest = _parsed(run.read(MANIFEST))
     except ValueError as error:
-        raise FormatError(f"expected JSON in {at}, got {' '.join(str(error).split())}; {_RESTORE}") from error
+        raise FormatError(f"expected JSON in {at}, got {brief(error)}; {_RESTORE}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FormatError(_other_format(manifest, at))
     if _SELF in manifest and manifest[_SELF] != _own_hash(manifest):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clipq_ray.claims import place
-from clipq_ray.errors import RunError
+from clipq_ray.errors import RunError, brief
 from clipq_ray.storage import Store
 
 SMALLER, LOW = "smaller.json", "low-memory.json"
@@ -58,7 +58,7 @@ def most_that_fit(step: Callable[[int], object], images: int, most: int) -> int:
                 if isinstance(error, ValueError) and most == 1 < images:  # as batch norm's is
                     raise RunError(
                         f"{without_single(images, 2)} images at a time do not fit the device's memory, and a single one is refused "
-                        f"({' '.join(str(error).split())}); use a larger device"
+                        f"({brief(error)}); use a larger device"
                     ) from error
                 raise
             half = without_single(images, math.ceil(most / 2))

@@ -19,7 +19,7 @@ from torch import nn
 from clipq_ray import identity, network, packing, stages
 from clipq_ray.config import Config
 from clipq_ray.consistency import idle
-from clipq_ray.errors import ClipqError, StorageError
+from clipq_ray.errors import ClipqError, StorageError, brief
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import without
@@ -113,7 +113,7 @@ def _or_error(make: Callable[[Source], _T], source: Source) -> _T | ClipqError:
 
 
 def _not_made(name: str, error: ClipqError) -> Plan:
-    return Plan(f"network     {name} cannot be made: {' '.join(str(error).split())}", error=error)
+    return Plan(f"network     {name} cannot be made: {brief(error, None)}", error=error)
 
 
 def _planned(source: Source) -> Plan:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import FormatError, brief
 
 
 def _column(name: str, kind: Any, unit: str, description: str, *, null: bool = False) -> Any:
@@ -216,7 +216,7 @@ def to_bytes(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
     try:
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise FormatError(f"expected values that fit the schema, got {_line(error)}") from error
+        raise FormatError(f"expected values that fit the schema, got {brief(error, 200)}") from error
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
@@ -228,7 +228,7 @@ def from_bytes(data: bytes, schema: pa.Schema | None = None) -> pa.Table:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise FormatError(
-            f"expected a Parquet file, got {len(data)} bytes that cannot be read: {_line(error)}"
+            f"expected a Parquet file, got {len(data)} bytes that cannot be read: {brief(error, 200)}"
         ) from error
     if schema is not None and not table.schema.equals(schema):
         have, want = set(table.schema.names), set(schema.names)
@@ -242,7 +242,3 @@ def from_bytes(data: bytes, schema: pa.Schema | None = None) -> pa.Table:
 def _difference(expected: set[str], came: set[str]) -> str:
     parts = [("missing", expected - came), ("unknown", came - expected)]
     return "got " + " and ".join(f"{word} {', '.join(sorted(names))}" for word, names in parts if names)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -23,7 +23,7 @@ from clipq_ray.config import Config
 from clipq_ray.data import Split
 from clipq_ray.data.resident import placed
 from clipq_ray.data.sampling import stratified
-from clipq_ray.errors import FormatError
+from clipq_ray.errors import FormatError, brief
 from clipq_ray.groups import Group
 from clipq_ray.operator import bake_keeping
 from clipq_ray.plan import Plan
@@ -51,9 +51,8 @@ def read_record(store: Store, name: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__}")
     except ValueError as error:
-        words = " ".join(str(error).split())
         raise FormatError(
-            f"expected a JSON object at {store.uri}/{name}, got {words}; remove {store.uri} and run again"
+            f"expected a JSON object at {store.uri}/{name}, got {brief(error)}; remove {store.uri} and run again"
         ) from error
     return found
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from clipq_ray.codec import metadata, varint
 from clipq_ray.codec.dictionaries import DICTIONARIES
-from clipq_ray.errors import ArtifactError, advised
+from clipq_ray.errors import ArtifactError, advised, brief
 
 MAGIC = b"CLQ"
 VERSION = 3
@@ -120,7 +120,7 @@ def build(described: Mapping[str, Any], table: Table, sizes: Iterable[int], pad:
         text = json.dumps(kept, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:  # NaN, infinities, halves of surrogate pairs
         raise ArtifactError(
-            f"expected metadata of finite numbers and text, got {' '.join(str(error).split())}; change it"
+            f"expected metadata of finite numbers and text, got {brief(error)}; change it"
         ) from error
     if len(text) > JSON_LIMIT:
         raise ArtifactError(

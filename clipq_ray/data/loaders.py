@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from clipq_ray.data.preprocessing import Preprocessing
 from clipq_ray.data.sampling import hold_out
 from clipq_ray.data.split import CLASSES_MOST, Data, Labels, Split, content_hash, subset_hash, without_images
-from clipq_ray.errors import DataError
+from clipq_ray.errors import DataError, brief
 from clipq_ray.seeds import derive, drawn
 
 SAMPLE_ITEMS = 32
@@ -80,9 +80,8 @@ class LoaderSplit(Split):
         try:
             return self.collate(items)
         except (TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:150]
             raise DataError(
-                f"expected items that the loader's collate function makes a batch of, got {type(error).__name__}: {reason}; "
+                f"expected items that the loader's collate function makes a batch of, got {type(error).__name__}: {brief(error, 150)}; "
                 "add ToTensor, one size for all images and normalisation to the dataset's transforms"
             ) from error
 
@@ -226,7 +225,7 @@ def _label(item: Any) -> int:
         return number
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DataError(
-            f"expected items (image, class number), got {type(item).__name__}: {' '.join(str(error).split())[:100]}; wrap the dataset"
+            f"expected items (image, class number), got {type(item).__name__}: {brief(error, 100)}; wrap the dataset"
         ) from error
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from clipq_ray import loading, logs
 from clipq_ray.data import Split, batches
-from clipq_ray.errors import ClipqError, DataError, HeldError
+from clipq_ray.errors import ClipqError, DataError, HeldError, brief
 from clipq_ray.evaluate import NO_CLASS, Forward, evaluating
 from clipq_ray.finetune import Progress
 from clipq_ray.fleet.file import Ensemble
@@ -145,7 +145,7 @@ def all_scored(
             found.append(scored(ensemble, [Member(*by_name[name]) for name in ensemble.members], reporter))
         except Exception as error:  # the fleet is written whatever becomes of a vote, of anybody's networks
             known = isinstance(error, ClipqError)
-            words = redacted(" ".join(str(error).split())) if known else logs.unexpected(error)
+            words = redacted(brief(error, None)) if known else logs.unexpected(error)
             found.append(_unscored(ensemble, words))
     return found
 

@@ -25,7 +25,7 @@ from yaml.constructor import ConstructorError, SafeConstructor
 
 from clipq_ray.config import Config, checked, make
 from clipq_ray.consistency import INTENTS, NAME, NAME_WORDS
-from clipq_ray.errors import ConfigError, UserError
+from clipq_ray.errors import ConfigError, UserError, brief
 from clipq_ray.intent import Intent
 from clipq_ray.source import Source
 
@@ -89,7 +89,7 @@ def parsed(option: str, path: str, parse: Callable[[str], Any]) -> Any:
     except RecursionError as error:
         raise ConfigError(f"{option}: expected YAML in {path!r}, got {_TOO_DEEP}") from error
     except (yaml.YAMLError, ValueError) as error:  # of a date that is none
-        said, mark = " ".join(str(error).split()), getattr(error, "problem_mark", None)
+        said, mark = brief(error, None), getattr(error, "problem_mark", None)
         if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
             said = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
         raise ConfigError(f"{option}: expected YAML in {path!r}, got {said}") from error

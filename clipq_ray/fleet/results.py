@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipq_ray import manifest, report, tables
-from clipq_ray.errors import ClipqError, RunError, StorageError
+from clipq_ray.errors import ClipqError, RunError, StorageError, brief
 from clipq_ray.identity import versions
 from clipq_ray.pipeline import Result
 from clipq_ray.redaction import redacted
@@ -26,7 +26,7 @@ def row(source: Source, found: Outcome) -> dict[str, Any]:
     same = {"model": source.name, "network": source.config.model}
     if isinstance(found, ClipqError):
         empty = dict.fromkeys(name for name in tables.MODELS.names if name not in same)
-        return {**empty, **same, "status": "failed", "error": redacted(" ".join(str(found).split()))}
+        return {**empty, **same, "status": "failed", "error": redacted(brief(found, None))}
     document = found.manifest
     metrics, promise = document["metrics"], document["promise"]
     promised = promise["intent"] != "tradeoff"

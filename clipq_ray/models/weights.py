@@ -19,7 +19,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from clipq_ray.codec.header import MAGIC
-from clipq_ray.errors import ModelError
+from clipq_ray.errors import ModelError, brief
 from clipq_ray.models.registry import Architecture, zoo, zoo_names
 from clipq_ray.storage import Store
 
@@ -71,7 +71,7 @@ def _load_checkpoint(data: bytes) -> Any:
 
 
 def _unreadable(uri: str, expected: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = brief(error, None)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return f"expected {expected} at {uri}, got a pickled {found[1]}, which could run code; {_EXPORT}"
     if "WeightsUnpickler" in text or "Weights only" in text:
@@ -108,7 +108,7 @@ def _published(architecture: Architecture | None) -> dict[str, Tensor]:
         return dict(weights.DEFAULT.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"torchvision's weights of {architecture.name} cannot be fetched ({' '.join(str(error).split())[:200]}); "
+            f"torchvision's weights of {architecture.name} cannot be fetched ({brief(error, 200)}); "
             "fetch them elsewhere and give --weights URI"
         ) from error
 
