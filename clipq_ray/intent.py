@@ -9,7 +9,7 @@ many bytes to plan for it. A lambda of the user's own promises nothing and takes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -32,7 +32,7 @@ SPARE_FOR_CODES = 0.96
 """The same where codes are trained behind a round that is held: they take 2 to 4 % more when they may, and lower the error more than as many bytes of weights (bench/LOG.md)."""
 MOST_SHRUNK = 1.5
 """A file that ends further from its plan than by this ratio says of the next one that it does so by this."""
-STEPS = 40  # of a third or a quarter each: further than any network
+_STEPS = 40  # of a third or a quarter each: further than any network
 START_ERROR = 0.03
 """A first plan may add so much one-shot error, summed over layers: on ResNet-20 that is a 15-fold smaller file, of which ten epochs recover all
 but 0.3 points; more by five times what may be lost. A start only: the rounds decide."""
@@ -210,10 +210,13 @@ def next_request(intent: Intent, outcomes: Sequence[Outcome], rounds: int, codes
     return math.floor(math.sqrt(min(kept) * max(below)))
 
 
-def step_on(intent: Intent, outcomes: Sequence[Outcome]) -> float | None:
-    """The ratio by which to go on from a size whose plan was tried already, while all sizes so far lie on one side of the promise; None behind that: a step
-    would lead out of what lies between a kept and a broken one, where nothing can win. A promised size asks for itself again."""
+def sizes_on(intent: Intent, outcomes: Sequence[Outcome], requested: int) -> Iterator[int]:
+    """`requested` bytes, and the sizes further on that are asked for where its plan was tried already: while all sizes so far lie on one side of the promise. Behind that a
+    step would lead out of what lies between a kept and a broken one, where nothing can win; and a promised size asks for itself again."""
+    yield requested
     sides = {keeps(intent, outcome) for outcome in outcomes}
     if intent.kind != "max_drop" or len(sides) != 1:
-        return None
-    return SMALLER if True in sides else LARGER
+        return
+    for _ in range(_STEPS):
+        requested = max(1, math.ceil(requested * (SMALLER if True in sides else LARGER)))
+        yield requested

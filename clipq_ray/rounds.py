@@ -16,7 +16,6 @@ from clipq_ray.choice import MILDEST, Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
 from clipq_ray.errors import DivergedError
 from clipq_ray.intent import (
-    STEPS,
     Intent,
     best,
     codes_follow,
@@ -24,7 +23,7 @@ from clipq_ray.intent import (
     keeps,
     next_request,
     rung_sizes,
-    step_on,
+    sizes_on,
     to_ask,
 )  # fmt: skip
 from clipq_ray.making import FAR, Given, Making, Round
@@ -221,14 +220,13 @@ def _other_choice(
 ) -> tuple[Choice, int | None]:
     """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
     choice = _choice(intent, making, requested, on_the_way)
-    step = step_on(intent, [one.outcome for one in making.done])
-    if requested is None or step is None:
+    if requested is None:
         return choice, requested
-    for _ in range(STEPS):
+    for size in sizes_on(intent, [one.outcome for one in making.done], requested):
+        if size != requested:
+            choice, requested = _choice(intent, making, size), size
         if not making.made(choice, requested):
             break
-        requested = max(1, math.ceil(requested * step))
-        choice = _choice(intent, making, requested)
     return choice, requested
 
 

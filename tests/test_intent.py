@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from clipq_ray.intent import (
     keeps,
     next_request,
     rung_sizes,
-    step_on,
+    sizes_on,
 )
 
 
@@ -176,9 +177,12 @@ def test_what_became_of_top1_is_said_with_one_sign() -> None:
 
 def test_a_size_is_gone_on_from_only_while_all_sizes_lie_on_one_side_of_the_promise() -> None:
     intent, kept, broken = Intent("max_drop", 0.5), outcome(900, 0.4), outcome(700, 0.6)
-    assert step_on(intent, [kept, kept]) == SMALLER
-    assert step_on(intent, [broken]) == LARGER
-    assert step_on(intent, [kept, broken]) is None
-    assert step_on(intent, [broken, kept]) is None
-    assert step_on(intent, []) is None
-    assert step_on(Intent("bytes", 800), [kept]) is None
+
+    def sizes(*outcomes: Outcome, wanted: Intent = intent) -> list[int]:
+        return list(islice(sizes_on(wanted, outcomes, 1000), 3))
+
+    assert sizes(kept, kept) == [1000, math.ceil(1000 * SMALLER), math.ceil(1000 * SMALLER**2)]
+    assert sizes(broken) == [1000, math.ceil(1000 * LARGER), math.ceil(1000 * LARGER**2)]
+    assert sizes(kept, broken) == sizes(broken, kept) == sizes() == [1000]
+    assert sizes(kept, wanted=Intent("bytes", 800)) == [1000]
+    assert list(sizes_on(intent, [kept], 1))[-1] == 1

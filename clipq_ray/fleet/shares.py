@@ -24,7 +24,6 @@ from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, Ru
 from clipq_ray.fleet.ensembles import Votes, classes_of, probabilities, together
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.intent import (
-    STEPS,
     Drop,
     Intent,
     Outcome,
@@ -33,7 +32,7 @@ from clipq_ray.intent import (
     harmless,
     keeps,
     next_request,
-    step_on,
+    sizes_on,
     to_ask,
 )
 from clipq_ray.making import Making
@@ -273,18 +272,14 @@ class _Vote:
     ) -> tuple[list[Share] | None, int]:
         """The shares of `requested` bytes; where they were tried already, and all sizes so far lie on one side of the promise, the next ones further on, or None."""
         tried, last = [_steps(one) for one in before], self._last(outcomes)
-        step = step_on(self._intent, outcomes)
         # what the files hold besides layers is as it was found, as in `_last`: of two values the difference would be taken for growth of layers
         curves = [
             replace(one, other=making.other) for one, making in zip(self._curves, self._making, strict=True)
         ]
-        for _ in range(STEPS):
-            shares = shared_out(curves, before_training(requested, last))
+        for size in sizes_on(self._intent, outcomes, requested):
+            shares = shared_out(curves, before_training(size, last))
             if _steps(shares) not in tried:
-                return shares, requested
-            if step is None:
-                break
-            requested = max(1, math.ceil(requested * step))
+                return shares, size
         return None, requested
 
     def _last(self, outcomes: Sequence[Outcome]) -> Outcome | None:
