@@ -21,7 +21,8 @@ from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.errors import ClipqError, HeldError, RunError, StageHeldError
 from clipq_ray.fleet.file import Ensemble
 from clipq_ray.fleet.shares import finish_ensemble, without
-from clipq_ray.pipeline import Prepared, Result, Taken, finish, inputs_of, prepare
+from clipq_ray.original import inputs_of
+from clipq_ray.pipeline import Prepared, Result, Taken, finish, prepare
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
 from clipq_ray.source import Source

@@ -7,7 +7,6 @@ decoded file. A job that is run again continues behind the last finished stage (
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from clipq_ray import (
     manifest,
     models,
     network,
+    original,
     packing,
     results,
     rounds,
@@ -43,7 +43,7 @@ from clipq_ray.progress import Reporter
 from clipq_ray.searching import Search, Searched, original_error, planned, sample, scoring_images
 from clipq_ray.source import Source
 from clipq_ray.stages import Run, scored
-from clipq_ray.states import WEIGHTS, put_state, read_state, write_state
+from clipq_ray.states import put_state, read_state
 from clipq_ray.storage import MANIFEST, WORK, Store, run_store
 from clipq_ray.work import CURVE, prepare_process, read_record
 
@@ -129,7 +129,7 @@ def prepare(
     run.notes += notes_on_data
     for words in (data.description, *notes_on_data):
         reporter.say(f"data: {words}")
-    state_given, origin = _given(source, run.notes)
+    state_given, origin = original.given(source, run.notes)
     inputs = identity.of_run(source, data, state_given)
     notes = tuple(run.notes)
     with stages.going_on(run):
@@ -196,7 +196,7 @@ def _ready(
     groups = grouped(model, [layer.name for layer in inventory.layers], config.groups)
     if config.groups and len(groups) == len(inventory.layers):
         run.notes.append(f"--groups {','.join(config.groups)}: no layers share one (p, b)")
-    weights, baseline = _baseline(run, state_given, origin, own.target.child(WORK))
+    weights, baseline = original.baseline(run, state_given, origin, own.target.child(WORK))
     put_state(model, read_state(weights))
     run.notes += [note for note in inventory.notes if note not in run.notes]
     for note in packing.size_notes(source, model, inventory, run.data):
@@ -261,8 +261,8 @@ def open_rounds(given: Prepared) -> Opened:
     model = run.source.network()
     put_state(model, read_state(weights))
     searched = Searched(trials, weights, None, original_error(run, model))
-    control = _control(run, weights, given.work) if run.source.wants_control() else None
-    dense = _dense(run, control)
+    control = original.control(run, weights, given.work) if run.source.wants_control() else None
+    dense = original.dense(run, control)
     reference = dense["validation"] or given.baseline["validation"]
     assert reference is not None
     sha256 = models.weights_sha256(read_state(weights))
@@ -340,61 +340,6 @@ def _files(opened: Opened, made: rounds.Rounds) -> tuple[dict[str, bytes], dict[
         document, best.packed, given.inventory, best.plan, best.choice, given.groups, made.searches, best.searched, scores, recovery
     )  # fmt: skip
     return files, document
-
-
-# -- stages ------------------------------------------------------------------------------------------------------------------
-def inputs_of(source: Source) -> Mapping[str, Any]:
-    """What decides the run of a network, apart from an ensemble that it may be in."""
-    prepare_process(source.config.threads_per_worker)
-    return identity.of_run(source, source.data(), _given(source, [])[0])
-
-
-def _given(source: Source, notes: list[str]) -> tuple[dict[str, Tensor] | None, str]:
-    """The state dict that the user gave (None: trained first) and where it is from; `notes` are added to."""
-    origin = source.weights_origin()
-    if origin == "train":
-        return None, origin
-    model = source.network()
-    if origin not in ("random", "module"):
-        state = models.read_weights(origin, source.architecture())
-        notes += models.apply_weights(model, state, origin)
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}, origin
-
-
-def _baseline(
-    run: Run, state: dict[str, Tensor] | None, origin: str, work: Store
-) -> tuple[Store, dict[str, Evaluation | None]]:
-    """Store the original's weights (trained first if there are none) and score them; stop near chance."""
-    config = run.config
-    if state is None:
-        schedule = stages.schedule_of(config, config.baseline_epochs, config.baseline_learning_rate)
-        store = stages.trained(run, "baseline", schedule, None, None, work)
-    else:
-
-        def make(store: Store, progress: Any) -> None:
-            write_state(store, WEIGHTS, state)
-            store.write(CURVE, json.dumps({"curve": [], "notes": []}).encode())
-
-        store = run.stage("baseline", {"weights": models.weights_sha256(state)}, CURVE, make)
-    model = run.source.network()
-    put_state(model, read_state(store))
-    scores = stages.scored_all(run, model)
-    stages.refuse_bad_baseline(run, scores, origin)
-    return store, scores
-
-
-def _control(run: Run, weights: Store, work: Store) -> Store:
-    """The dense control: the schedule of the first round, and of all on the way to it, without the operator."""
-    schedule = stages.schedule_of(run.config, stages.control_epochs(run.config), run.config.learning_rate)
-    return stages.trained(run, "control", schedule, weights, None, work)
-
-
-def _dense(run: Run, control: Store | None) -> dict[str, Evaluation | None]:
-    if control is None:
-        return {"validation": None, "test": None}
-    model = run.source.network()
-    put_state(model, read_state(control))
-    return stages.scored_all(run, model)
 
 
 def _scores(

@@ -26,7 +26,7 @@ from clipq_ray.fleet.shares import without
 from clipq_ray.groups import grouped
 from clipq_ray.intent import Intent
 from clipq_ray.operator import Operator, make_plan
-from clipq_ray.pipeline import inputs_of
+from clipq_ray.original import inputs_of
 from clipq_ray.plan import Theta
 from clipq_ray.precision import autocast_dtype
 from clipq_ray.redaction import redacted

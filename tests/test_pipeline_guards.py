@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clipq_ray
-from clipq_ray import manifest, models, pipeline, stages, tables
+from clipq_ray import manifest, models, original, stages, tables
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
@@ -232,7 +232,7 @@ def test_a_control_is_trained_as_long_as_a_ladder_and_its_first_round(tmp_path: 
     write_state(weights, WEIGHTS, source.network().state_dict())
     given = Run(source, Noting(), Reporter(quiet=True), Store(tmp_path), threading.Lock())
     with given.turn:
-        pipeline._control(given, weights, Store(tmp_path / "work"))
+        original.control(given, weights, Store(tmp_path / "work"))
     assert made == [2 + 2 + 7]
 
 
