@@ -51,9 +51,11 @@ class Aim:
         return cls(ladder(ratio), shares(ratio))
 
     @classmethod
-    def of(cls, config: Config, bytes_before: int) -> Aim:
-        """Of the search before all rounds of a network of `bytes_before` bytes. Members of an ensemble with one intent have no size of their own, and look where
-        others do whose size is not known."""
+    def of(cls, config: Config, bytes_before: int, together: float | None = None) -> Aim:
+        """Of the search before all rounds of a network of `bytes_before` bytes; `together`: how many times smaller the ensemble is to be that decides for it, if one does
+        and that is known."""
+        if together is not None:
+            return cls.at(together)
         intent = Intent.of(config, bytes_before)
         if intent.kind == "tradeoff":
             steep, mild = intent.value > max(LADDER), intent.value < min(LADDER)

@@ -12,15 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-from clipq_ray import identity, logs
+from clipq_ray import logs
 from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.errors import ClipqError, HeldError, RunError, StageHeldError
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import finish_ensemble, without
+from clipq_ray.fleet.shares import as_members, finish_ensemble, without
 from clipq_ray.original import inputs_of
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, prepare
 from clipq_ray.progress import Reporter
@@ -94,13 +93,12 @@ class _Job:
     def identify(self) -> None:
         """Of members of an ensemble with one intent all the others count too."""
         for numbers, ensemble in self._ensembles.items():
-            assert ensemble.wants is not None
             inputs = self._inputs(numbers)
             self.drop_incomplete()
             if len(inputs) == len(numbers):
-                same = identity.of_ensemble(*ensemble.wants, inputs)
-                for number in numbers:
-                    self._sources[number] = replace(self._sources[number], ensemble=same)
+                members = as_members(ensemble, [self._sources[number] for number in numbers], inputs)
+                for number, member in zip(numbers, members, strict=True):
+                    self._sources[number] = member
 
     def _inputs(self, numbers: Sequence[int]) -> dict[str, Any]:
         found: dict[str, Any] = {}

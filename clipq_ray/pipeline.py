@@ -202,7 +202,7 @@ def _ready(
     for note in packing.size_notes(source, model, inventory, run.data):
         run.notes.append(note)
         run.reporter.say(f"options: {note}")
-    aim = Aim.of(config, inventory.bytes_before)
+    aim = Aim.of(config, inventory.bytes_before, source.smaller)
     search = planned(run, model, weights, inventory, groups, images, aim)
     return Prepared(run, own, inputs, weights, baseline, inventory, groups, search)
 

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from clipq_ray.consistency import idle
 from clipq_ray.errors import ClipqError, StorageError, brief
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import without
+from clipq_ray.fleet.shares import as_members, without
 from clipq_ray.groups import grouped
 from clipq_ray.intent import Intent
 from clipq_ray.operator import Operator, make_plan
@@ -91,9 +91,8 @@ def _plans(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> list[Pla
                 case found:
                     inputs[name] = found
         if len(inputs) == len(ensemble.members):
-            assert ensemble.wants is not None
-            same = identity.of_ensemble(*ensemble.wants, inputs)
-            by_name |= {name: replace(by_name[name], ensemble=same) for name in ensemble.members}
+            members = as_members(ensemble, [by_name[name] for name in ensemble.members], inputs)
+            by_name |= {one.name: one for one in members}
     plans: dict[str, Plan | ClipqError] = {
         name: failed[name] if name in failed else _or_error(_planned, source)
         for name, source in by_name.items()

@@ -26,13 +26,15 @@ from clipq_ray.trainable import training_mode
 @dataclass(frozen=True)
 class Source:
     """Network and data of a run: by name and URI from `config`, or a module and data that a caller of the Python interface holds; of several, those of
-    higher `priority` come first. `ensemble`: the identity of the ensemble whose one intent decides for this network."""
+    higher `priority` come first. `ensemble`: the identity of the ensemble whose one intent decides for this network, and `smaller` how many times smaller it is to be as a whole,
+    where that is its intent."""
 
     config: Config
     module: nn.Module | None = field(default=None, compare=False)
     own_data: Data | None = field(default=None, compare=False)
     priority: int = field(default=0, compare=False)
     ensemble: str | None = None
+    smaller: float | None = None
 
     def architecture(self) -> models.Architecture | None:
         """The registered architecture; None for a caller's own module."""

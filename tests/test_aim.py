@@ -51,3 +51,9 @@ def test_first_points_lose_less_of_networks_that_may_be_larger() -> None:
         assert all(less < more for less, more in zip(shares(milder), shares(ratio), strict=True))
     # a bit more for each weight is a fourth of the loss
     assert shares(32 / 3) == pytest.approx([share / 4 for share in START])
+
+
+def test_a_member_of_an_ensemble_is_searched_where_that_is_decided() -> None:
+    config = make(model="lenet5", data="digits")
+    assert Aim.of(config, 840_000, together=6.0) == Aim.at(6.0)
+    assert Aim.of(config, 840_000, together=None) == Aim()

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from clipq_ray import loading, logs, search, stages
+from clipq_ray import identity, loading, logs, search, stages
 from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, RunError
 from clipq_ray.fleet.ensembles import Votes, classes_of, probabilities, together
@@ -120,6 +120,19 @@ def first_budget(intent: Intent, members: Sequence[Curves]) -> int:
         lambda shares: sum(one.added for one in shares) / len(shares),
     )
     return sum(one.bytes for one in found)
+
+
+def as_members(
+    ensemble: Ensemble, sources: Sequence[Source], inputs: Mapping[str, Mapping[str, Any]]
+) -> list[Source]:
+    """The members' `sources` with the identity of their ensemble, which all `inputs` decide by name, and with the ratio that it is to have, where that is its intent."""
+    assert ensemble.wants is not None
+    same = identity.of_ensemble(*ensemble.wants, inputs)
+    # near enough to say where to search
+    before = sum(4 * value.numel() for one in sources for value in one.network().state_dict().values())
+    intent = ensemble.intent_of(before)
+    smaller = before / intent.value if intent.kind == "bytes" else None
+    return [replace(one, ensemble=same, smaller=smaller) for one in sources]
 
 
 def finish_ensemble(ensemble: Ensemble, members: Sequence[Prepared | Result], parallel: bool) -> list[Result]:

@@ -28,7 +28,7 @@ from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, Ru
 from clipq_ray.evaluate import evaluate
 from clipq_ray.fleet.ensembles import classes_of, probabilities, together
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import Curves, Share, _Vote, first_budget, shared_out, without
+from clipq_ray.fleet.shares import Curves, Share, _Vote, as_members, first_budget, shared_out, without
 from clipq_ray.intent import Drop, Intent, Outcome, next_request
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
@@ -70,6 +70,22 @@ def test_a_byte_has_one_price_although_members_differ_in_size() -> None:
     """Equal curves of error over bytes get equal shares, whatever the size of the networks."""
     shares = shared_out([curves([0.0, 0.1, 0.3], 4000), curves([0.0, 0.1, 0.3], 40_000)], 420)
     assert [one.bytes for one in shares] == [210, 210]
+
+
+@pytest.mark.parametrize(
+    ("wants", "smaller"),
+    [(("target_ratio", 8.0), 8.0), (("target_bytes", 61_706.0), 8.0), (("max_drop", 0.5), None)],
+)
+def test_members_are_searched_where_the_size_of_all_together_is_decided(
+    wants: tuple[str, float], smaller: float | None
+) -> None:
+    """Two networks of 61,706 parameters each."""
+    sources = [Source(make(model="lenet5", name=name)) for name in "ab"]
+    members = as_members(Ensemble("both", ("a", "b"), wants), sources, {"a": {}, "b": {"seed": 1}})
+    assert [one.smaller for one in members] == [pytest.approx(smaller, rel=1e-3) if smaller else None] * 2
+    assert len({one.ensemble for one in members}) == 1
+    other = as_members(Ensemble("both", ("a", "b"), wants), sources, {"a": {}, "b": {"seed": 2}})
+    assert members[0].ensemble != other[0].ensemble
 
 
 def test_votes_are_held_against_the_labels_of_the_images_that_were_read(tmp_path: Path) -> None:
