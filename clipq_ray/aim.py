@@ -12,7 +12,7 @@ from clipq_ray.config import Config
 from clipq_ray.intent import Intent
 
 LADDER = (2.0, 8.0, 32.0)
-"""The lambdas that share a search: around them lie the choices for 8- to 40-fold smaller networks (measured on
+"""The lambdas that share a search: around them lie the choices for 16- to 40-fold smaller networks (measured on
 ResNet-20 and LeNet-5). Every measured point stays open to every lambda, so a user's own lambda among them needs no other search."""
 
 STEEP = (128.0, 512.0)

@@ -19,8 +19,7 @@ from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.errors import ClipqError, HeldError, RunError, StageHeldError
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import as_members, finish_ensemble, without
-from clipq_ray.original import inputs_of
+from clipq_ray.fleet.shares import Joining, as_members, finish_ensemble, without
 from clipq_ray.pipeline import Prepared, Result, Taken, finish, prepare
 from clipq_ray.progress import Reporter
 from clipq_ray.searching import search_all
@@ -93,22 +92,17 @@ class _Job:
     def identify(self) -> None:
         """Of members of an ensemble with one intent all the others count too."""
         for numbers, ensemble in self._ensembles.items():
-            inputs = self._inputs(numbers)
+            joining: list[Joining] = []
+
+            def step(source: Source, joining: list[Joining] = joining) -> None:
+                joining.append(Joining.of(source))
+
+            for number in numbers:
+                self._in_turn(functools.partial(step, self._sources[number]), [number])
             self.drop_incomplete()
-            if len(inputs) == len(numbers):
-                members = as_members(ensemble, [self._sources[number] for number in numbers], inputs)
-                for number, member in zip(numbers, members, strict=True):
+            if len(joining) == len(numbers):
+                for number, member in zip(numbers, as_members(ensemble, joining), strict=True):
                     self._sources[number] = member
-
-    def _inputs(self, numbers: Sequence[int]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-
-        def step(source: Source) -> None:
-            found[source.name] = inputs_of(source)
-
-        for number in numbers:
-            self._in_turn(functools.partial(step, self._sources[number]), [number])
-        return found
 
     def prepare(self) -> None:
         """Everything before the search, of what no other job makes."""

@@ -10,12 +10,14 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipq_ray import manifest, models
+from clipq_ray.aim import Aim
 from clipq_ray.config import Config
 from clipq_ray.data import Data
 from clipq_ray.errors import StorageError
@@ -117,9 +119,12 @@ def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> di
     }
 
 
-def of_ensemble(intent: str, value: float, members: Mapping[str, Mapping[str, Any]]) -> str:
-    """What decides the members' shares of one intent: it, and all that decides each member."""
-    return _sha256({"intent": intent, "value": value, "members": members})
+def of_ensemble(
+    intent: str, value: float, members: Mapping[str, Mapping[str, Any]], aim: Aim | None = None
+) -> str:
+    """What decides the members' shares of one intent: it, all that decides each member, and where they are searched."""
+    elsewhere = {"aim": asdict(aim)} if aim not in (None, Aim()) else {}
+    return _sha256({"intent": intent, "value": value, "members": members, **elsewhere})
 
 
 def stage_key(stage: str, config: Config, inputs: Mapping[str, Any]) -> str:

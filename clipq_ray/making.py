@@ -135,7 +135,8 @@ class Making:
         if enough or size * LEAST_RATIO > FAR * given.inventory.bytes_before:
             return
         # of a network of which nothing as mild was measured, though it lies far out, milder points than its size alone would say
-        ratio = min(_MILD, given.inventory.bytes_before / (wanted or _FIRST * size))
+        ratio = given.inventory.bytes_before / (wanted or _FIRST * size)
+        ratio = min(_MILD, max(LEAST_RATIO, ratio))
         self.run.notes.append(
             f"search: nothing that was measured is mild enough, so once more for files {ratio:.1f} times smaller"
         )

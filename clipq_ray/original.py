@@ -66,10 +66,10 @@ def control(run: Run, weights: Store, work: Store) -> Store:
     return stages.trained(run, "control", schedule, weights, None, work)
 
 
-def dense(run: Run, control: Store | None) -> dict[str, Evaluation | None]:
-    """The scores of the dense control, by split; None where there is none."""
-    if control is None:
+def dense(run: Run, weights: Store | None) -> dict[str, Evaluation | None]:
+    """The scores of the dense control of these weights, by split; None where there is none."""
+    if weights is None:
         return {"validation": None, "test": None}
     model = run.source.network()
-    put_state(model, read_state(control))
+    put_state(model, read_state(weights))
     return stages.scored_all(run, model)

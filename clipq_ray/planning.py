@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from clipq_ray.consistency import idle
 from clipq_ray.errors import ClipqError, StorageError, brief
 from clipq_ray.evaluate import logits
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import as_members, without
+from clipq_ray.fleet.shares import Joining, as_members, without
 from clipq_ray.groups import grouped
 from clipq_ray.intent import Intent
 from clipq_ray.operator import Operator, make_plan
@@ -83,16 +83,11 @@ def _plans(sources: Sequence[Source], ensembles: Sequence[Ensemble]) -> list[Pla
     failed: dict[str, ClipqError] = {}
     together = [one for one in ensembles if one.wants]
     for ensemble in together:  # as the job identifies them: by all the others too
-        inputs = dict[str, Mapping[str, Any]]()
-        for name in ensemble.members:
-            match _or_error(inputs_of, by_name[name]):
-                case ClipqError() as error:
-                    failed[name] = error
-                case found:
-                    inputs[name] = found
-        if len(inputs) == len(ensemble.members):
-            members = as_members(ensemble, [by_name[name] for name in ensemble.members], inputs)
-            by_name |= {one.name: one for one in members}
+        found = {name: _or_error(Joining.of, by_name[name]) for name in ensemble.members}
+        failed |= {name: one for name, one in found.items() if isinstance(one, ClipqError)}
+        joining = [one for one in found.values() if isinstance(one, Joining)]
+        if len(joining) == len(found):
+            by_name |= {one.name: one for one in as_members(ensemble, joining)}
     plans: dict[str, Plan | ClipqError] = {
         name: failed[name] if name in failed else _or_error(_planned, source)
         for name, source in by_name.items()

@@ -49,7 +49,7 @@ class Searched:
     def add(self, trials: Mapping[str, Sequence[search.Trial]]) -> None:
         """Further points of the same groups, weights and images; those that are there already are left out."""
         for name, there in self.trials.items():
-            known = {trial.theta for trial in there if not trial.bound}
+            known = {trial.theta for trial in there}
             new = (trial for trial in trials[name] if trial.theta not in known)
             there += [replace(trial, step=step) for step, trial in enumerate(new, len(there))]
 

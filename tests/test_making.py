@@ -10,7 +10,7 @@ import pytest
 from test_choice import TRIALS
 
 from clipq_ray import making, tables
-from clipq_ray.aim import LADDER, Aim
+from clipq_ray.aim import LADDER, LEAST_RATIO, Aim
 from clipq_ray.batch import compress
 from clipq_ray.choice import MILDEST, Choice, choose, choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
@@ -123,6 +123,7 @@ def test_a_promised_drop_is_searched_once_more_where_nothing_mild_enough_was_mea
     assert ratios(round(1.2 * largest.bytes)) == []
     assert ratios(2 * largest.bytes, times=12) == [6.0]
     assert ratios(2 * largest.bytes) == [8.0]  # it lies far out
+    assert ratios(4 * largest.bytes, times=7) == [LEAST_RATIO]
     assert ratios(4 * largest.bytes, times=6) == []  # nothing milder can be measured
     # the largest plan was tried, and is not enough
     assert ratios(largest.bytes, was=largest) == []

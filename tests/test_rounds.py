@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 
 import clipq_ray
 from clipq_ray import loading, manifest, pipeline, rounds, tables
+from clipq_ray.aim import Aim
 from clipq_ray.batch import compress
 from clipq_ray.choice import choose, choose_for_bytes
+from clipq_ray.claims import Claim
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
@@ -25,7 +28,7 @@ from clipq_ray.errors import DivergedError, RunError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.intent import MOST_SHRUNK, SPARE, Drop, Intent, Outcome
 from clipq_ray.making import Making
-from clipq_ray.pipeline import Result
+from clipq_ray.pipeline import Prepared, Result
 from clipq_ray.places import Costs
 from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
@@ -448,3 +451,16 @@ def test_a_round_that_fails_for_another_reason_ends_the_job(promised: tuple[Path
     config = make(**{**QUICK, "storage": str(promised[0]), "max_drop": 3.0, "round_epochs": 4})
     with pytest.raises(RunError, match="workers were lost"):
         compress(Source(config), Lost(), Reporter(quiet=True))
+
+
+def test_a_member_of_an_ensemble_is_searched_where_the_size_of_all_is_decided(
+    promised: tuple[Path, Result],
+) -> None:
+    config = make(**{**QUICK, "storage": str(promised[0]), "max_drop": 3.0})
+    held: list[Claim] = []
+    source = Source(config, ensemble="of this test", smaller=6.0)
+    ready = pipeline.prepare(source, LocalEngine(), Reporter(quiet=True), threading.Lock(), held)
+    assert isinstance(ready, Prepared)
+    settings = ready.search.task.settings
+    assert Aim(settings.tradeoffs, settings.shares) == Aim.at(6.0)
+    held[0].give_back()

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from clipq_ray import identity, loading, logs, search, stages
+from clipq_ray.aim import Aim
 from clipq_ray.choice import Choice, choose, choose_for_bytes
 from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, RunError
 from clipq_ray.fleet.ensembles import Votes, classes_of, probabilities, together
@@ -36,6 +37,7 @@ from clipq_ray.intent import (
     to_ask,
 )
 from clipq_ray.making import Making
+from clipq_ray.original import inputs_of
 from clipq_ray.pipeline import Opened, Prepared, Result, close_rounds, open_rounds
 from clipq_ray.rounds import Rounds, Shared
 from clipq_ray.source import Source
@@ -122,17 +124,29 @@ def first_budget(intent: Intent, members: Sequence[Curves]) -> int:
     return sum(one.bytes for one in found)
 
 
-def as_members(
-    ensemble: Ensemble, sources: Sequence[Source], inputs: Mapping[str, Mapping[str, Any]]
-) -> list[Source]:
-    """The members' `sources` with the identity of their ensemble, which all `inputs` decide by name, and with the ratio that it is to have, where that is its intent."""
+class Joining(NamedTuple):
+    """A network that is to be a member of an ensemble with one intent: what decides it, and about its bytes before."""
+
+    source: Source
+    inputs: Mapping[str, Any]
+    bytes_before: int
+
+    @classmethod
+    def of(cls, source: Source) -> Joining:
+        """What is known of it before it is prepared; fails as that would."""
+        size = sum(4 * value.numel() for value in source.network().state_dict().values())
+        return cls(source, inputs_of(source), size)
+
+
+def as_members(ensemble: Ensemble, joining: Sequence[Joining]) -> list[Source]:
+    """The sources of all members with the identity of their ensemble, and with the ratio that it is to have, where that is its intent."""
     assert ensemble.wants is not None
-    same = identity.of_ensemble(*ensemble.wants, inputs)
-    # near enough to say where to search
-    before = sum(4 * value.numel() for one in sources for value in one.network().state_dict().values())
+    before = sum(one.bytes_before for one in joining)
     intent = ensemble.intent_of(before)
     smaller = before / intent.value if intent.kind == "bytes" else None
-    return [replace(one, ensemble=same, smaller=smaller) for one in sources]
+    inputs = {one.source.name: one.inputs for one in joining}
+    same = identity.of_ensemble(*ensemble.wants, inputs, None if smaller is None else Aim.at(smaller))
+    return [replace(one.source, ensemble=same, smaller=smaller) for one in joining]
 
 
 def finish_ensemble(ensemble: Ensemble, members: Sequence[Prepared | Result], parallel: bool) -> list[Result]:

@@ -76,8 +76,7 @@ def _unreadable(uri: str, expected: str, error: Exception) -> str:
         return f"expected {expected} at {uri}, got a pickled {found[1]}, which could run code; {_EXPORT}"
     if "WeightsUnpickler" in text or "Weights only" in text:
         text = "something that torch.load(weights_only=True) does not take"
-    reason = text[:120] or type(error).__name__
-    return f"expected {expected} at {uri}, got bytes that cannot be read as such ({reason}); fetch the file again or {_EXPORT}"
+    return f"expected {expected} at {uri}, got bytes that cannot be read as such ({text[:120]}); fetch the file again or {_EXPORT}"
 
 
 def _state_of(content: Any, uri: str) -> dict[str, Tensor]:

@@ -18,17 +18,26 @@ from test_fleet_run import DEFAULTS, ROOT, fleet, rows, submitted
 from test_rounds import Hot
 
 import clipq_ray
-from clipq_ray import search
+from clipq_ray import planning, search
 from clipq_ray.batch import compress_all
 from clipq_ray.choice import Choice, choose_for_bytes
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.data import open_data
-from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, RunError
+from clipq_ray.errors import ClipqError, DataError, DivergedError, HeldError, ModelError, RunError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.fleet.ensembles import classes_of, probabilities, together
 from clipq_ray.fleet.file import Ensemble
-from clipq_ray.fleet.shares import Curves, Share, _Vote, as_members, first_budget, shared_out, without
+from clipq_ray.fleet.shares import (
+    Curves,
+    Joining,
+    Share,
+    _Vote,
+    as_members,
+    first_budget,
+    shared_out,
+    without,
+)
 from clipq_ray.intent import Drop, Intent, Outcome, next_request
 from clipq_ray.pipeline import Result
 from clipq_ray.progress import Reporter
@@ -80,12 +89,15 @@ def test_members_are_searched_where_the_size_of_all_together_is_decided(
     wants: tuple[str, float], smaller: float | None
 ) -> None:
     """Two networks of 61,706 parameters each."""
-    sources = [Source(make(model="lenet5", name=name)) for name in "ab"]
-    members = as_members(Ensemble("both", ("a", "b"), wants), sources, {"a": {}, "b": {"seed": 1}})
-    assert [one.smaller for one in members] == [pytest.approx(smaller, rel=1e-3) if smaller else None] * 2
-    assert len({one.ensemble for one in members}) == 1
-    other = as_members(Ensemble("both", ("a", "b"), wants), sources, {"a": {}, "b": {"seed": 2}})
-    assert members[0].ensemble != other[0].ensemble
+
+    def members(seed: int) -> list[Source]:
+        joining = [Joining.of(Source(make(model="lenet5", name=name, seed=seed))) for name in "ab"]
+        return as_members(Ensemble("both", ("a", "b"), wants), joining)
+
+    found = members(0)
+    assert [one.smaller for one in found] == [pytest.approx(smaller, rel=1e-3) if smaller else None] * 2
+    assert len({one.ensemble for one in found}) == 1
+    assert found[0].ensemble != members(1)[0].ensemble
 
 
 def test_votes_are_held_against_the_labels_of_the_images_that_were_read(tmp_path: Path) -> None:
@@ -430,6 +442,31 @@ def test_a_members_round_that_diverges_leaves_the_round_that_all_have(tmp_path: 
 def test_votes_that_are_no_numbers_are_for_no_class() -> None:
     votes = np.array([[0.1, 0.9], [math.nan, 0.2], [0.7, 0.3]])
     assert classes_of(votes).tolist() == [1, -1, 0]
+
+
+def test_a_member_that_cannot_be_built_ends_its_ensemble_and_no_other_network(tmp_path: Path) -> None:
+    def source(name: str, **options: Any) -> Source:
+        return Source(
+            make(
+                model="lenet5",
+                name=name,
+                storage=str(tmp_path),
+                search_evaluations=4,
+                epochs=1,
+                engine="local",
+                **options,
+            )
+        )
+
+    sources = [source("a", model_args={"nonsense": 1}), source("b"), source("c", target_ratio=20)]
+    ensembles = [Ensemble("both", ("a", "b"), ("target_ratio", 8.0))]
+    words, code = planning.dry_run(sources, ensembles)
+    assert code == 2
+    assert "a cannot be made" in words
+    assert "b cannot be made" in words
+    assert "network     c (lenet5)" in words
+    found = compress_all(sources, LocalEngine(), Reporter(quiet=True), ensembles)
+    assert [type(one) for one in found] == [ModelError, RunError, Result]
 
 
 def test_members_of_an_ensemble_are_told_why_the_others_are_not_made() -> None:
