@@ -21,11 +21,11 @@ STEEP = (128.0, 512.0)
 STEEP_RATIO = 160.0
 """Up to this ratio `LADDER` suffices."""
 
-MILD = (0.125, 0.5, 2.0)
-"""The lambdas where a file is to be less than `MILD_RATIO` times smaller: there the choices lie below 2 (bench/LOG.md)."""
+MILD = (0.25, 1.0, 4.0)
+"""The lambdas where a file is to be less than `MILD_RATIO` times smaller: the choices of ResNet-20 lie below 1.1 there (bench/LOG.md)."""
 
-MILD_RATIO = 16.0
-"""For networks that are to be so many times smaller and more `LADDER` and `START` are made; milder ones are decided by less, and by points that lose less (`shares`)."""
+MILD_RATIO = 12.0
+"""From this ratio on `LADDER` suffices."""
 
 LEAST_RATIO = 5.0
 """Below it all first points would be the mildest that there are: b = 8 and next to no pruning, 4.4 to 5.2 times smaller (three layers of ResNet-20)."""
@@ -33,6 +33,9 @@ LEAST_RATIO = 5.0
 START = (0.25, 0.05, 0.1, 0.5, 0.75, 0.02, 0.9, 0.35, 0.17, 0.01)
 """The first points of every layer, from the curves that cost no evaluation: for each of these shares of the weights' energy that may be
 lost, the point that saves the most; further ones are drawn at random."""
+
+START_RATIO = 16.0
+"""For networks that are to be so many times smaller and more; for others the shares are smaller (`shares`)."""
 
 START_AGAIN = (0.0, 0.25, 0.1, 0.5, 0.05, 0.75, 0.02, 0.9, 0.35, 0.17)
 """The same where a network is searched that is compressed already: the share is that of the weights as they are, and the first point moves them least."""
@@ -76,7 +79,7 @@ def ladder(ratio: float) -> tuple[float, ...]:
 
 
 def shares(ratio: float) -> tuple[float, ...]:
-    """`START`; of a network that is to be less than `MILD_RATIO` times smaller by as much less as a normal source loses less at 32/`ratio` bits a weight: a fourth for each bit
+    """`START`; of a network that is to be less than `START_RATIO` times smaller by as much less as a normal source loses less at 32/`ratio` bits a weight: a fourth for each bit
     (rate-distortion theory: D = 4^-R)."""
-    further = max(0.0, 32 / max(ratio, LEAST_RATIO) - 32 / MILD_RATIO)
+    further = max(0.0, 32 / max(ratio, LEAST_RATIO) - 32 / START_RATIO)
     return tuple(share * 4**-further for share in START)

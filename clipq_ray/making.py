@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from clipq_ray import fitting, packing, stages
-from clipq_ray.aim import LEAST_RATIO, MILD_RATIO
+from clipq_ray.aim import LEAST_RATIO, START_RATIO
 from clipq_ray.choice import MILDEST, Choice, choose, choose_for_bytes
 from clipq_ray.config import Config
 from clipq_ray.evaluate import Evaluation
@@ -45,7 +45,7 @@ from clipq_ray.training import Size, epochs_in, plan_after
 FAR = 0.8
 """Of what a plan may take: where the mildest points that were measured take less, they are said to be, and are not what a promised drop ends with."""
 
-_MILD = MILD_RATIO / 2
+_MILD = START_RATIO / 2
 """The ratio at which a second search looks at most."""
 _FIRST = 2
 """Of the mildest plan, the size at which it looks where that adds too much error for a first round."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clipq_ray.aim import LADDER, MILD, MILD_RATIO, START, STEEP, Aim, ladder, shares
+from clipq_ray.aim import LADDER, MILD, MILD_RATIO, START, START_RATIO, STEEP, Aim, ladder, shares
 from clipq_ray.config import make
 
 
@@ -22,7 +22,7 @@ from clipq_ray.config import make
         ({"target_bytes": 1000, "rungs": 4}, Aim(LADDER + STEEP, START)),
         # others serve the steep ones
         ({"target_bytes": 1000, "rungs": 4, "search_again": True}, Aim(LADDER, START)),
-        ({"target_ratio": 14}, Aim(MILD, shares(14))),
+        ({"target_ratio": 14}, Aim(LADDER, shares(14))),
         ({"target_ratio": 6}, Aim(MILD, shares(6))),
         ({"target_ratio": 6, "rungs": 4, "search_again": True}, Aim(MILD, shares(6))),
         ({"target_bytes": 105_000}, Aim(MILD, shares(8))),
@@ -42,12 +42,12 @@ def test_lambdas_grow_with_the_ratio() -> None:
     found = [ladder(ratio) for ratio in (4.0, MILD_RATIO, 160.0, 161.0)]
     assert found == [MILD, LADDER, LADDER, LADDER + STEEP]
     assert list(LADDER + STEEP) == sorted(LADDER + STEEP)
-    assert max(MILD) <= min(LADDER) < max(LADDER)
+    assert min(MILD) < min(LADDER) < max(MILD) < max(LADDER)
 
 
 def test_first_points_lose_less_of_networks_that_may_be_larger() -> None:
-    assert shares(MILD_RATIO) == shares(400.0) == START
-    for milder, ratio in pairwise((4.0, 6.0, 8.0, 12.0, MILD_RATIO)):
+    assert shares(START_RATIO) == shares(400.0) == START
+    for milder, ratio in pairwise((4.0, 6.0, 8.0, 12.0, START_RATIO)):
         assert all(less < more for less, more in zip(shares(milder), shares(ratio), strict=True))
     # a bit more for each weight is a fourth of the loss
     assert shares(32 / 3) == pytest.approx([share / 4 for share in START])

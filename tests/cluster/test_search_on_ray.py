@@ -185,7 +185,7 @@ def test_a_second_job_on_the_cluster_that_needs_the_same_search_takes_it_as_it_i
     storage = tmp_path / "s"
     first, second = (
         command(storage, weights, **{**SEARCHED, "name": name, "target_ratio": ratio})
-        for name, ratio in (("a", 15), ("b", 20))
+        for name, ratio in (("a", 16), ("b", 20))
     )
     said = "search: is being made by another job ("
     the_second_waits(first, second, storage, tmp_path, cluster, said)

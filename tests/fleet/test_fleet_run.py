@@ -24,7 +24,7 @@ from clipq_ray.storage import WORK, Store
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS: dict[str, Any] = {
     "engine": "local", "epochs": 1, "baseline_epochs": 2, "batch_size": 32, "search_evaluations": 4, "search_start": 3,
-    "search_images": 60, "target_ratio": 15, "rounds": 1,
+    "search_images": 60, "target_ratio": 20, "rounds": 1,
 }  # fmt: skip
 
 
