@@ -54,6 +54,11 @@ class Aim:
         return cls(ladder(ratio), shares(ratio))
 
     @classmethod
+    def again(cls, ratio: float) -> Aim:
+        """The same for one that is compressed already."""
+        return cls(ladder(ratio), START_AGAIN)
+
+    @classmethod
     def of(cls, config: Config, bytes_before: int, together: float | None = None) -> Aim:
         """Of the search before all rounds of a network of `bytes_before` bytes; `together`: how many times smaller the ensemble is to be that decides for it, if one does
         and that is known."""

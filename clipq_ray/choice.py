@@ -64,9 +64,8 @@ def choose_for_bytes(trials: Mapping[str, Sequence[Trial]], budget: int, *, near
         else:
             above, low = choice, middle
     best = _fill(best, trials, budget, lambda trial: trial.error)
-    if (
-        above.bytes <= budget
-    ):  # no lambda is as mild: by errors, of a few images by now, nothing more helps, and by losses it does (bench/LOG.md)
+    # where no lambda is as mild, nothing more helps by errors, of a few images by now; by losses it does (bench/LOG.md)
+    if above.bytes <= budget:
         best = _fill(best, trials, budget, lambda trial: math.inf if math.isnan(trial.loss) else trial.loss)
     # the product, since a ratio may be of 0 bytes
     return above if nearest and budget**2 > above.bytes * best.bytes and above.bytes > budget else best

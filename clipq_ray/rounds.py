@@ -219,15 +219,13 @@ def _other_choice(
     intent: Intent, making: Making, requested: int | None, on_the_way: bool = False
 ) -> tuple[Choice, int | None]:
     """The choice for `requested` bytes; where it was tried already, and all sizes so far lie on one side of the promise, the next one further on."""
-    choice = _choice(intent, making, requested, on_the_way)
     if requested is None:
-        return choice, requested
+        return _choice(intent, making, None), None
     for size in sizes_on(intent, [one.outcome for one in making.done], requested):
-        if size != requested:
-            choice, requested = _choice(intent, making, size), size
-        if not making.made(choice, requested):
+        choice = _choice(intent, making, size, on_the_way)
+        if not making.made(choice, size):
             break
-    return choice, requested
+    return choice, size
 
 
 def _say(run: Run, intent: Intent, done: Sequence[Round], bytes_before: int) -> None:

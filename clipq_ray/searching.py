@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clipq_ray import identity, models, search, sharing, stages
-from clipq_ray.aim import START_AGAIN, Aim
+from clipq_ray.aim import Aim
 from clipq_ray.cluster.engine import Done, Engine
 from clipq_ray.data import Split
 from clipq_ray.errors import ClipqError, HeldError, StorageError
@@ -104,7 +104,7 @@ def planned(
     settings = search.Settings(
         config.search_evaluations, min(config.search_start, config.search_evaluations), lambdas, config.seed,
         config.search_stop_gain, config.search_loss_share, config.search_early_stop, plan is not None,
-        START_AGAIN if plan else aim.start,
+        aim.start,
     )  # fmt: skip
     inputs = {
         "architecture": identity.of_network(run.source),
@@ -139,7 +139,7 @@ def search_again(
     weights of fine-tuning are no network of their own: what was trained are the quantized ones."""
     model = run.source.network()
     put_state(model, read_state(weights))
-    one = planned(run, model, weights, inventory, groups, sample(run), Aim.at(ratio), plan, time_share)
+    one = planned(run, model, weights, inventory, groups, sample(run), Aim.again(ratio), plan, time_share)
     trials = _made(one)
     bake(model, plan)
     return Searched(trials, weights, plan, original_error(run, model))

@@ -134,8 +134,8 @@ class Joining(NamedTuple):
     @classmethod
     def of(cls, source: Source) -> Joining:
         """What is known of it before it is prepared; fails as that would."""
-        size = sum(4 * value.numel() for value in source.network().state_dict().values())
-        return cls(source, inputs_of(source), size)
+        inputs = inputs_of(source)
+        return cls(source, inputs, sum(4 * value.numel() for value in source.network().state_dict().values()))
 
 
 def as_members(ensemble: Ensemble, joining: Sequence[Joining]) -> list[Source]:
