@@ -271,7 +271,7 @@ class Config(BaseModel):
         le=MOST,
         description="further epochs in which clipped weights stay clipped, and levels, codes, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept; --hold-size leaves 4 % of the size for their codes",
     )
-    level_learning_rate: float = Field(0.01, gt=0, description="peak rate of these epochs")
+    level_learning_rate: float = Field(0.03, gt=0, description="peak rate of these epochs")
     baseline_epochs: int = Field(
         10, ge=1, le=MOST, description="epochs of training when the weights are trained first"
     )

@@ -5,8 +5,11 @@ what the loss likes best. `Levels` takes the operator's place in a training behi
 rare ones a little further off where their bits have a price, and a level is the mean of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
 All else that a network learns (biases, batch norm) is trained along. A file differs by what other codes, vectors and grids take.
 
+A twin that lies near a border of two levels goes to and fro between them as long as there is a rate to move it by, and each time the others have to follow; what such weights cost is more than what
+their codes could gain. So a code that keeps changing is settled: for the rest of the training it is the one of the twin's running mean.
+
 Source: Han et al., ICLR 2016, section 3 (levels trained), and Esser et al., ICLR 2020, section 2.2 (the scale of their gradient), Chou et al. 1989 (bits in the
-distance). Not covered: the schedule (`finetune`).
+distance), Nagel et al., ICML 2022, section 4.3 (weights that oscillate are frozen). Not covered: the schedule (`finetune`).
 """
 
 from __future__ import annotations
@@ -28,12 +31,20 @@ from clipq_ray.quantizer import Quantized
 PRICE = 0.1
 """Of a bit, in the mean square of the distances of a layer's neighbouring levels: a file stays about as large as it was. Without a price rare levels fill up, and a LeNet-5 of 1,470 bytes
 takes 30 to 55 more; one that follows the size of the file from epoch to epoch loses rare levels and brings no bytes back (bench/LOG.md)."""
+_MEMORY = 0.99
+"""What one step leaves of the running means."""
+_SETTLES = 0.015
+"""Changes of a code per step, as a running mean, beyond which it is settled: by a second one within some 70 steps."""
+
+_STATE = ("codes", "levels", "changes", "means", "settled")
+"""What a checkpoint has of a layer besides its twin."""
 
 
 @dataclass
 class _Layer:
     """One parameter, which holds quantized weights between steps; `twin`: the full-precision ones, zero where clipped; `kept`: where the n weights lie that are
-    not, an index per dimension; `codes`: int64 (n,), which of the `levels`, none of them zero, each of these has."""
+    not, an index per dimension; `codes`: int64 (n,), which of the `levels`, none of them zero, each of these has; `changes`: float32 (n,), how often that changes, `means`: of their twins, both over some
+    100 steps; `settled`: bool (n,), which codes stay as they are."""
 
     name: str
     parameter: nn.Parameter
@@ -41,27 +52,46 @@ class _Layer:
     kept: tuple[Tensor, ...]
     codes: Tensor
     levels: Tensor
+    changes: Tensor
+    means: Tensor
+    settled: Tensor
 
     def assign(self, price: float) -> None:
         """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `price` for each bit of its code, in the mean square of the
-        distances of neighbouring levels; then every level to the mean of its twins."""
-        twins, levels = self.twin[self.kept], self.levels.tolist()
-        n = self._counts().tolist()
-        gaps = [(after - before) ** 2 for before, after in pairwise(sorted(levels)) if before * after > 0]
-        gap = sum(gaps) / max(1, len(gaps))
-        costs = [price * gap * math.log2((sum(n) + len(n)) / (one + 1)) for one in n]
-        for positive in (False, True):
-            numbers, borders = nearest(
-                {number: level for number, level in enumerate(levels) if (level > 0) == positive}, costs
-            )
-            if numbers:
-                found = self.codes.new_tensor(numbers)[torch.bucketize(twins, twins.new_tensor(borders))]
-                self.codes = torch.where((twins > 0) == positive, found, self.codes)
-        totals = _sums(twins, self.codes, len(levels))
+        distances of neighbouring levels, but for those that are settled; then every level to the mean of its twins."""
+        twins, before = self.twin[self.kept], self.codes
+        borders = self._borders(price)
+        self.codes = torch.where(self.settled, before, self._cheapest(twins, borders))
+        self.changes.lerp_((self.codes != before).to(self.changes), 1 - _MEMORY)
+        self.means.lerp_(twins.to(self.means), 1 - _MEMORY)
+        settling = (self.changes > _SETTLES) & ~self.settled
+        self.codes = torch.where(settling, self._cheapest(self.means, borders), self.codes)
+        self.settled |= settling
+        totals = _sums(twins, self.codes, len(self.levels))
         # a level that nothing has is there for weights that come; none leaves its side of zero, where a layer of one side may have no place for it
         means = (totals / self._counts().clamp(min=1)).to(self.levels.dtype)
         self.levels = torch.where(totals * self.levels > 0, means, self.levels)
         self.put()
+
+    def _borders(self, price: float) -> list[tuple[bool, list[int], list[float]]]:
+        """Of each side of zero that has levels: whether it is the positive one, its levels in the order of their places, and the borders between these."""
+        levels, n = self.levels.tolist(), self._counts().tolist()
+        gaps = [(after - before) ** 2 for before, after in pairwise(sorted(levels)) if before * after > 0]
+        gap = sum(gaps) / max(1, len(gaps))
+        costs = [price * gap * math.log2((sum(n) + len(n)) / (one + 1)) for one in n]
+        found = (
+            (side, *nearest({number: one for number, one in enumerate(levels) if (one > 0) == side}, costs))
+            for side in (False, True)
+        )
+        return [one for one in found if one[1]]
+
+    def _cheapest(self, twins: Tensor, borders: list[tuple[bool, list[int], list[float]]]) -> Tensor:
+        """The codes of `twins`; on a side of zero without levels those that there are."""
+        codes = self.codes
+        for positive, numbers, walls in borders:
+            found = codes.new_tensor(numbers)[torch.bucketize(twins, twins.new_tensor(walls))]
+            codes = torch.where((twins > 0) == positive, found, codes)
+        return codes
 
     def _counts(self) -> Tensor:
         """How many weights each level has."""
@@ -168,7 +198,7 @@ class Levels:
         return {
             f"{what}/{number}": getattr(one, what)
             for number, one in enumerate(self._layers)
-            for what in ("codes", "levels")
+            for what in _STATE
         }
 
     @torch.no_grad()
@@ -176,8 +206,8 @@ class Levels:
         """The mirror of `state`, where the parameters hold the checkpoint's twins."""
         for number, one in enumerate(self._layers):
             one.twin.copy_(one.parameter)
-            one.codes.copy_(state[f"codes/{number}"])
-            one.levels.copy_(state[f"levels/{number}"])
+            for what in _STATE:
+                getattr(one, what).copy_(state[f"{what}/{number}"])
             one.put()
 
     def detach(self) -> None:
@@ -196,7 +226,10 @@ def _layer(name: str, parameter: nn.Parameter, one: Quantized) -> _Layer:
     # the nearest, which a parameter of half the bits may have lost the last bits of
     between = levels.double()
     codes = torch.bucketize(values[kept].double(), (between[1:] + between[:-1]) / 2)
-    return _Layer(name, parameter, values.clone(), kept, codes, levels)
+    settled = torch.zeros_like(codes, dtype=torch.bool)
+    return _Layer(
+        name, parameter, values.clone(), kept, codes, levels, settled.float(), values[kept].float(), settled
+    )
 
 
 def read(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Quantized]:

@@ -122,6 +122,40 @@ def test_a_rare_level_gets_weights_only_where_it_is_nearer_by_what_its_bits_cost
     assert (model["w"].detach()[1:3] > 0.5).tolist() == [False, True]
 
 
+INNER, OUTER = 0.4, 0.8  # twins whose next level is the inner or the outer one of 0.3 and 0.9
+
+
+def outer_ones(*twins: tuple[float, int]) -> list[bool]:
+    """Of a weight whose twin is moved to each of `twins` for so many steps: whether it had the outer level behind the last of these. Behind each the training goes on from a checkpoint."""
+    found, kept, state = [], None, dict[str, torch.Tensor]()
+    for twin, steps in twins:
+        model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([0.3] * 30 + [-0.5] + [0.9] * 30))})
+        trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}), 0.0)
+        if kept is not None:
+            model["w"].data.copy_(kept)
+            trained.load_state(state)
+        for _ in range(steps):
+            with trained.full_precision(), torch.no_grad():
+                model["w"][0] = twin
+        found.append(bool(model["w"][0] > 0.6))
+        with trained.reading_full_precision():
+            kept, state = model["w"].detach().clone(), trained.state()
+    return found
+
+
+@pytest.mark.parametrize(("usual", "other"), [(OUTER, INNER), (INNER, OUTER)])
+def test_a_code_that_goes_to_and_fro_is_settled_where_its_twin_is_in_the_mean(
+    usual: float, other: float
+) -> None:
+    there = usual == OUTER
+    found = outer_ones((usual, 300), (other, 1), (usual, 1), (other, 1000))
+    assert found == [there, not there, there, there]
+
+
+def test_a_code_that_changes_now_and_then_follows_its_twin() -> None:
+    assert outer_ones((OUTER, 300), (INNER, 300), (OUTER, 300), (INNER, 300)) == [True, False, True, False]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 255])
 def test_each_place_has_the_level_whose_distance_and_costs_are_least(count: int) -> None:
     random = np.random.default_rng(count)
