@@ -50,9 +50,13 @@ PRUNED_EVERY = 20  # steps
 SIZES = 7  # tried to find one
 
 
+OF_LEVERS = ("rung_epochs", "level_learning_rate")
+"""Options that have nothing to do without a lever."""
+
+
 def left(options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
     """What of a recipe's options goes beyond the training of one round is left out; how images are shown is the same for all."""
-    beyond = {*PAPER, "rung_epochs"} - {"cutout_pixels"}
+    beyond = {*PAPER, *OF_LEVERS} - {"cutout_pixels"}
     return {**{name: value for name, value in options.items() if name not in beyond}, "epochs": epochs}
 
 

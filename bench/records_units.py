@@ -4,7 +4,7 @@ A unit that was made with other settings than the recipe's by now counts as not 
 
 Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
 layers). All are made in as many epochs as `ours` of their seed, so it comes first. The last two are for the size of its file, and `two-stage` takes its plan; `paper` is asked
-for the target's size, as the recipe is. `without-LEVER`: the recipe with one option as --paper has it, in as many epochs as the recipe takes without codes at a price.
+for the target's size, as the recipe is. `without-LEVER`: the recipe with one option as --paper has it, in as many epochs as the recipe takes without levels of fixed codes.
 
 `epochs` (`--epochs N`) gives all variants, `ours` too, a last round of N epochs: what takes a GPU in full is so compared on a CPU. Such units stand beside the row, and in no record.
 """
@@ -33,7 +33,6 @@ UNITS = RESULTS / "records-units"
 PEERS = ("two-stage", "uniform")
 VARIANTS = ("ours", "paper", *PEERS)
 PLACES = ("storage", "data", "data_root", "weights", "validation_data")
-OF_LADDERS = ("rung_epochs",)
 LEVERS = (
     "rungs",
     "search_again",
@@ -83,7 +82,11 @@ TARGETS = (
 
 def published(options: dict[str, Any], epochs: int) -> dict[str, Any]:
     """The same size in so many epochs by the method as published."""
-    left = {name: value for name, value in options.items() if name not in PAPER and name not in OF_LADDERS}
+    left = {
+        name: value
+        for name, value in options.items()
+        if name not in PAPER and name not in records_peers.OF_LEVERS
+    }
     return {**left, "paper": True, "epochs": epochs}
 
 
@@ -91,9 +94,10 @@ def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
     """A recipe's options without the lever that a variant names, in as many epochs."""
     lever = variant.removeprefix("without-").replace("-", "_")
     epochs = options["epochs"]
+    found = {**options, lever: PAPER[lever]}
     if lever == "level_epochs":
         epochs += options.get(lever, 0)
-    found = {**options, lever: PAPER[lever]}
+        found.pop("level_learning_rate", None)
     if lever == "rungs":  # what is searched anew is searched for a rung
         epochs += (options.get("rungs", 1) - 1) * found.pop("rung_epochs", 0)
         found["search_again"] = False

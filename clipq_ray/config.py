@@ -269,9 +269,13 @@ class Config(BaseModel):
         0,
         ge=0,
         le=MOST,
-        description="further epochs in which clipped weights stay clipped, and levels, codes, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept; --hold-size leaves 4 % of the size for their codes",
+        description="further epochs in which clipped weights stay clipped, and levels, biases and batch norm are trained; kept where validation images like that better and a size that is asked for is kept; with --hold-size codes are trained, too, for which 4 % of the size are left",
     )
-    level_learning_rate: float = Field(0.03, gt=0, description="peak rate of these epochs")
+    level_learning_rate: float = Field(
+        0.01,
+        gt=0,
+        description="peak rate of these epochs; too low where levels lie so far apart that no weight comes from one to the next",
+    )
     baseline_epochs: int = Field(
         10, ge=1, le=MOST, description="epochs of training when the weights are trained first"
     )

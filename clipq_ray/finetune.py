@@ -77,7 +77,7 @@ class Trainer:
 
     `train` and `validation` are splits; `plan` None trains plainly. `deadline` is a time of `time.monotonic()` before which the last epoch
     should end: the schedule is shortened to fit, never below one more epoch, and `notes` say so. `held`: with a plan, the size that pruning rates
-    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise; `densities`: by which they are already. `number`: which training of its kind it is in the run. `bit_price`: with a plan, what the given weights have clipped stays clipped, and levels and codes of the others are trained, a bit of a code at this price. `feed` makes the batches.
+    hold the file at. `costs`: with a plan, weights are divided by what their places cost while rates rise; `densities`: by which they are already. `number`: which training of its kind it is in the run. `free_codes`: with a plan, what the given weights have clipped stays clipped, and levels of the others are trained, with their codes or without. `feed` makes the batches.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Trainer:
         held: Held | None = None,
         costs: Costs | None = None,
         densities: Sequence[Tensor] | None = None,
-        bit_price: float | None = None,
+        free_codes: bool | None = None,
         number: int = 1,
         feed: Feed = batches,
     ) -> None:
@@ -120,11 +120,11 @@ class Trainer:
         self._probing = Probing(self.model, train, self._index_batches(0)[0], (seed, stage), rank, self._loss)
         self._settle_bits(begun, precision)
         # what is clipped follows from the weights with which the training began
-        fixed = Levels(model, plan, bit_price) if plan and bit_price is not None else None
+        fixed = Levels(model, plan, free_codes) if plan and free_codes is not None else None
         if found:
             self._load_model(found[0])
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
-        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and bit_price is None else None
+        self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and free_codes is None else None
         self.operator: Operator | Levels | None = fixed or (
             Operator(model, plan, self.rates.now, costs, densities) if plan and self.rates else None
         )

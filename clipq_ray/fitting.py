@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from clipq_ray import levels, packing, stages
+from clipq_ray import packing, stages
 from clipq_ray.errors import DivergedError
 from clipq_ray.network import Inventory
 from clipq_ray.plan import Plan
@@ -64,11 +64,11 @@ def _tries(
         warmup_epochs=0.0,
         weight_decay=0.0,
     )
-    # where bytes were left for codes they could take them; where they took more, or were not better, their bits get a price
-    for price in (0.0, levels.PRICE) if held else (levels.PRICE,):
+    # where bytes were left for codes they could take them; where they took more, or were not better, codes stay as they are
+    for free in (True, False) if held else (False,):
         if not _has_time(run, tuned, number, pack_seconds):
             return
-        yield stages.trained(run, "levels", schedule, tuned, plan, work, number, bit_price=price)
+        yield stages.trained(run, "levels", schedule, tuned, plan, work, number, free_codes=free)
 
 
 def _has_time(run: Run, tuned: Store, number: int, pack_seconds: float) -> bool:

@@ -2,14 +2,13 @@
 
 While a network is trained with the operator, weights change sides at the threshold to the end, each by a whole level, and levels are what quantizing moves least, not
 what the loss likes best. `Levels` takes the operator's place in a training behind it, in which only kept weights move: each has the level next to its full-precision twin,
-rare ones a little further off where their bits have a price, and a level is the mean of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
-All else that a network learns (biases, batch norm) is trained along. A file differs by what other codes, vectors and grids take.
+and a level is the mean of its twins, as in CLIP-Q. A twin receives the gradient of its weight, straight through, and that of its level, the sum over the level's n weights, divided by the root of n.
+All else that a network learns (biases, batch norm) is trained along. A file differs by what other codes, vectors and grids take: rare levels fill up. Where it may not grow, codes stay as they are.
 
-A twin that lies near a border of two levels goes to and fro between them as long as there is a rate to move it by, and each time the others have to follow; what such weights cost is more than what
-their codes could gain. So a code that keeps changing is settled: for the rest of the training it is the one of the twin's running mean.
+A twin near a border of two levels goes to and fro between them as long as there is a rate to move it by, and each time all other weights have to follow. So a code that
+changes back soon is settled (`_Settling`): from then on it is the one of its twin's running mean, and of gradients the twin gets its level's alone.
 
-Source: Han et al., ICLR 2016, section 3 (levels trained), and Esser et al., ICLR 2020, section 2.2 (the scale of their gradient), Chou et al. 1989 (bits in the
-distance), Nagel et al., ICML 2022, section 4.3 (weights that oscillate are frozen). Not covered: the schedule (`finetune`).
+Source: Han et al., ICLR 2016, section 3 (levels trained), Esser et al., ICLR 2020, section 2.2 (the scale of their gradient), Nagel et al., ICML 2022, section 4.3 (weights that oscillate are frozen; there by how often they turn back and to the mean of their codes). Not covered: the schedule (`finetune`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +26,44 @@ from clipq_ray.operator import Recovery, bake
 from clipq_ray.plan import Plan, Share
 from clipq_ray.quantizer import Quantized
 
-PRICE = 0.1
-"""Of a bit, in the mean square of the distances of a layer's neighbouring levels: a file stays about as large as it was. Without a price rare levels fill up, and a LeNet-5 of 1,470 bytes
-takes 30 to 55 more; one that follows the size of the file from epoch to epoch loses rare levels and brings no bytes back (bench/LOG.md)."""
 _MEMORY = 0.99
 """What one step leaves of the running means."""
 _SETTLES = 0.015
-"""Changes of a code per step, as a running mean, beyond which it is settled: by a second one within some 70 steps."""
+"""Changes of a code per step, as a running mean, beyond which it is settled when it changes back: two within 69 steps."""
+_SETTLED_BITS = 4
+"""Only codes of layers of up to so many bits are settled: between more levels a step goes as far as from one to the next, which costs little."""
 
-_STATE = ("codes", "levels", "changes", "means", "settled")
-"""What a checkpoint has of a layer besides its twin."""
+
+class _Settling:
+    """Which of a layer's n codes go to and fro.
+
+    `changes`: float32 (n,), changes of a code per step, a running mean; `means`: float32 (n,), of its twin; `last`: int8 (n,), 1 where the last change was to a higher level, -1 to a lower, 0
+    where there was none.
+    """
+
+    STATE = ("changes", "means", "last")
+
+    def __init__(self, twins: Tensor) -> None:
+        self.means = twins.float()
+        self.changes = torch.zeros_like(self.means)
+        self.last = torch.zeros_like(self.means, dtype=torch.int8)
+
+    def step(self, moved: Tensor, twins: Tensor) -> Tensor:
+        """The indices of those that this step found; `moved`: (n,), by what each weight's level is another one than before."""
+        direction = moved.sign().to(torch.int8)
+        changed = direction != 0
+        turned = changed & (direction == -self.last)
+        self.last = torch.where(changed, direction, self.last)
+        self.changes.lerp_(changed.float(), 1 - _MEMORY)
+        self.means.lerp_(twins.float(), 1 - _MEMORY)
+        return (turned & (self.changes > _SETTLES)).nonzero(as_tuple=True)[0]
 
 
 @dataclass
 class _Layer:
     """One parameter, which holds quantized weights between steps; `twin`: the full-precision ones, zero where clipped; `kept`: where the n weights lie that are
-    not, an index per dimension; `codes`: int64 (n,), which of the `levels`, none of them zero, each of these has; `changes`: float32 (n,), how often that changes, `means`: of their twins, both over some
-    100 steps; `settled`: bool (n,), which codes stay as they are."""
+    not, an index per dimension; `codes`: int64 (n,), which of the `levels`, none of them zero, each of these has; `settled`: bool (n,), whose code stays as it is;
+    `settling`: None where no more codes are settled."""
 
     name: str
     parameter: nn.Parameter
@@ -52,46 +71,33 @@ class _Layer:
     kept: tuple[Tensor, ...]
     codes: Tensor
     levels: Tensor
-    changes: Tensor
-    means: Tensor
     settled: Tensor
+    settling: _Settling | None
 
-    def assign(self, price: float) -> None:
-        """Every kept weight to the level on its twin's side of zero that costs least, its square distance and `price` for each bit of its code, in the mean square of the
-        distances of neighbouring levels, but for those that are settled; then every level to the mean of its twins."""
+    def assign(self) -> None:
+        """Every kept weight that is not settled to the level next to its twin, on its side of zero; then every level to the mean of its twins."""
         twins, before = self.twin[self.kept], self.codes
-        borders = self._borders(price)
-        self.codes = torch.where(self.settled, before, self._cheapest(twins, borders))
-        self.changes.lerp_((self.codes != before).to(self.changes), 1 - _MEMORY)
-        self.means.lerp_(twins.to(self.means), 1 - _MEMORY)
-        settling = (self.changes > _SETTLES) & ~self.settled
-        self.codes = torch.where(settling, self._cheapest(self.means, borders), self.codes)
-        self.settled |= settling
+        sides = self._sides()
+        self.codes = torch.where(self.settled, before, _nearest(twins, before, sides))
+        if self.settling:
+            new = self.settling.step(self.levels[self.codes] - self.levels[before], twins)
+            self.codes[new] = _nearest(self.settling.means[new], self.codes[new], sides)
+            self.settled[new] = True
         totals = _sums(twins, self.codes, len(self.levels))
         # a level that nothing has is there for weights that come; none leaves its side of zero, where a layer of one side may have no place for it
         means = (totals / self._counts().clamp(min=1)).to(self.levels.dtype)
         self.levels = torch.where(totals * self.levels > 0, means, self.levels)
         self.put()
 
-    def _borders(self, price: float) -> list[tuple[bool, list[int], list[float]]]:
-        """Of each side of zero that has levels: whether it is the positive one, its levels in the order of their places, and the borders between these."""
-        levels, n = self.levels.tolist(), self._counts().tolist()
-        gaps = [(after - before) ** 2 for before, after in pairwise(sorted(levels)) if before * after > 0]
-        gap = sum(gaps) / max(1, len(gaps))
-        costs = [price * gap * math.log2((sum(n) + len(n)) / (one + 1)) for one in n]
-        found = (
-            (side, *nearest({number: one for number, one in enumerate(levels) if (one > 0) == side}, costs))
-            for side in (False, True)
-        )
-        return [one for one in found if one[1]]
-
-    def _cheapest(self, twins: Tensor, borders: list[tuple[bool, list[int], list[float]]]) -> Tensor:
-        """The codes of `twins`; on a side of zero without levels those that there are."""
-        codes = self.codes
-        for positive, numbers, walls in borders:
-            found = codes.new_tensor(numbers)[torch.bucketize(twins, twins.new_tensor(walls))]
-            codes = torch.where((twins > 0) == positive, found, codes)
-        return codes
+    def _sides(self) -> list[tuple[bool, Tensor, Tensor]]:
+        """Of each side of zero that has levels: whether it is the positive one, the numbers of its levels by place, and the borders halfway between these."""
+        places, numbers = self.levels.sort()  # some may have passed each other
+        found = []
+        for positive in (False, True):
+            here = (places > 0) == positive
+            if here.any():
+                found.append((positive, numbers[here], (places[here][1:] + places[here][:-1]) / 2))
+        return found
 
     def _counts(self) -> Tensor:
         """How many weights each level has."""
@@ -107,29 +113,33 @@ class _Layer:
             return
         given = self.parameter.grad[self.kept]
         totals = _sums(given, self.codes, len(self.levels)) / self._counts().clamp(min=1).sqrt()
+        given = given.masked_fill(self.settled, 0)
         self.parameter.grad.zero_().index_put_(self.kept, given + totals.to(given.dtype)[self.codes])
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has of it besides the twin, as it is now."""
+        found = {"codes": self.codes, "levels": self.levels, "settled": self.settled}
+        if self.settling:
+            found |= {name: getattr(self.settling, name) for name in _Settling.STATE}
+        return {name: one.clone() for name, one in found.items()}
 
-def nearest(levels: Mapping[int, float], costs: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Which of `levels`, by number, some place is nearest to, where the square of its distance is raised by the level's of `costs`; ascending, and the borders between
-    them, of which the lower one has what lies on it. Of parabolas of one shape each is the lowest in one interval, if anywhere."""
-    chosen: list[int] = []
-    borders: list[float] = []
-    for number in sorted(levels, key=lambda one: (levels[one], costs[one])):
-        while chosen:
-            level, last = levels[number], levels[chosen[-1]]
-            if level == last:  # and it costs no less
-                break
-            border = (level + last) / 2 + (costs[number] - costs[chosen[-1]]) / (2 * (level - last))
-            if len(chosen) == 1 or border > borders[-1]:
-                borders.append(border)
-                chosen.append(number)
-                break
-            chosen.pop()
-            borders.pop()
-        else:
-            chosen.append(number)
-    return chosen, borders
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The mirror of `state`, where the parameter holds the checkpoint's twin."""
+        self.twin.copy_(self.parameter)
+        for name in ("codes", "levels", "settled"):
+            getattr(self, name).copy_(state[name])
+        if self.settling:
+            for name in _Settling.STATE:
+                getattr(self.settling, name).copy_(state[name])
+        self.put()
+
+
+def _nearest(twins: Tensor, codes: Tensor, sides: Sequence[tuple[bool, Tensor, Tensor]]) -> Tensor:
+    """The codes of `twins` by the borders of `sides`; `codes`: those on a side of zero without levels."""
+    for positive, numbers, borders in sides:
+        found = numbers[torch.bucketize(twins, borders.to(twins))]
+        codes = torch.where((twins > 0) == positive, found, codes)
+    return codes
 
 
 def _sums(values: Tensor, codes: Tensor, count: int) -> Tensor:
@@ -140,15 +150,13 @@ def _sums(values: Tensor, codes: Tensor, count: int) -> Tensor:
 
 
 class Levels:
-    """The levels and codes of a network's planned parameters, trainable; `model` is changed in place: at once its planned parameters hold quantized weights.
-    `price` of a bit: `PRICE` for a file that stays as large, 0 where it may grow.
+    """The levels of a network's planned parameters, trainable, and where they are `free` their codes; `model` is changed in place: at once its planned parameters hold quantized weights.
 
     `ModelError` where the plan names a parameter that the network lacks, or a weight is NaN or infinite."""
 
-    def __init__(self, model: nn.Module, plan: Plan, price: float) -> None:
-        self._price = price
+    def __init__(self, model: nn.Module, plan: Plan, free: bool) -> None:
         self._layers = [
-            _layer(name, model.get_parameter(name), one) for name, one in bake(model, plan).items()
+            _layer(name, model.get_parameter(name), one, free) for name, one in bake(model, plan).items()
         ]
 
     def _swap(self) -> None:
@@ -165,7 +173,7 @@ class Levels:
             yield
         with torch.no_grad():
             for one in self._layers:
-                one.assign(self._price)
+                one.assign()
 
     @contextmanager
     def reading_full_precision(self) -> Iterator[None]:
@@ -196,19 +204,17 @@ class Levels:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs besides the twins; which weights are kept follows from the first ones."""
         return {
-            f"{what}/{number}": getattr(one, what)
+            f"{what}/{number}": tensor
             for number, one in enumerate(self._layers)
-            for what in _STATE
+            for what, tensor in one.state().items()
         }
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The mirror of `state`, where the parameters hold the checkpoint's twins."""
         for number, one in enumerate(self._layers):
-            one.twin.copy_(one.parameter)
-            for what in _STATE:
-                getattr(one, what).copy_(state[f"{what}/{number}"])
-            one.put()
+            own = f"/{number}"
+            one.load_state({name.removesuffix(own): it for name, it in state.items() if name.endswith(own)})
 
     def detach(self) -> None:
         """Leave the quantized weights in the parameters."""
@@ -216,7 +222,7 @@ class Levels:
 
 
 @torch.no_grad()
-def _layer(name: str, parameter: nn.Parameter, one: Quantized) -> _Layer:
+def _layer(name: str, parameter: nn.Parameter, one: Quantized, free: bool) -> _Layer:
     """A layer as `bake` has left it: the twins begin as the quantized weights."""
     values = parameter.detach()
     kept = (one.codes != 0).to(values.device).nonzero(as_tuple=True)
@@ -226,10 +232,9 @@ def _layer(name: str, parameter: nn.Parameter, one: Quantized) -> _Layer:
     # the nearest, which a parameter of half the bits may have lost the last bits of
     between = levels.double()
     codes = torch.bucketize(values[kept].double(), (between[1:] + between[:-1]) / 2)
-    settled = torch.zeros_like(codes, dtype=torch.bool)
-    return _Layer(
-        name, parameter, values.clone(), kept, codes, levels, settled.float(), values[kept].float(), settled
-    )
+    settled = torch.full_like(codes, not free, dtype=torch.bool)
+    settling = _Settling(values[kept]) if free and len(levels) < 2**_SETTLED_BITS else None
+    return _Layer(name, parameter, values.clone(), kept, codes, levels, settled, settling)
 
 
 def read(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Quantized]:

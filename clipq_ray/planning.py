@@ -213,7 +213,7 @@ def trainings(source: Source) -> list[Trainings]:
     config = source.config
     half = math.ceil(config.epochs / 2)
     further = config.rounds - 1 if config.tradeoff is None else 0
-    prices = 2 if config.hold_size else 1  # where free codes take too much, or are no better
+    tries = 2 if config.hold_size else 1  # where free codes take too much, or are no better
     return [
         one
         for one in (
@@ -222,7 +222,7 @@ def trainings(source: Source) -> list[Trainings]:
             Trainings("fine-tuning", 1, config.epochs),
             Trainings("control", int(source.wants_control()), stages.control_epochs(config)),
             Trainings("more rounds", further, config.round_epochs or half, True, True),
-            Trainings("levels", (1 + further) * prices, config.level_epochs, further > 0 or prices > 1),
+            Trainings("levels", (1 + further) * tries, config.level_epochs, further > 0 or tries > 1),
         )
         if one.times and one.epochs
     ]

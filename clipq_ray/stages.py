@@ -305,11 +305,11 @@ def trained(
     time_share: float = 1.0,
     size: Size | None = None,
     costs: Costs | None = None,
-    bit_price: float | None = None,
+    free_codes: bool | None = None,
 ) -> Store:
     """Train with the operator (`plan`, `ramp`) or without, from `initial` weights or from the network's own start; the `number`-th of its kind.
-    `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at; `costs`: what places are charged for; `bit_price`: of a code, where
-    what the weights have clipped stays clipped."""
+    `time_share`: of the time that such a training may take before a deadline. `size`: what the file is held at; `costs`: what places are charged for; `free_codes`: what the weights have clipped stays clipped,
+    and levels are trained, with the codes or without."""
     config = run.config
     inputs = {
         "architecture": identity.of_network(run.source),
@@ -319,22 +319,22 @@ def trained(
         **({"ramp": asdict(ramp)} if ramp else {}),
         **({"bytes": size.bytes, "file": [config.profile, config.vectors, config.dead_units, config.unit_order, config.keep, str(size.precision), list(run.data.class_names)]} if size else {}),
         **({"costs": asdict(costs)} if costs else {}),
-        **({"bit_price": bit_price} if bit_price is not None else {}),
+        **({"free_codes": free_codes} if free_codes is not None else {}),
         **({"shift_pixels": config.shift_pixels} if config.shift_pixels is not None else {}),
         **({"number": number} if number > 1 else {}),
         **({"frozen": run.source.frozen} if run.source.frozen else {}),
     }  # fmt: skip
 
     name = stage if number == 1 else f"{stage}-{number}"
-    if bit_price:  # behind a round there may be one of free codes, too
-        name += f"-price-{bit_price}"
+    if free_codes is False:  # behind a round there may be one of free codes, too
+        name += "-fixed"
 
     def make(store: Store, progress: Any) -> float:
         # checkpoints lie below the key too: of another plan's none is gone on from
         task = TrainTask(
             run.source, stage, initial.uri if initial else None, plan, schedule, store.uri,
             work.child(name, store.uri.rpartition("-")[2]).uri, deadline_of(run, stage, time_share), ramp, size,
-            bit_price, costs, DEADLINE_SHARES[stage] * time_share, number,
+            free_codes, costs, DEADLINE_SHARES[stage] * time_share, number,
         )  # fmt: skip
         with run.away():
             return run.engine.train(task, progress)

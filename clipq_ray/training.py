@@ -50,7 +50,7 @@ DENSITIES = "densities.safetensors"
 
 @dataclass(frozen=True)
 class TrainTask:
-    """One training: `stage` is "baseline", "finetune", "levels" (`bit_price`: what the given weights have clipped stays clipped, and a code's bits have this price) or "control"; URIs name stores.
+    """One training: `stage` is "baseline", "finetune", "levels" (`free_codes`: what the given weights have clipped stays clipped, and levels are trained, with the codes or without) or "control"; URIs name stores.
     `deadline`: by the clock of the storage [s since 1970], which left it a part `deadline_share` of the time that there was when it was set.
     `number`: which training of its kind it is in the run, since each shows the images otherwise."""
 
@@ -64,7 +64,7 @@ class TrainTask:
     deadline: float | None = None
     ramp: Ramp | None = None
     size: Size | None = None
-    bit_price: float | None = None
+    free_codes: bool | None = None
     costs: Costs | None = None
     deadline_share: float = 1.0
     number: int = 1
@@ -111,7 +111,7 @@ def train(
         held=_held(task, data),
         costs=task.costs,
         densities=_densities(task),
-        bit_price=task.bit_price,
+        free_codes=task.free_codes,
         feed=feed,
     )
     trainer.run(progress, report)

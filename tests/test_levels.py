@@ -30,7 +30,7 @@ from clipq_ray.storage import Store
 from clipq_ray.work import CURVE
 
 FITTING: dict[str, Any] = {
-    "bit_price": levels.PRICE, "stage": "levels",
+    "free_codes": True, "stage": "levels",
     "schedule": schedule(epochs=8, learning_rate=2e-2, warmup_epochs=0.0, weight_decay=0.0, label_smoothing=0.0),
 }  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_a_twin_gets_the_gradient_of_its_weight_and_of_its_level() -> None:
     model = network()
     plan = plan_of(model)
     quantized = codes_of(model, plan)["head.weight"]
-    fixed = Levels(model, plan, levels.PRICE)
+    fixed = Levels(model, plan, True)
     inputs, wanted = torch.randn(20, 96), torch.randint(0, 4, (20,))
     table = quantized.levels.nan_to_num().requires_grad_()
     weight = table[quantized.codes.long() + plan.layers[1].share.negative]
@@ -75,7 +75,7 @@ def test_weights_of_half_the_bits_are_trained_too() -> None:
     model = network().bfloat16()
     plan = plan_of(model)
     quantized = codes_of(model, plan)["head.weight"]
-    trained = Levels(model, plan, levels.PRICE)
+    trained = Levels(model, plan, True)
     head = model.get_parameter("head.weight")
     with torch.no_grad():
         assert head.dtype == torch.bfloat16
@@ -95,7 +95,7 @@ def test_a_weight_goes_to_the_nearest_level_on_its_side_and_levels_are_the_means
     weight = torch.tensor([-0.9, -0.5, 0.0, 0.3, 0.35, 0.9])
     model = nn.ParameterDict({"w": nn.Parameter(weight.clone())})
     plan = make_plan(model, {"w": Theta(0.0, 2)})
-    trained = Levels(model, plan, levels.PRICE)
+    trained = Levels(model, plan, True)
     low, high = sorted(set(model["w"].detach().tolist()) - {0.0})[-2:]
     assert (low, high) == pytest.approx((0.325, 0.9))
     with trained.full_precision(), torch.no_grad():
@@ -107,21 +107,6 @@ def test_a_weight_goes_to_the_nearest_level_on_its_side_and_levels_are_the_means
     assert torch.equal(model["w"].detach(), found)
 
 
-@pytest.mark.parametrize(
-    ("there", "price", "wall"),
-    [(1, levels.PRICE, 0.6 + levels.PRICE * 0.6 * 3.9 / 2), (30, levels.PRICE, 0.6), (1, 0.0, 0.6)],
-)
-def test_a_rare_level_gets_weights_only_where_it_is_nearer_by_what_its_bits_cost(
-    there: int, price: float, wall: float
-) -> None:
-    weight = torch.tensor([-0.5] + [0.3] * 30 + [0.9] * there)
-    model = nn.ParameterDict({"w": nn.Parameter(weight.clone())})
-    trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}), price)
-    with trained.full_precision(), torch.no_grad():
-        model["w"][1:3] = torch.tensor([wall - 0.03, wall + 0.03])
-    assert (model["w"].detach()[1:3] > 0.5).tolist() == [False, True]
-
-
 INNER, OUTER = 0.4, 0.8  # twins whose next level is the inner or the outer one of 0.3 and 0.9
 
 
@@ -130,7 +115,7 @@ def outer_ones(*twins: tuple[float, int]) -> list[bool]:
     found, kept, state = [], None, dict[str, torch.Tensor]()
     for twin, steps in twins:
         model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([0.3] * 30 + [-0.5] + [0.9] * 30))})
-        trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}), 0.0)
+        trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}), True)
         if kept is not None:
             model["w"].data.copy_(kept)
             trained.load_state(state)
@@ -148,33 +133,76 @@ def test_a_code_that_goes_to_and_fro_is_settled_where_its_twin_is_in_the_mean(
     usual: float, other: float
 ) -> None:
     there = usual == OUTER
-    found = outer_ones((usual, 300), (other, 1), (usual, 1), (other, 1000))
-    assert found == [there, not there, there, there]
+    found = outer_ones((usual, 300), (other, 1), (usual, 1), (usual, 400), (other, 1000))
+    assert found == [there, not there, there, there, there]
+
+
+def test_not_the_twin_of_now_decides_where_a_code_is_settled() -> None:
+    near = 0.55  # inner, and its mean with many of the outer ones is not
+    found = outer_ones((OUTER, 300), (near, 75), (OUTER, 1), (near, 1), (near, 300))
+    assert found == [True, False, True, True, True]
 
 
 def test_a_code_that_changes_now_and_then_follows_its_twin() -> None:
     assert outer_ones((OUTER, 300), (INNER, 300), (OUTER, 300), (INNER, 300)) == [True, False, True, False]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 255])
-def test_each_place_has_the_level_whose_distance_and_costs_are_least(count: int) -> None:
-    random = np.random.default_rng(count)
-    for spread in (0.0, 0.01, 1.0, 100.0):
-        there = dict(enumerate(random.permutation(count) / count))  # levels may have passed each other
-        costs = spread * random.random(count)
-        chosen, borders = levels.nearest(there, costs.tolist())
-        places = random.uniform(-1, 2, 1000)
-        found = np.array(chosen)[np.searchsorted(borders, places)]
-        of_all = (places[:, None] - np.array([there[number] for number in range(count)])) ** 2 + costs
-        assert (of_all[np.arange(1000), found] <= of_all.min(axis=1) + 1e-12).all()
-    assert levels.nearest({}, []) == ([], [])
-    assert levels.nearest({0: 0.5, 1: 0.5, 2: 0.7}, [0.2, 0.1, 0.1]) == ([1, 2], [pytest.approx(0.6)])
+def levels_of(bits: int) -> nn.ParameterDict:
+    """One weight of -0.5, and some at each of as many places above zero as so many bits have levels there, from 0.3 on."""
+    places = [0.3 * (1 + number) for number in range(2 ** (bits - 1)) for _ in range(30)]
+    return nn.ParameterDict({"w": nn.Parameter(torch.tensor([*places, -0.5]))})
+
+
+def test_a_code_that_goes_one_way_through_several_levels_is_not_settled() -> None:
+    model = levels_of(3)
+    trained = Levels(model, make_plan(model, {"w": Theta(0.0, 3)}), True)
+    for step in range(60):
+        with trained.full_precision(), torch.no_grad():
+            model["w"][0] = 0.3 + 0.02 * step
+    assert model["w"][0] == model["w"].max()
+
+
+def test_levels_that_have_passed_each_other_have_the_weights_next_to_them() -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([0.3, 0.3, *[0.9] * 30, -0.5]))})
+    trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}), True)
+    for twin in (0.9, 0.3, 0.9, 0.3, 1.5):  # both of the inner level settle there, and take it along
+        with trained.full_precision(), torch.no_grad():
+            model["w"][:2] = twin
+    with trained.full_precision(), torch.no_grad():
+        model["w"][5] = 1.4
+    assert model["w"][5] == model["w"][0] > 1.4
+
+
+@pytest.mark.parametrize(("bits", "settled"), [(4, True), (5, False)])
+def test_between_many_levels_codes_go_where_they_like(bits: int, settled: bool) -> None:
+    model = levels_of(bits)
+    trained = Levels(model, make_plan(model, {"w": Theta(0.0, bits)}), True)
+    for twin in (0.3, 0.6, 0.3, 0.6, *[0.6] * 100):
+        with trained.full_precision(), torch.no_grad():
+            model["w"][0] = twin
+    assert (model["w"][0] < 0.45) == settled
+
+
+def test_a_settled_weight_moves_with_its_level_alone() -> None:
+    model = levels_of(2)
+    trained = Levels(model, make_plan(model, {"w": Theta(0.0, 2)}), True)
+    for twin in (0.6, 0.3, 0.6, 0.3):
+        with trained.full_precision(), torch.no_grad():
+            model["w"][0] = twin
+    for one in (0, 1):  # both of the inner level of 30, of which the first one is settled
+        model["w"].grad = torch.zeros_like(model["w"])
+        model["w"].grad[one] = 1.0
+        with trained.full_precision():
+            given = model["w"].grad[:30].clone()
+        of_level = torch.full((30,), 30**-0.5)
+        of_level[1] += one
+        torch.testing.assert_close(given, of_level)
 
 
 def test_a_level_of_a_layer_of_one_side_does_not_leave_it() -> None:
     model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([0.3, 0.35, 0.9]))})
     plan = make_plan(model, {"w": Theta(0.0, 2)})
-    trained = Levels(model, plan, levels.PRICE)
+    trained = Levels(model, plan, True)
     with trained.full_precision(), torch.no_grad():
         model["w"].fill_(-1.0)
     assert (model["w"].detach() > 0).all()
@@ -197,6 +225,19 @@ def test_clipped_weights_stay_zero_levels_stay_few_codes_change_and_the_loss_fal
         changed += int((now.codes != one.codes).sum())
     assert changed > 0
     assert not torch.equal(model.get_parameter("head.bias"), network().get_parameter("head.bias"))
+
+
+def test_fixed_codes_stay_while_their_levels_are_trained(tmp_path: Path) -> None:
+    model = network()
+    plan = plan_of(model)
+    before = codes_of(model, plan)
+    rows = run(trainer(tmp_path, model, plan, **{**FITTING, "free_codes": False}))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for layer in plan.layers:
+        one, after = before[layer.layer], model.get_parameter(layer.layer).detach()
+        for code in one.codes.unique():
+            (level,) = after[one.codes == code].unique()
+            assert (level == one.values[one.codes == code][0]) == (code == 0)
 
 
 def test_a_layer_that_is_clipped_as_a_whole_stays_so(tmp_path: Path) -> None:
@@ -243,8 +284,8 @@ class Round:
         self.inventory = inventory(model, DIGITS.train.batch(torch.arange(2), None)[0])
         self.plan = make_plan(model, {one.name: Theta(0.5, 3) for one in self.inventory.layers})
         self.quantized, self.state = codes_of(model, self.plan), model.state_dict()
-        self.trained: dict[float, Store] = {}
-        monkeypatch.setattr(fitting.stages, "trained", lambda *given, bit_price: self.trained[bit_price])
+        self.trained: dict[bool, Store] = {}
+        monkeypatch.setattr(fitting.stages, "trained", lambda *given, free_codes: self.trained[free_codes])
         self.run: Any = SimpleNamespace(
             source=source, data=DIGITS, config=source.config, reporter=Reporter(quiet=True), seconds_left=None, notes=[],
         )  # fmt: skip
@@ -291,32 +332,32 @@ def test_trained_levels_are_taken_where_validation_images_like_them_better(
     better: bool, words: str, a_round: Round
 ) -> None:
     # other levels, so that they can be told from the means
-    a_round.trained[levels.PRICE] = a_round.store("fitted", factor=1.2, spoilt=not better)
+    a_round.trained[False] = a_round.store("fitted", factor=1.2, spoilt=not better)
     taken, made, trained = a_round.packed(a_round.tuned(spoilt=better), held=False)
     assert made.levels == words
-    assert trained == (a_round.trained[levels.PRICE],)
+    assert trained == (a_round.trained[False],)
     assert taken == (trained[0] if better else None)
     for name, one in a_round.quantized.items():
         factor = 1.2 if better else 1.0
         np.testing.assert_allclose(codec.arrays(made.file)[name], factor * one.values.numpy(), rtol=2**-9)
 
 
-def test_free_codes_that_break_the_promise_of_a_size_give_way_to_priced_ones(a_round: Round) -> None:
-    free, priced = a_round.store("free", large=True), a_round.store("priced")
-    a_round.trained = {0.0: free, levels.PRICE: priced}
+def test_free_codes_that_break_the_promise_of_a_size_give_way_to_fixed_ones(a_round: Round) -> None:
+    free, fixed = a_round.store("free", large=True), a_round.store("fixed")
+    a_round.trained = {True: free, False: fixed}
     tuned = a_round.tuned(spoilt=True)
     taken, larger, trained = a_round.packed(tuned, held=True)
     assert (taken, trained) == (free, (free,))  # a file of any size will do
     most = len(larger.file)
     assert a_round.packed(tuned, held=True, most=most)[::2] == (free, (free,))
     taken, smaller, trained = a_round.packed(tuned, held=True, most=most - 1)
-    assert (taken, trained) == (priced, (free, priced))
+    assert (taken, trained) == (fixed, (free, fixed))
     assert smaller.levels == "fitted"
     assert len(smaller.file) < most
     # nothing keeps it: the smallest, which comes closest
     taken, found, trained = a_round.packed(tuned, held=True, most=10)
     assert len(trained) == 2
-    assert taken in (priced, None)
+    assert taken in (fixed, None)
     assert len(found.file) < most
 
 
@@ -333,7 +374,7 @@ def a_last_epoch_of(tuned: Store, seconds: float) -> Store:
 def test_levels_are_trained_where_a_deadline_leaves_time_for_an_epoch_and_packing(
     left: float | None, epoch: float, tries: int, a_round: Round
 ) -> None:
-    a_round.trained[levels.PRICE] = a_round.store("fitted", factor=1.2)
+    a_round.trained[False] = a_round.store("fitted", factor=1.2)
     a_round.run.seconds_left = left
     taken, made, trained = a_round.packed(a_last_epoch_of(a_round.tuned(spoilt=True), epoch), held=False)
     assert len(trained) == tries
@@ -345,7 +386,7 @@ def test_levels_are_trained_where_a_deadline_leaves_time_for_an_epoch_and_packin
 
 
 def test_packing_counts_before_a_deadline_too(a_round: Round, monkeypatch: pytest.MonkeyPatch) -> None:
-    a_round.trained[levels.PRICE] = a_round.store("fitted", factor=1.2)
+    a_round.trained[False] = a_round.store("fitted", factor=1.2)
     a_round.run.seconds_left = 100.0
     times = iter((1000.0, 1080.0))  # packing took 80 s
     monkeypatch.setattr(fitting, "time", SimpleNamespace(monotonic=lambda: next(times)))
@@ -359,8 +400,8 @@ def test_of_two_tries_the_second_one_is_left_out_where_the_first_took_the_time(
     free = a_round.store("free", large=True)
     a_round.run.seconds_left = 1000.0
 
-    def trained(*given: Any, bit_price: float) -> Store:
-        assert bit_price == 0.0
+    def trained(*given: Any, free_codes: bool) -> Store:
+        assert free_codes
         a_round.run.seconds_left = 10.0
         return free
 
@@ -395,7 +436,7 @@ def test_within_chance_the_loss_says_which_network_is_better() -> None:
 
 def test_codes_that_are_too_large_leave_the_file_as_it_was(a_round: Round) -> None:
     large = a_round.store("large", large=True)
-    a_round.trained = {0.0: large, levels.PRICE: large}
+    a_round.trained = {True: large, False: large}
     tuned = a_round.tuned(spoilt=True)
     most = len(a_round.packed(tuned, held=True)[1].file) - 1
     taken, made, trained = a_round.packed(tuned, held=True, most=most)
@@ -414,7 +455,7 @@ def test_a_run_with_trained_levels_says_what_became_of_them(tmp_path: Path) -> N
     )
 
 
-def test_codes_behind_a_held_round_are_free_first_and_get_a_price_where_they_are_not_taken(
+def test_codes_behind_a_held_round_are_free_first_and_fixed_where_they_are_not_taken(
     tmp_path: Path,
 ) -> None:
     """At a rate of nothing they are those of the round before, and of equals the means are taken."""
@@ -449,13 +490,13 @@ def test_levels_that_diverge_leave_the_round_as_it_is_without_them(tmp_path: Pat
         ({"large": True}, "its own"),
     ],  # a smaller file, a larger one
 )
-def test_priced_codes_that_diverge_leave_the_best_that_there_is_without_them(
+def test_levels_of_fixed_codes_that_diverge_leave_the_best_that_there_is_without_them(
     free: dict[str, Any], kept: str, a_round: Round, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, error = a_round.store("free", **free), DivergedError("levels diverged in epoch 1 (loss nan)")
 
-    def trained(*given: Any, bit_price: float) -> Store:
-        if bit_price:
+    def trained(*given: Any, free_codes: bool) -> Store:
+        if not free_codes:
             raise error
         return before
 
@@ -471,7 +512,7 @@ def test_priced_codes_that_diverge_leave_the_best_that_there_is_without_them(
 def test_levels_that_end_for_another_reason_end_the_round(
     kind: type[RunError], a_round: Round, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained(*given: Any, bit_price: float) -> Store:
+    def trained(*given: Any, free_codes: bool) -> Store:
         raise kind("another job took over")
 
     monkeypatch.setattr(fitting.stages, "trained", trained)

@@ -16,7 +16,7 @@ from clipq_ray import manifest
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
-from clipq_ray.consistency import PAPER
+from clipq_ray.consistency import PAPER, idle
 from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
 from clipq_ray.storage import Store
@@ -36,6 +36,7 @@ def test_every_target_has_a_recipe_of_its_size_and_a_published_twin(target: reco
     assert twin.target_bytes == config.target_bytes
     assert twin.epochs == 73
     assert all(getattr(twin, name) == value for name, value in PAPER.items())
+    assert [*idle(config, "train"), *idle(twin, "train")] == []
 
 
 @pytest.mark.parametrize("variant", records.WITHOUT)
@@ -51,8 +52,10 @@ def test_a_lever_that_is_left_out_leaves_as_many_epochs(variant: str) -> None:
         for one in (options, left)
     ]
     assert total[0] == total[1]
-    others = {"epochs", "rung_epochs", "search_again" if lever == "rungs" else lever, lever}
-    assert {name for name in options if options[name] != left.get(name)} <= others
+    others = {"rungs": {"rung_epochs", "search_again"}, "level_epochs": {"level_learning_rate"}}
+    changed = {name for name in options if options[name] != left.get(name)}
+    assert changed <= {"epochs", lever} | others.get(lever, set())
+    assert list(idle(make(**left), "train")) == []
 
 
 def test_the_order_is_from_small_to_large_networks() -> None:
