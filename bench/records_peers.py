@@ -27,7 +27,7 @@ from clipq_ray import identity, models, network, packing
 from clipq_ray.checkpoints import Checkpoints
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import Config, make
-from clipq_ray.consistency import PAPER
+from clipq_ray.consistency import NEEDS, PAPER
 from clipq_ray.data.resident import placed
 from clipq_ray.finetune import Progress, Trainer
 from clipq_ray.operator import make_plan, mildest_rates
@@ -48,9 +48,7 @@ BITS = (2, 3)
 SPARE = 1.01  # a file so much larger than that of `ours` counts as of its size
 PRUNED_EVERY = 20  # steps
 SIZES = 7  # tried to find one
-
-
-OF_LEVERS = ("rung_epochs", "level_learning_rate")
+OF_LEVERS = {name for name, (lever, _) in NEEDS.items() if lever in PAPER}
 """Options that have nothing to do without a lever."""
 
 

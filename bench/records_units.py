@@ -26,7 +26,7 @@ import yaml
 from bench import processes, records_peers
 from bench.record import RESULTS, ROOT, commit, machine
 from clipq_ray import identity, manifest, tables
-from clipq_ray.consistency import PAPER
+from clipq_ray.consistency import NEEDS, PAPER
 from clipq_ray.storage import Store
 
 UNITS = RESULTS / "records-units"
@@ -94,12 +94,12 @@ def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
     """A recipe's options without the lever that a variant names, in as many epochs."""
     lever = variant.removeprefix("without-").replace("-", "_")
     epochs = options["epochs"]
-    found = {**options, lever: PAPER[lever]}
+    idle = [name for name, (other, _) in NEEDS.items() if other == lever]
+    found = {**{name: value for name, value in options.items() if name not in idle}, lever: PAPER[lever]}
     if lever == "level_epochs":
         epochs += options.get(lever, 0)
-        found.pop("level_learning_rate", None)
     if lever == "rungs":  # what is searched anew is searched for a rung
-        epochs += (options.get("rungs", 1) - 1) * found.pop("rung_epochs", 0)
+        epochs += (options.get("rungs", 1) - 1) * options.get("rung_epochs", 0)
         found["search_again"] = False
     return {**found, "epochs": epochs}
 

@@ -26,7 +26,7 @@ PAPER: dict[str, Any] = {
 """The method as published, beside what it leaves open (method: the lines marked *ours*): what --paper says of the options that go beyond it."""
 
 _OF_THE_FIRST_TRAINING = ("baseline_epochs", "baseline_learning_rate")
-_NEEDS = {
+NEEDS = {
     "rung_epochs": ("rungs", 1),
     "round_epochs": ("rounds", 1),
     "level_learning_rate": ("level_epochs", 0),
@@ -45,7 +45,7 @@ def idle(config: Config, origin: str) -> Iterator[str]:
     def said(name: str) -> bool:
         return bool(getattr(config, name) != type(config).model_fields[name].default)
 
-    for name, (other, off) in _NEEDS.items():
+    for name, (other, off) in NEEDS.items():
         if said(name) and getattr(config, other) == off:
             yield f"--{name.replace('_', '-')} has nothing to do with --{other.replace('_', '-')} {off}"
     for name in ("rounds", "round_epochs") if config.tradeoff is not None and config.rounds > 1 else ():

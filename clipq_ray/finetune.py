@@ -120,12 +120,12 @@ class Trainer:
         self._probing = Probing(self.model, train, self._index_batches(0)[0], (seed, stage), rank, self._loss)
         self._settle_bits(begun, precision)
         # what is clipped follows from the weights with which the training began
-        fixed = Levels(model, plan, free_codes) if plan and free_codes is not None else None
+        fitted = Levels(model, plan, free_codes) if plan and free_codes is not None else None
         if found:
             self._load_model(found[0])
         done, scale = (found[1]["progressed"], found[1].get("scale", 1.0)) if found else (0.0, 1.0)
         self.rates = Rates(plan, ramp, held, done=done, scale=scale) if plan and free_codes is None else None
-        self.operator: Operator | Levels | None = fixed or (
+        self.operator: Operator | Levels | None = fitted or (
             Operator(model, plan, self.rates.now, costs, densities) if plan and self.rates else None
         )
         self.recovery: dict[str, Recovery] = {}

@@ -213,8 +213,7 @@ class Levels:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The mirror of `state`, where the parameters hold the checkpoint's twins."""
         for number, one in enumerate(self._layers):
-            own = f"/{number}"
-            one.load_state({name.removesuffix(own): it for name, it in state.items() if name.endswith(own)})
+            one.load_state({what: state[f"{what}/{number}"] for what in one.state()})
 
     def detach(self) -> None:
         """Leave the quantized weights in the parameters."""
