@@ -85,9 +85,9 @@ def find(uri: str, data_root: str, cache_bytes: int, expected: Expected | None =
             f"expected a data set's name or a URI, got {uri!r}, which is neither a name nor a directory here; did you mean {' or '.join(near)}?"
         )
     listing = Listing.of(uri)
-    for kind in (_parquet, _idx, _folders):
-        if found := kind(listing, cache_bytes, expected or Expected()):
-            return found
+    for kind, look in _KINDS.items():
+        if found := look(listing, cache_bytes, expected or Expected()):
+            return replace(found, notes=(*found.notes, *_passed_over(kind, listing)))
     raise DataError(
         f"expected Parquet files (train*.parquet), idx files or images (train/<class>/*.jpg) in {listing.store.uri}, "
         f"found {few(list(listing.sizes))}; check the URI"
@@ -118,6 +118,23 @@ def _named(name: str, root: str, otherwise: str, uri: str) -> Found:
                 return Found(found.sources, found.class_names, name)
     images, classes = builtin.torchvision_set(name, root, otherwise)
     return Found({**images}, classes, name)
+
+
+def _passed_over(kind: str, listing: Listing) -> list[str]:
+    """Notes of the files whose kind is looked for after `kind`, of `_KINDS`, which was found."""
+    names = listing.sizes
+    later = {
+        "idx": sorted(
+            name for pair in idx.NAMES.values() for base in pair for name in idx.places(base, names).values()
+        ),
+        "image": [name for name in names if name.lower().endswith(ENDINGS)],
+    }
+    order = list(_KINDS)
+    return [
+        f"{len(found)} {other} files beside the {kind} files are not used, as {found[0]}"
+        for other, found in later.items()
+        if found and order.index(other) > order.index(kind)
+    ]
 
 
 def _split_of(name: str) -> str:
@@ -223,3 +240,6 @@ def _without_unlabelled(groups: dict[tuple[str, str], list[str]], listing: Listi
                 f"found {len(names)} in none, as {listing.at(names[0])}; sort them into class folders"
             )
     return notes
+
+
+_KINDS = {"Parquet": _parquet, "idx": _idx, "image": _folders}

@@ -68,6 +68,15 @@ def test_a_folder_of_idx_files_opens_packed_or_not(tmp_path: Path, packed: bool)
     assert named.train.fingerprint == data.train.fingerprint
 
 
+def test_images_beside_idx_files_are_not_used_and_that_is_said(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    assert not any("not used" in note for note in open_data(str(tmp_path), input_shape=(1, 28, 28)).notes)
+    (tmp_path / "train" / "7").mkdir(parents=True)
+    (tmp_path / "train" / "7" / "0.png").write_bytes(b"")
+    data = open_data(str(tmp_path), input_shape=(1, 28, 28))
+    assert "1 image files beside the idx files are not used, as train/7/0.png" in data.notes
+
+
 def test_torchvisions_own_mnist_folder_opens_by_name(tmp_path: Path) -> None:
     write_mnist(tmp_path / "MNIST" / "raw")
     data = open_data("mnist", input_shape=(1, 28, 28), data_root=str(tmp_path / "MNIST" / ".."))

@@ -444,6 +444,16 @@ def test_files_that_name_no_split_beside_others_are_not_used_and_that_is_said(tm
     assert note == "2 Parquet files whose names name no split are not used, as extra-0.parquet"
 
 
+def test_images_of_another_kind_beside_parquet_files_are_not_used_and_that_is_said(tmp_path: Path) -> None:
+    files = {"train.parquet": numbered(0, 60), "train/ant/0.png": b"", "raw/train-images-idx3-ubyte.gz": b""}
+    data = opened(write(tmp_path, {**files, "train/bee/1.JPG": b"", "README.md": b""}))
+    assert len(data.train) + len(data.validation) == 60
+    assert [note for note in data.notes if "not used" in note] == [
+        "1 idx files beside the Parquet files are not used, as raw/train-images-idx3-ubyte.gz",
+        "2 image files beside the Parquet files are not used, as train/ant/0.png",
+    ]
+
+
 def test_a_limit_takes_a_fixed_stratified_sample_of_the_training_images(tmp_path: Path) -> None:
     uri = write(tmp_path, {"train.parquet": numbered(0, 120), "test.parquet": numbered(300, 10)})
     first, second = (opened(uri, limit_images=30, seed=seed) for seed in (1, 2))
