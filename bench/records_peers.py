@@ -150,16 +150,15 @@ class _Given:
     def uniform(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], packing.PackedNetwork]:
         """One theta for all layers, by the product's own loop."""
         config = self.source.config
+        share, power = options.get("ramp_share", 0.0), options.get("rate_distortion", 0.0)
+        held = options.get("hold_size", False)
         found = []
         for b in BITS:
             theta = mildest(lambda theta: self._bytes(self.state, self._same(theta)), b, self.ours["bytes"])
             plan = self._same(theta)
-            share = options.get("ramp_share", 0.0)
             schedule = schedule_of(config, config.epochs, config.learning_rate)
             ramp = Ramp(mildest_rates(self.model, plan), share) if share else None
-            power = options.get("rate_distortion", 0.0)
             costs = Costs(power) if power else None
-            held = options.get("hold_size")
             size = Size(self.ours["bytes"], self.inventory, self.usual) if held else None
             folder = self.folder(
                 f"uniform-b{b}", schedule, plan=plan.to_json(), ramp=asdict(ramp) if ramp else None,
@@ -176,8 +175,9 @@ class _Given:
             found.append((ended, self.packed(tuned, ended)))
         ended, best = min(found, key=lambda one: self._worse(one[1]))
         return {
-            "plan": [{"layer": one.layer, "p": one.theta.p, "bits": one.theta.b} for one in ended.layers]
-        }, best
+            "plan": [{"layer": one.layer, "p": one.theta.p, "bits": one.theta.b} for one in ended.layers],
+            "trained_with": {"ramp_share": share, "rate_distortion": power, "held_bytes": self.ours["bytes"] if held else None},
+        }, best  # fmt: skip
 
     def _same(self, theta: Theta) -> Plan:
         """The plan of one theta for all layers."""
@@ -201,9 +201,12 @@ class _Given:
         self._train("quantize", quantized, second, plan, share)
         tuned = Store(self.work / quantized)
         zeros = {name: int((self.model.get_parameter(name) != 0).sum()) for name in self.thetas}
-        return {"plan": [{**one, "nonzeros": zeros[one["layer"]]} for one in planned]}, self.packed(
-            tuned, plan
-        )
+        return {
+            "plan": [{**one, "nonzeros": zeros[one["layer"]]} for one in planned],
+            "trained_with": {
+                "ramp_share": share, "pruned_epochs": first.epochs, "quantized_epochs": second.epochs, "cut_to_bytes": self.ours["bytes"], "cuts": 2,
+            },
+        }, self.packed(tuned, plan)  # fmt: skip
 
     def _train(self, stage: str, folder: str, schedule: Schedule, plan: Plan | None, share: float) -> None:
         """The product's loop from and to the network's weights. What is zero stays zero; without a plan more becomes so, for a part `share` of the steps."""

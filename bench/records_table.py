@@ -13,9 +13,9 @@ WORDS = {
     "two-stage": "pruned first, quantized then",
     "uniform": "one (p, b) for all layers",
 }
-HEAD = "| | n | bytes | test error, % | validation error, % | epochs | seconds | made by |\n|---|---|---|---|---|---|---|---|"
+HEAD = "| | n | bytes | besides weights | test error, % | validation error, % | epochs | seconds | made by |\n|---|---|---|---|---|---|---|---|---|"
 INTRODUCTION = """# Records
-Written by `make bench-records` from `records-units/`, which hold every setting, plan, seed, time, version and machine. Bytes of whole files; errors of the decoded file on test and on validation images, of which the latter chose between files; the median of n seeds, and
+Written by `make bench-records` from `records-units/`, which hold every setting, plan, seed, time, version and machine. Bytes of whole files, and what of them is not weights: header, checksums, biases and batch norm (not kept of those on the right of the overview); errors of the decoded file on test and on validation images, of which the latter chose between files; the median of n seeds, and
 the least and the most of them. Epochs of the last round with the levels behind it; seconds of the recipes and `--paper` are sums of epochs and evaluations, those of the others are of the attempt that ended them. How each was made, and what it says: [docs/measurements.md](../../docs/measurements.md)."""
 
 
@@ -28,6 +28,13 @@ def spread(values: Sequence[float], form: str) -> str:
 def bytes_of(units: Units) -> str:
     """Of the files."""
     return spread([one["bytes"] for one in units], ",.0f")
+
+
+def besides_weights(units: Units) -> str:
+    """Bytes of the files that are not a layer's weights; empty where a unit does not say its layers' bytes."""
+    if not all("bytes" in layer for one in units for layer in one["plan"]):
+        return ""
+    return spread([one["bytes"] - sum(layer["bytes"] for layer in one["plan"]) for one in units], ",.0f")
 
 
 def errors_of(units: Units) -> str:
@@ -47,7 +54,7 @@ def line(variant: str, units: Units) -> str:
         f"{one['commit']} on {one['machine']['gpu'] or one['machine']['cpu']}" for one in units
     )
     cells = [
-        words, str(len(units)), bytes_of(units), errors_of(units), validation_errors_of(units), spread([one["epochs"] for one in units], ".0f"),
+        words, str(len(units)), bytes_of(units), besides_weights(units), errors_of(units), validation_errors_of(units), spread([one["epochs"] for one in units], ".0f"),
         spread([one["seconds"] for one in units], ",.0f"), "; ".join(made),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -1,6 +1,6 @@
 """Units of `make bench-records`: one (target, variant, seed) each, what it is asked for, made by and keeps.
 
-A unit that was made with other settings than the recipe's by now counts as not there; so does one for the size of another `ours` than the one that is there (those without "of", made before it was kept, are taken as they are).
+A unit that was made with other settings than the recipe's by now counts as not there; so does one for the size of another `ours` than the one that is there.
 
 Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
 layers). All are made in as many epochs as `ours` of their seed, so it comes first. The last two are for the size of its file, and `two-stage` takes its plan; `paper` is asked
@@ -126,7 +126,7 @@ class Unit:
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        fits = agree(found["config"], self.options()) and ("of" not in found or found["of"] == self.of())
+        fits = agree(found["config"], self.options()) and found.get("of") == self.of()
         return found if fits else None
 
     def options(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from manifest_fields import assert_described
 
 import clipq_ray
@@ -19,8 +20,11 @@ from clipq_ray.data import open_data
 from clipq_ray.errors import FormatError, UserError
 from clipq_ray.evaluate import evaluate
 from clipq_ray.pipeline import Result
+from clipq_ray.plan import Theta
 from clipq_ray.progress import Reporter
+from clipq_ray.quantizer.reference import quantize
 from clipq_ray.source import Source
+from clipq_ray.states import read_state
 from clipq_ray.storage import Store
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +85,28 @@ def test_the_loaded_network_scores_what_the_job_reported(finished: tuple[Path, R
     assert test is not None
     scored = evaluate(clipq_ray.load(result.uri), test, batch_size=250)
     assert 100 * scored.top1 == result.manifest["metrics"]["test"]["compressed"]["top1_percent"]
+
+
+def test_the_published_method_writes_its_operator_on_the_trained_weights_and_all_else_on_no_grid(
+    tmp_path: Path,
+) -> None:
+    result = run(tmp_path, paper=True)
+    metrics, stages = result.manifest["metrics"], result.manifest["stages"]
+    assert [one["stage"] for one in stages] == ["baseline", "search", "finetune"]
+    assert metrics["dead_units"] == 0
+    trained = read_state(Store(tmp_path / "_stages" / f"finetune-{stages[-1]['key']}"))
+    found = clipq_ray.load(result.uri).state_dict()
+    assert found.keys() == trained.keys()
+    layers = {
+        one["layer"]: Theta(one["p"], one["bits"])
+        for one in tables.from_bytes(Store(result.uri).read("layers.parquet")).to_pylist()
+    }
+    assert any(theta.p > 0 for theta in layers.values())
+    for name, weight in trained.items():
+        if name in layers:
+            assert torch.equal(found[name], quantize(weight, layers[name]).values)
+        else:  # float16 at the coarsest
+            torch.testing.assert_close(found[name], weight, rtol=2**-11, atol=0)
 
 
 def test_the_same_job_again_does_nothing(finished: tuple[Path, Result]) -> None:

@@ -95,7 +95,9 @@ def test_units_of_other_epochs_stand_beside_the_recipes_own(
         unit = records_units.Unit(target, variant, 0, 12)
         settings = unit.options()
         assert settings["epochs"] == 12
+        unit.stem.with_suffix(".clq").write_bytes(b"")
         result = {
+            "of": unit.of(),
             "bytes": 39_000,
             "test_error_percent": 9.0,
             "seconds": 60.0,
@@ -124,6 +126,8 @@ def test_a_peer_of_another_file_than_the_one_that_is_there_is_not_there(
     peer.stem.with_suffix(".json").write_text(json.dumps(found))
     assert peer.result == found
     ours.stem.with_suffix(".clq").write_bytes(b"made anew")
+    assert peer.result is None
+    peer.stem.with_suffix(".json").write_text(json.dumps({"config": peer.options()}))
     assert peer.result is None
 
 
@@ -204,6 +208,10 @@ def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> 
         # two bits for all layers take less here even where nothing is pruned
         assert (0.85 if variant == "two-stage" else 0.5) * size < len(file) < 1.08 * size, variant
         assert found["validation_top1_percent"] > 50
+        held = {"held_bytes": size, "rate_distortion": LEVERS.get("rate_distortion", 0.0)}
+        cut = {"cut_to_bytes": size, "cuts": 2, "pruned_epochs": 4, "quantized_epochs": 4}
+        other = cut if variant == "two-stage" else held
+        assert found["trained_with"] == {"ramp_share": LEVERS["ramp_share"], **other}
         bits = {one["layer"]: one["bits"] for one in found["plan"]}
         assert bits.keys() == own.keys()
         assert bits == own if variant == "two-stage" else len(set(bits.values())) == 1
@@ -265,7 +273,8 @@ def test_a_unit_that_is_there_is_not_made_again_unless_its_settings_were_others(
     target = records_units.TARGETS[0]
     for variant, epochs in (("ours", 61), ("paper", 64), ("two-stage", 64)):
         unit = records_units.Unit(target, variant, 0)
-        stored = {"epochs": 64, "config": {**unit.options(), "data_root": "elsewhere"}}
+        unit.stem.with_suffix(".clq").write_bytes(b"")
+        stored = {"epochs": 64, "config": {**unit.options(), "data_root": "elsewhere"}, "of": unit.of()}
         assert stored["config"]["epochs"] == epochs
         unit.stem.with_suffix(".json").write_text(json.dumps(stored))
         assert unit.result == stored

@@ -29,6 +29,7 @@ def test_a_cell_is_the_median_and_where_they_differ_the_least_and_the_most(
 def unit(size: int, error: float, commit: str) -> dict[str, Any]:
     return {
         "bytes": size,
+        "plan": [{"bytes": 3_000}, {"bytes": 1_000}],
         "test_error_percent": error,
         "validation_top1_percent": 98.5,
         "epochs": 61,
@@ -41,7 +42,14 @@ def unit(size: int, error: float, commit: str) -> dict[str, Any]:
 def test_a_row_states_n_and_everything_that_made_it() -> None:
     found = records_table.line("without-hold-size", [unit(4_683, 1.3, "aaa"), unit(4_909, 1.1, "bbb")])
     assert found == (
-        "| the recipe without `--hold-size` | 2 | 4,796 (4,683 to 4,909) | 1.20 (1.10 to 1.30) | 1.50 | 61 | 150 | aaa on a CPU; bbb on a CPU |"
+        "| the recipe without `--hold-size` | 2 | 4,796 (4,683 to 4,909) | 796 (683 to 909) | 1.20 (1.10 to 1.30) | 1.50 | 61 | 150 | aaa on a CPU; bbb on a CPU |"
+    )
+
+
+def test_what_is_not_weights_is_left_empty_where_a_unit_has_no_bytes_of_layers() -> None:
+    of_a_peer = {**unit(4_700, 1.3, "aaa"), "plan": [{"bits": 2}]}
+    assert records_table.line("uniform", [of_a_peer]).startswith(
+        "| one (p, b) for all layers | 1 | 4,700 |  | 1.30 |"
     )
 
 
