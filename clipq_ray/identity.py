@@ -25,7 +25,7 @@ from clipq_ray.precision import autocast_dtype
 from clipq_ray.source import Source
 from clipq_ray.storage import MANIFEST, Store, run_store
 
-STAGE_VERSIONS = {"baseline": 5, "search": 11, "finetune": 8, "levels": 7, "control": 5}
+STAGE_VERSIONS = {"baseline": 5, "search": 11, "finetune": 9, "levels": 7, "control": 5}
 """Raised when a change of the code changes what a stage makes of the same inputs; where a size is held, "finetune" depends on how a file is packed too."""
 
 _DECIDES_NOTHING = {
