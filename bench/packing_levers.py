@@ -1,5 +1,5 @@
 """`python bench/packing_levers.py RUN...`: what each lever of packing is worth alone: the weights of a committed run's last round, packed as the run was and
-without one lever at a time.
+without one lever at a time: `without-folding` keeps batch norms as four vectors of float32, other vectors on grids; `without-vectors` (--vectors exact) has no grids either.
 
 The same weights, plan and images every time, so bytes differ by the lever alone; top-1 is of the decoded file on validation images. RUN is a folder
 `model=NAME/run=ID` whose stages still lie beside it, made with --hold-size (which stores the plan). What is trained behind the round (levels) is left out.
@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from bench.record import Row, row, write
-from clipq_ray import manifest, network, packing
+from clipq_ray import folding, manifest, network, packing
 from clipq_ray.config import make
 from clipq_ray.consistency import PAPER
 from clipq_ray.plan import Plan
@@ -34,6 +35,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
         f"without-{name.replace('_', '-')}": {name: PAPER[name]}
         for name in ("unit_order", "dead_units", "vectors")
     },
+    "without-folding": {},
     "fast-profile": {"profile": "fast"},
 }
 
@@ -74,7 +76,9 @@ class Round:
 def measured(last: Round) -> Iterator[Row]:
     """Bytes and validation top-1 with each lever left out."""
     for lever, options in LEVERS.items():
-        found = last.packed(options)
+        folded = (lambda *_: None) if lever == "without-folding" else folding._folded
+        with patch.object(folding, "_folded", folded):
+            found = last.packed(options)
         place = f"packing_levers/{last.name}/{lever}"
         yield row(f"{place}/bytes", [float(len(found.file))], "bytes")
         yield row(f"{place}/validation_top1", [round(100 * found.validation.top1, 3)], "%")

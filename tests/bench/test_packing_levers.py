@@ -49,6 +49,30 @@ def test_every_lever_is_a_row_and_a_file_without_it_is_no_smaller(
     least = found["as-made/bytes"]
     assert least < min(found["without-vectors/bytes"], found["fast-profile/bytes"])
     assert least <= found["without-unit-order/bytes"]
+    assert least == found["without-folding/bytes"]  # it has no batch norm
+
+
+@pytest.mark.slow
+def test_batch_norm_that_is_not_folded_takes_more_than_on_grids_and_less_than_all_vectors_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {
+        "weights": "random",
+        "epochs": 1,
+        "limit_images": 100,
+        "search_images": 20,
+        "target_bytes": 80_000,
+    }
+    there = committed(tmp_path, hold_size=True, model="resnet20", **small)
+    stored: list[Row] = []
+    monkeypatch.setattr(packing_levers, "write", lambda _, rows: stored.extend(rows))
+    packing_levers.main([str(there)])
+    whole, apart, exact = (
+        next(one.value for one in stored if one.name.endswith(f"/{lever}/bytes"))
+        for lever in ("as-made", "without-folding", "without-vectors")
+    )
+    channels = 16 * 7 + 32 * 6 + 64 * 6
+    assert whole + 4 * channels < apart < exact
 
 
 def test_a_run_that_was_not_held_at_a_size_is_refused(run: Path) -> None:
