@@ -72,6 +72,7 @@ class Target:
 
 TARGETS = (
     Target("lenet_300_100-mnist-noloss", "mnist", None, 6_000, 1.64),
+    Target("lenet_300_100-mnist-small", "mnist", None, 3_500, 1.64),
     Target("lenet5_caffe-mnist-noloss", "mnist", None, 2_700, 0.80),
     Target("lenet5_caffe-mnist-small", "mnist", None, 1_500, 0.96),
     Target("resnet20-cifar10-noloss", "cifar10", "resnet20-cifar10.safetensors", 40_000, 8.27),
