@@ -1,5 +1,5 @@
 """`python bench/packing_levers.py RUN...`: what each lever of packing is worth alone: the weights of a committed run's last round, packed as the run was and
-without one lever at a time: `without-folding` keeps batch norms as four vectors of float32, other vectors on grids; `without-vectors` (--vectors exact) has no grids either.
+without one lever at a time: `without-folding` keeps batch norms as the four vectors that they are, other vectors on grids; `without-vectors` (--vectors exact) has no grids either.
 
 The same weights, plan and images every time, so bytes differ by the lever alone; top-1 is of the decoded file on validation images. RUN is a folder
 `model=NAME/run=ID` whose stages still lie beside it, made with --hold-size (which stores the plan). What is trained behind the round (levels) is left out.

@@ -40,14 +40,18 @@ def rows_of(target: Target, variant: str, seeds: Iterable[int], epochs: int | No
 
 
 def sections() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """All units that are there, by what they were asked for and by variant."""
+    """All units that are there, by what they were asked for and by variant, with what their files hold besides weights."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for target in TARGETS:
         for epochs in (None, *epochs_beside(target)):
             asked = f"{target.name}: at most {target.most_bytes:,} bytes"
             title = f"{asked}, {epochs} epochs" if epochs else f"{asked} at {target.most_error:.2f} %"
             units = {
-                variant: those_of(target, variant, range(100), epochs) for variant in (*VARIANTS, *WITHOUT)
+                variant: [
+                    {**one, "besides_weights": Unit(target, variant, one["seed"], epochs).besides_weights()}
+                    for one in those_of(target, variant, range(100), epochs)
+                ]
+                for variant in (*VARIANTS, *WITHOUT)
             }
             found[title] = {variant: those for variant, those in units.items() if those}
     return {title: units for title, units in found.items() if units}

@@ -15,7 +15,7 @@ WORDS = {
 }
 HEAD = "| | n | bytes | besides weights | test error, % | validation error, % | epochs | seconds | made by |\n|---|---|---|---|---|---|---|---|---|"
 INTRODUCTION = """# Records
-Written by `make bench-records` from `records-units/`, which hold every setting, plan, seed, time, version and machine. Bytes of whole files, and what of them is not weights: header, checksums, biases and batch norm (not kept of those on the right of the overview); errors of the decoded file on test and on validation images, of which the latter chose between files; the median of n seeds, and
+Written by `make bench-records` from `records-units/`, which hold every setting, plan, seed, time, version and machine. Bytes of whole files, and what of them is not weights: header, checksums, biases and batch norm; errors of the decoded file on test and on validation images, of which the latter chose between files; the median of n seeds, and
 the least and the most of them. Epochs of the last round with the levels behind it; seconds of the recipes and `--paper` are sums of epochs and evaluations, those of the others are of the attempt that ended them. How each was made, and what it says: [docs/measurements.md](../../docs/measurements.md)."""
 
 
@@ -31,10 +31,8 @@ def bytes_of(units: Units) -> str:
 
 
 def besides_weights(units: Units) -> str:
-    """Bytes of the files that are not a layer's weights; empty where a unit does not say its layers' bytes."""
-    if not all("bytes" in layer for one in units for layer in one["plan"]):
-        return ""
-    return spread([one["bytes"] - sum(layer["bytes"] for layer in one["plan"]) for one in units], ",.0f")
+    """Bytes of the files that are not a layer's weights."""
+    return spread([one["besides_weights"] for one in units], ",.0f")
 
 
 def errors_of(units: Units) -> str:

@@ -183,7 +183,7 @@ def before_training(requested: int, last: Outcome | None) -> int:
     the round before."""
     if last is None:
         return requested
-    # of a round that was held, what it would have been: bytes grow by about the square root of the weights that are kept
+    # of a round that was held, what it would have been: bytes grow by about the square root of the weights that are kept; far off, no more than a direction
     shrunk = min(MOST_SHRUNK, max(1 / MOST_SHRUNK, last.predicted * math.sqrt(last.scale) / last.bytes))
     return max(1, math.floor(requested * shrunk))
 

@@ -60,6 +60,15 @@ def test_a_size_that_is_out_of_reach_is_left_to_another_plan(asked: int, scale: 
     assert all(0.0 <= p < 1.0 for p in rates.now)
 
 
+def test_weights_are_scaled_no_further_than_to_all_of_every_layer() -> None:
+    mild = Plan((LayerPlan("a", Theta(0.2, 2), Share(1, 2)), LayerPlan("b", Theta(0.4, 3), Share(4, 3))))
+    rates = Rates(mild, None, Held(100_000, nonzeros))
+    for _ in range(30):
+        rates.scale = rates.scale_for({})
+    rates.move(1.0)
+    assert (rates.scale, rates.now) == (pytest.approx(1 / 0.6), pytest.approx([0.0, 0.0]))
+
+
 def test_no_epoch_changes_more_than_training_can_follow() -> None:
     assert Rates(PLAN, None, Held(10, nonzeros)).scale_for({}) == pytest.approx(1 / STEP)
     assert Rates(PLAN, None, Held(10_000, nonzeros)).scale_for({}) == pytest.approx(STEP)

@@ -21,6 +21,8 @@ from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
 from clipq_ray.storage import Store
 
+TARGETS = {target.name: target for target in records_units.TARGETS}
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,7 +44,7 @@ def test_every_target_has_a_recipe_of_its_size_and_a_published_twin(target: reco
 @pytest.mark.parametrize("variant", records.WITHOUT)
 def test_a_lever_that_is_left_out_leaves_as_many_epochs(variant: str) -> None:
     options = {
-        **records_units.TARGETS[1].options(), "unit_order": "sorted", "dead_units": "drop", "vectors": "auto", "rate_distortion": 0.5, "cutout_pixels": 4,
+        **TARGETS["lenet5_caffe-mnist-noloss"].options(), "unit_order": "sorted", "dead_units": "drop", "vectors": "auto", "rate_distortion": 0.5, "cutout_pixels": 4,
     }  # fmt: skip
     lever = variant.removeprefix("without-").replace("-", "_")
     left = records_units.without(options, variant)
@@ -69,7 +71,7 @@ def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(
 ) -> None:
     monkeypatch.setattr(records_units, "UNITS", tmp_path / "units")
     monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
-    target = records_units.TARGETS[0]
+    target = TARGETS["lenet_300_100-mnist-noloss"]
     for seed, (size, error) in enumerate([(5900, 1.7), (5950, 1.5), (5800, 1.6)]):
         unit = records_units.Unit(target, "ours", seed)
         unit.stem.parent.mkdir(exist_ok=True)
@@ -90,7 +92,7 @@ def test_units_of_other_epochs_stand_beside_the_recipes_own(
 ) -> None:
     monkeypatch.setattr(records_units, "UNITS", tmp_path)
     monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
-    target = records_units.TARGETS[3]
+    target = TARGETS["resnet20-cifar10-noloss"]
     for variant in ("ours", "uniform", "without-ramp-share"):
         unit = records_units.Unit(target, variant, 0, 12)
         settings = unit.options()
@@ -106,7 +108,7 @@ def test_units_of_other_epochs_stand_beside_the_recipes_own(
         }
         unit.stem.with_suffix(".json").write_text(json.dumps(result))
     assert records.epochs_beside(target) == [12]
-    assert records.epochs_beside(records_units.TARGETS[4]) == []
+    assert records.epochs_beside(TARGETS["resnet20-cifar10-small"]) == []
     bytes_of, *_ = records.rows_of(target, "uniform", range(9), 12)
     assert (bytes_of.name, bytes_of.goal) == (f"records/{target.name}/12-epochs/uniform/bytes", None)
     assert records.rows_of(target, "ours", range(9), 12)[0].goal is None
@@ -119,7 +121,10 @@ def test_a_peer_of_another_file_than_the_one_that_is_there_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records_units, "UNITS", tmp_path)
-    ours, peer = (records_units.Unit(records_units.TARGETS[0], variant, 0) for variant in ("ours", "uniform"))
+    ours, peer = (
+        records_units.Unit(TARGETS["lenet_300_100-mnist-noloss"], variant, 0)
+        for variant in ("ours", "uniform")
+    )
     ours.stem.with_suffix(".json").write_text(json.dumps({"epochs": 61, "config": ours.options()}))
     ours.stem.with_suffix(".clq").write_bytes(b"one")
     found = {"config": peer.options(), "of": peer.of()}
@@ -270,7 +275,7 @@ def test_a_unit_that_is_there_is_not_made_again_unless_its_settings_were_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records_units, "UNITS", tmp_path)
-    target = records_units.TARGETS[0]
+    target = TARGETS["lenet_300_100-mnist-noloss"]
     for variant, epochs in (("ours", 61), ("paper", 64), ("two-stage", 64)):
         unit = records_units.Unit(target, variant, 0)
         unit.stem.with_suffix(".clq").write_bytes(b"")
@@ -291,7 +296,7 @@ def test_a_unit_that_is_there_is_not_made_again_unless_its_settings_were_others(
 
 def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> None:
     """By the command itself; there is no data, so every unit ends with the job's one line."""
-    series = [(records_units.TARGETS[3], 0), (records_units.TARGETS[4], 1)]
+    series = [(TARGETS["resnet20-cifar10-noloss"], 0), (TARGETS["resnet20-cifar10-small"], 1)]
     given = argparse.Namespace(
         variants=["ours"],
         shared=tmp_path / "none",

@@ -123,17 +123,16 @@ def _named(name: str, root: str, otherwise: str, uri: str) -> Found:
 def _passed_over(kind: str, listing: Listing) -> list[str]:
     """Notes of the files whose kind is looked for after `kind`, of `_KINDS`, which was found."""
     names = listing.sizes
-    later = {
-        "idx": sorted(
-            name for pair in idx.NAMES.values() for base in pair for name in idx.places(base, names).values()
-        ),
-        "image": [name for name in names if name.lower().endswith(ENDINGS)],
-    }
-    order = list(_KINDS)
+    later: dict[str, list[str]] = {}
+    if kind == "Parquet":
+        bases = [base for pair in idx.NAMES.values() for base in pair]
+        later["idx"] = sorted(name for base in bases for name in idx.places(base, names).values())
+    if kind != "image":
+        later["image"] = [name for name in names if name.lower().endswith(ENDINGS)]
     return [
-        f"{len(found)} {other} files beside the {kind} files are not used, as {found[0]}"
+        f"files of another kind beside the {kind} files are not used: {len(found)} {other} files, as {found[0]}"
         for other, found in later.items()
-        if found and order.index(other) > order.index(kind)
+        if found
     ]
 
 

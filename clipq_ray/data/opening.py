@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clipq_ray import logs
 from clipq_ray.data.builtin import Images
 from clipq_ray.data.decoding import BadImages, image_size
 from clipq_ray.data.encoded import EncodedSplit, decoded
@@ -28,6 +29,7 @@ from clipq_ray.data.split import CLASSES_MOST, Data, Split, without_images
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
 
+_log = logs.logger(__name__)
 LIMIT_SEED = 0
 _UNNAMED = "files that name no split"
 DEFAULT_MEMORY_LIMIT_BYTES = 2 * 10**9
@@ -128,12 +130,14 @@ def open_test(
 ) -> tuple[Split, str]:
     """The images that judge a finished network of so many `classes`, and whether they are "test" or "validation" images: the test set of `open_data`, or
     where no training images lie beside them, all that there are; `bad_image_limit` of them at most may be unreadable: each is logged, and left out or replaced by the next one. `class_names`: the network's, in its order; empty where they are not known. `DataError`
-    for images whose classes are numbered otherwise, and for training images alone: which of them the network has not seen, its file does not say. `ConfigError`
+    for images whose classes are numbered otherwise, and for training images alone: which of them the network has not seen, its file does not say. What lies at `uri` and is not used is logged. `ConfigError`
     for a network of other channels than 1 or 3."""
     _check_channels(preprocessing.input_shape)
     expected = Expected(tuple(class_names), classes)
     found = find(uri, data_root, memory_limit_bytes // 2, expected)
     _check_order(found, uri, classes, class_names)
+    for note in found.notes:
+        _log.warning(note)
     trained = "train" in found.sources
     kinds = ("test", "validation") if trained else ("test", "any", "validation")
     split = next((one for one in kinds if one in found.sources), None)
@@ -227,7 +231,7 @@ def _validation(
     notes = [f"validation images: {'all' if split == 'any' else split} images at {uri}"]
     if replaces:
         notes.append("the data's own validation files are not used")
-    return other.sources[split], notes
+    return other.sources[split], [*notes, *other.notes]
 
 
 def _class_names(names: tuple[str, ...], sources: dict[str, Source]) -> tuple[str, ...]:

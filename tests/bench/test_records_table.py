@@ -29,7 +29,7 @@ def test_a_cell_is_the_median_and_where_they_differ_the_least_and_the_most(
 def unit(size: int, error: float, commit: str) -> dict[str, Any]:
     return {
         "bytes": size,
-        "plan": [{"bytes": 3_000}, {"bytes": 1_000}],
+        "besides_weights": size - 4_000,
         "test_error_percent": error,
         "validation_top1_percent": 98.5,
         "epochs": 61,
@@ -43,13 +43,6 @@ def test_a_row_states_n_and_everything_that_made_it() -> None:
     found = records_table.line("without-hold-size", [unit(4_683, 1.3, "aaa"), unit(4_909, 1.1, "bbb")])
     assert found == (
         "| the recipe without `--hold-size` | 2 | 4,796 (4,683 to 4,909) | 796 (683 to 909) | 1.20 (1.10 to 1.30) | 1.50 | 61 | 150 | aaa on a CPU; bbb on a CPU |"
-    )
-
-
-def test_what_is_not_weights_is_left_empty_where_a_unit_has_no_bytes_of_layers() -> None:
-    of_a_peer = {**unit(4_700, 1.3, "aaa"), "plan": [{"bits": 2}]}
-    assert records_table.line("uniform", [of_a_peer]).startswith(
-        "| one (p, b) for all layers | 1 | 4,700 |  | 1.30 |"
     )
 
 
@@ -69,6 +62,15 @@ def test_the_overview_has_those_beside_whom_all_others_stand_and_says_the_least_
 
 def test_the_committed_table_is_what_the_committed_units_say() -> None:
     assert (RESULTS / "records.md").read_text(encoding="utf-8") == records_table.document(records.sections())
+
+
+def test_what_a_file_holds_besides_weights_is_what_its_run_said_of_the_layers_left_out() -> None:
+    for target in records_units.TARGETS[:3]:
+        for unit in (records_units.Unit(target, "ours", seed) for seed in range(3)):
+            found = unit.result
+            assert found is not None
+            layers = sum(one["bytes"] for one in found["plan"])
+            assert unit.besides_weights() == found["bytes"] - layers > 0
 
 
 def test_the_readme_has_the_overview_and_the_rows_of_the_recipes() -> None:

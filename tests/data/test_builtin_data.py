@@ -15,7 +15,8 @@ import torch
 from refusals import refused
 from torchvision import datasets
 
-from clipq_ray.data import open_data
+from clipq_ray.data import open_data, open_test
+from clipq_ray.data.preprocessing import Preprocessing
 from clipq_ray.data.resident import ResidentSplit
 from clipq_ray.data.tensors import TensorSplit
 from clipq_ray.errors import ConfigError, DataError
@@ -68,13 +69,19 @@ def test_a_folder_of_idx_files_opens_packed_or_not(tmp_path: Path, packed: bool)
     assert named.train.fingerprint == data.train.fingerprint
 
 
-def test_images_beside_idx_files_are_not_used_and_that_is_said(tmp_path: Path) -> None:
+def test_images_beside_idx_files_are_not_used_and_that_is_said_whatever_they_are_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_mnist(tmp_path)
     assert not any("not used" in note for note in open_data(str(tmp_path), input_shape=(1, 28, 28)).notes)
     (tmp_path / "train" / "7").mkdir(parents=True)
     (tmp_path / "train" / "7" / "0.png").write_bytes(b"")
-    data = open_data(str(tmp_path), input_shape=(1, 28, 28))
-    assert "1 image files beside the idx files are not used, as train/7/0.png" in data.notes
+    note = "files of another kind beside the idx files are not used: 1 image files, as train/7/0.png"
+    assert note in open_data(str(tmp_path), input_shape=(1, 28, 28)).notes
+    assert note in open_data("digits", input_shape=(1, 28, 28), validation_uri=str(tmp_path)).notes
+    assert note not in caplog.text
+    open_test(str(tmp_path), Preprocessing((1, 28, 28), None, (0.0,), (1.0,)), 10)
+    assert note in caplog.text
 
 
 def test_torchvisions_own_mnist_folder_opens_by_name(tmp_path: Path) -> None:

@@ -449,8 +449,8 @@ def test_images_of_another_kind_beside_parquet_files_are_not_used_and_that_is_sa
     data = opened(write(tmp_path, {**files, "train/bee/1.JPG": b"", "README.md": b""}))
     assert len(data.train) + len(data.validation) == 60
     assert [note for note in data.notes if "not used" in note] == [
-        "1 idx files beside the Parquet files are not used, as raw/train-images-idx3-ubyte.gz",
-        "2 image files beside the Parquet files are not used, as train/ant/0.png",
+        "files of another kind beside the Parquet files are not used: 1 idx files, as raw/train-images-idx3-ubyte.gz",
+        "files of another kind beside the Parquet files are not used: 2 image files, as train/ant/0.png",
     ]
 
 
