@@ -48,6 +48,7 @@ def test_make_targets_exist() -> None:
         ("lenet5_caffe-mnist-noloss", "mnist"),
         ("lenet5_caffe-mnist-small", "mnist"),
         ("lenet_300_100-mnist-noloss", "mnist"),
+        ("lenet_300_100-mnist-small", "mnist"),
     ],
 )
 def test_a_record_scores_what_the_readme_says(shared: Path, record: str, data: str) -> None:
