@@ -25,7 +25,7 @@ import yaml
 
 from bench import processes, records_peers
 from bench.record import RESULTS, ROOT, commit, machine
-from clipq_ray import codec, identity, manifest, tables
+from clipq_ray import identity, manifest, packing, tables
 from clipq_ray.consistency import NEEDS, PAPER
 from clipq_ray.storage import Store
 
@@ -131,11 +131,10 @@ class Unit:
         return found if fits else None
 
     def besides_weights(self) -> int:
-        """Bytes of its file that are not a layer's weights: header, checksums, biases, batch norm."""
+        """Bytes of its file that are not a layer's weights."""
         found = json.loads(self.stem.with_suffix(".json").read_text(encoding="utf-8"))
         layers = {one["layer"] for one in found["plan"]}
-        file = self.stem.with_suffix(".clq").read_bytes()
-        return len(file) - sum(one.bytes for one in codec.entries(file) if one.name in layers)
+        return packing.other_bytes_of(self.stem.with_suffix(".clq").read_bytes(), layers)
 
     def options(self) -> dict[str, Any]:
         """Its settings by now; `SystemExit` where they follow from what `ours` was made in, and it was not."""

@@ -148,7 +148,7 @@ class Making:
         """The next round; `requested`: the bytes of the file that were asked for; `rungs_left`: how many rounds are to follow it on the way to a size."""
         one = _round(self, choice, requested, rungs_left)
         self.done.append(one)
-        self.other = packing.other_bytes_of(one.packed)
+        self.other = packing.other_bytes_of(one.packed.file, one.packed.clips)
         return one
 
     def size(self, requested: int | None, rungs_left: int) -> Size | None:

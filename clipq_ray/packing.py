@@ -7,7 +7,7 @@ the decoded file. Not covered: the format (`codec`), which file of a round is ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -232,10 +232,9 @@ def _on_grids(
     return replace(packed, tensors=tensors, norms=norms)
 
 
-def other_bytes_of(packed: PackedNetwork) -> int:
-    """Bytes of a file besides the layers' blobs."""
-    layers = sum(entry.bytes for entry in codec.entries(packed.file) if entry.name in packed.clips)
-    return len(packed.file) - layers
+def other_bytes_of(file: bytes, layers: Collection[str]) -> int:
+    """Bytes of a file besides the blobs of `layers`: header, checksums, biases, batch norm, buffers."""
+    return len(file) - sum(entry.bytes for entry in codec.entries(file) if entry.name in layers)
 
 
 def other_bytes(source: Source, model: nn.Module, inventory: Inventory, data: Data) -> int:

@@ -91,7 +91,7 @@ def test_what_a_file_holds_besides_layers_is_known_before_to_a_byte_for_each_lay
     source = Source(make(engine="local", profile=profile, vectors="exact"), model, DIGITS)
     inventory = network.inventory(model, DIGITS.train.batch(torch.arange(2), None)[0], ())
     predicted = packing.other_bytes(source, model, inventory, DIGITS)
-    assert abs(predicted - packing.other_bytes_of(made)) <= len(inventory.layers)
+    assert abs(predicted - packing.other_bytes_of(made.file, made.clips)) <= len(inventory.layers)
 
 
 @pytest.mark.parametrize("spare", [0, 1])
