@@ -136,6 +136,12 @@ def _planned(source: Source) -> Plan:
     evaluations = config.search_evaluations * len(groups) * searches
     trials, bound = at_a_time(config, len(groups), on_gpu=device.type == "cuda")
     search_seconds = evaluations * min(config.search_images, images) * forward / trials
+    trained = [
+        one.times * (one.epochs * (images * step / config.workers + held * forward) + _RAY_SECONDS)
+        for one in its_trainings
+    ]
+    total = search_seconds + sum(trained)
+    disk = found.bytes_before * (2 + 6 * sum(one.times for one in its_trainings))
     called = f"{config.name} ({config.model})" if config.name else config.model
     lines = [
         f"network     {called}: {found.parameters:,} parameters, {len(found.layers)} layers to compress"
@@ -143,38 +149,15 @@ def _planned(source: Source) -> Plan:
         f"data        {data.description}: {images:,} training, {held:,} validation images",
         f"search      {'at most ' if searches > 1 else ''}{evaluations:,} evaluations of {min(config.search_images, images):,} images: {bound} {_clock(search_seconds)}"
         + (f", {trials} at a time" if trials > 1 else ""),
+        *(
+            f"{one.name:<11} {'at most ' if one.at_most else ''}{one.times * one.epochs} epochs on {config.workers} workers: about {_clock(seconds)}"
+            for one, seconds in zip(its_trainings, trained, strict=True)
+        ),
+        f"time        {bound} {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads",
+        f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)",
     ]
-    total = search_seconds
-    for one in its_trainings:
-        epochs = one.times * one.epochs
-        seconds = epochs * (images * step / config.workers + held * forward) + one.times * _RAY_SECONDS
-        lines.append(
-            f"{one.name:<11} {'at most ' if one.at_most else ''}{epochs} epochs on {config.workers} workers: about {_clock(seconds)}"
-        )
-        total += seconds
-    lines.append(
-        f"time        {bound} {_clock(total)} on {config.workers} workers of {config.threads_per_worker} threads"
-    )
-    disk = found.bytes_before * (2 + 6 * sum(one.times for one in its_trainings))
-    lines.append(
-        f"disk        at most {disk / 1e6:,.0f} MB in {config.storage} (checkpoints included, removed at commit)"
-    )
-    words = "\n".join(
-        [
-            *lines,
-            *(
-                f"note        {note}"
-                for note in (
-                    *idle(config, source.weights_origin()),
-                    *data.notes,
-                    *of_fit,
-                    *found.notes,
-                    *of_size,
-                )
-            ),
-        ]
-    )
-    return Plan(words, total, disk)
+    notes = (*idle(config, source.weights_origin()), *data.notes, *of_fit, *found.notes, *of_size)
+    return Plan("\n".join([*lines, *(f"note        {note}" for note in notes)]), total, disk)
 
 
 def at_a_time(config: Config, groups: int, *, on_gpu: bool) -> tuple[int, str]:

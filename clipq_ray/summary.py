@@ -8,6 +8,10 @@ from typing import Any
 from clipq_ray import codec
 from clipq_ray.intent import Drop
 
+_HEADINGS: tuple[str, ...] = (
+    "network", "parameters", "bytes before", "bytes after", "ratio", "top-1 before", "top-1 after", "images",
+)  # fmt: skip
+
 
 def bytes_before(file: bytes) -> int:
     """4 bytes x all elements in a .clq file: what the network took before (method, section 5)."""
@@ -17,65 +21,52 @@ def bytes_before(file: bytes) -> int:
 def table(manifests: Sequence[Mapping[str, Any]], uris: Sequence[str], failed: Sequence[str] = ()) -> str:
     """One row per run: network, parameters, bytes before and after, ratio, top-1 before and after; the names of those that `failed`; totals of several;
     then where each lies."""
-    rows = [
-        (
-            "network",
-            "parameters",
-            "bytes before",
-            "bytes after",
-            "ratio",
-            "top-1 before",
-            "top-1 after",
-            "images",
-        )
-    ]
-    lines = []
+    rows, lines = [_HEADINGS], []
     for manifest, uri in zip(manifests, uris, strict=True):
-        metrics = manifest["metrics"]
         about = f"{manifest['model']}: " if len(manifests) + len(failed) > 1 else ""
-        split = "test" if metrics["test"] else "validation"
-        scores = metrics[split]
-        rows.append(
-            (
-                manifest["model"],
-                f"{metrics['parameters']:,}",
-                f"{metrics['bytes_before']:,}",
-                f"{metrics['bytes_after']:,}",
-                f"{metrics['ratio']:.1f}x",
-                f"{scores['original']['top1_percent']:.2f} %",
-                f"{scores['compressed']['top1_percent']:.2f} %",
-                f"{scores['n']:,} {split}",
-            )
-        )
-        if scores["control"]:
-            lines.append(
-                f"dense control of {manifest['model']}: top-1 {scores['control']['top1_percent']:.2f} %"
-            )
+        rows.append(_row(manifest))
+        if control := _scores(manifest)[1]["control"]:
+            lines.append(f"dense control of {manifest['model']}: top-1 {control['top1_percent']:.2f} %")
         if promise := manifest.get("promise"):
             lines.append(f"{about}{promise_line(promise)}")
         lines.append(f"{about}run: {uri}")
         lines += [f"{about}note: {note}" for note in manifest["notes"]]
     rows += [(name, "failed", "", "", "", "", "", "") for name in failed]
     if len(manifests) > 1:
-        before, after = (
-            sum(one["metrics"][name] for one in manifests) for name in ("bytes_before", "bytes_after")
-        )
-        parameters = sum(one["metrics"]["parameters"] for one in manifests)
-        rows.append(
-            (
-                f"all {len(manifests)}",
-                f"{parameters:,}",
-                f"{before:,}",
-                f"{after:,}",
-                f"{before / after:.1f}x",
-                "",
-                "",
-                "",
-            )
-        )
+        rows.append(_total(manifests))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *lines])
+
+
+def _scores(manifest: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Of test images, or of validation images where there are none: which, and what they say."""
+    split = "test" if manifest["metrics"]["test"] else "validation"
+    return split, manifest["metrics"][split]
+
+
+def _row(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    metrics = manifest["metrics"]
+    split, scores = _scores(manifest)
+    return (
+        manifest["model"],
+        f"{metrics['parameters']:,}",
+        f"{metrics['bytes_before']:,}",
+        f"{metrics['bytes_after']:,}",
+        f"{metrics['ratio']:.1f}x",
+        f"{scores['original']['top1_percent']:.2f} %",
+        f"{scores['compressed']['top1_percent']:.2f} %",
+        f"{scores['n']:,} {split}",
+    )
+
+
+def _total(manifests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    parameters, before, after = (
+        sum(one["metrics"][name] for one in manifests)
+        for name in ("parameters", "bytes_before", "bytes_after")
+    )
+    ratio = f"{before / after:.1f}x"
+    return (f"all {len(manifests)}", f"{parameters:,}", f"{before:,}", f"{after:,}", ratio, "", "", "")
 
 
 def promise_line(promise: Mapping[str, Any]) -> str:

@@ -72,15 +72,8 @@ def open_data(
     found = find(uri, data_root, memory_limit_bytes // 2)
     train, validation, test, notes = _assigned(found, uri, validation_uri is not None)
     if validation_uri is not None:
-        validation, more = _validation(
-            validation_uri,
-            data_root,
-            memory_limit_bytes // 8,
-            Expected(
-                found.class_names, 1 + max(int(one.labels.max(initial=-1)) for one in found.sources.values())
-            ),
-            validation is not None,
-        )
+        replaces = validation is not None
+        validation, more = _validation(validation_uri, data_root, memory_limit_bytes // 8, found, replaces)
         notes += more
     sources = {"train": train, "validation": validation, "test": test}
     present = {split: source for split, source in sources.items() if source is not None}
@@ -90,16 +83,8 @@ def open_data(
             f"expected at least two classes, got {names[0]} alone at {uri}; give the folder that holds the class folders, or images of all classes"
         )
     first, usual = _first_size(train), usual or usual_for(input_shape)
-    if interpolation != "auto":
-        usual = replace(usual, interpolation=interpolation)
-    preprocessing = _preprocessing(first, usual, mean, std, resize)
-    notes += _size_notes(first, preprocessing)
-    if interpolation != "auto" and preprocessing.resize is None:
-        notes.append("--interpolation has nothing to do: images have the size of the network's input")
-    if shift_pixels is not None and preprocessing.resize is not None:
-        raise ConfigError(
-            f"expected images of {input_shape[1]} x {input_shape[2]} pixels with --shift-pixels, since others are cropped at random, got {first[0]} x {first[1]}; leave it out"
-        )
+    preprocessing, more = _prepared(first, usual, mean, std, resize, interpolation, shift_pixels)
+    notes += more
     chosen, more = _chosen(present, limit_images, validation_images, seed)
     notes += without_images(train.labels[chosen["train"][1]], len(names), bool(found.class_names))
     bad = BadImages(bad_image_limit)
@@ -212,9 +197,11 @@ def _assigned(found: Found, uri: str, others: bool) -> tuple[Source, Source | No
 
 
 def _validation(
-    uri: str, data_root: str, cache_bytes: int, expected: Expected, replaces: bool
+    uri: str, data_root: str, cache_bytes: int, beside: Found, replaces: bool
 ) -> tuple[Source, list[str]]:
-    """The user's own validation images: of the splits at `uri` the first of validation, test, train, any."""
+    """The user's own validation images for what was found `beside` them: of the splits at `uri` the first of validation, test, train, any."""
+    highest = max(int(one.labels.max(initial=-1)) for one in beside.sources.values())
+    expected = Expected(beside.class_names, 1 + highest)
     other = find(uri, data_root, cache_bytes, expected)
     if other.class_names and expected.names and other.class_names != expected.names:
         raise DataError(
@@ -259,20 +246,34 @@ def _size_notes(first: tuple[int, ...], preprocessing: Preprocessing) -> list[st
     ]
 
 
-def _preprocessing(
+def _prepared(
     first: tuple[int, ...],
     usual: Preprocessing,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     resize: Resize,
-) -> Preprocessing:
+    interpolation: Interpolation | Literal["auto"],
+    shift_pixels: int | None,
+) -> tuple[Preprocessing, list[str]]:
+    """How images, the first of which has the size `first`, become the network's input, and notes on it."""
     if (mean is None) != (std is None):
         raise ConfigError("expected mean and std together, got one of them; give both or none")
     if resize == "auto":
         resize = None if first == usual.input_shape[1:] else usual.resize
     if mean is not None and std is not None:
         usual = replace(usual, mean=mean, std=std)
-    return replace(usual, resize=resize, interpolation="bilinear" if resize is None else usual.interpolation)
+    if interpolation != "auto":
+        usual = replace(usual, interpolation=interpolation)
+    found = replace(usual, resize=resize, interpolation="bilinear" if resize is None else usual.interpolation)
+    if shift_pixels is not None and resize is not None:
+        _, height, width = found.input_shape
+        raise ConfigError(
+            f"expected images of {height} x {width} pixels with --shift-pixels, since others are cropped at random, got {first[0]} x {first[1]}; leave it out"
+        )
+    notes = _size_notes(first, found)
+    if interpolation != "auto" and resize is None:
+        notes.append("--interpolation has nothing to do: images have the size of the network's input")
+    return found, notes
 
 
 def _first_size(source: Source) -> tuple[int, ...]:

@@ -278,19 +278,23 @@ class _Reading:
             if config is None:
                 self.wrong.add(named)
                 continue
-            try:
-                Source(config).check()
-            except UserError as error:
-                self.say(part.at("model"), str(error))
-            name = config.result_name
-            if name in lines:
-                self.say(
-                    part.line,
-                    f"expected names that differ, got {name!r} as in line {lines[name]}; give one of them a name",
-                )
-            lines[name] = part.line
+            self.check(config, part, lines)
             found.append((priority, config))
         return found
+
+    def check(self, config: Config, part: _Part, lines: dict[str, int]) -> None:
+        """Say whether the network and its arguments are known, and whether another has its name: `lines` by name, to which it is added."""
+        try:
+            Source(config).check()
+        except UserError as error:
+            self.say(part.at("model"), str(error))
+        name = config.result_name
+        if name in lines:
+            self.say(
+                part.line,
+                f"expected names that differ, got {name!r} as in line {lines[name]}; give one of them a name",
+            )
+        lines[name] = part.line
 
     def of_ensemble(
         self, ensemble: Ensemble, merged: Mapping[str, Any], part: _Part, defaults: _Part
