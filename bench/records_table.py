@@ -16,7 +16,7 @@ WORDS = {
 HEAD = "| | n | bytes | besides weights | test error, % | validation error, % | epochs | seconds | made by |\n|---|---|---|---|---|---|---|---|---|"
 INTRODUCTION = """# Records
 Written by `make bench-records` from `records-units/`, which hold every setting, plan, seed, time, version and machine. Bytes of whole files, and what of them is not weights: header, checksums, biases and batch norm; errors of the decoded file on test and on validation images, of which the latter chose between files; the median of n seeds, and
-the least and the most of them. Epochs of the last round with the levels behind it; seconds of the recipes and `--paper` are sums of epochs and evaluations, those of the others are of the attempt that ended them. How each was made, and what it says: [docs/records.md](../../docs/records.md)."""
+the least and the most of them. Epochs of all rounds that led to the file, with the levels behind them; seconds of the recipes, `--paper` and what lacks one lever are sums of epochs and evaluations, those of the other two are of the attempt that ended them. How each was made, and what it says: [docs/records.md](../../docs/records.md)."""
 
 
 def spread(values: Sequence[float], form: str) -> str:
