@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,11 +11,16 @@ _UNDER_WAY: list[subprocess.Popen[bytes]] = []
 """Commands that end with this process."""
 
 
-def code_of(command: Sequence[str]) -> int:
-    """The exit code of a command, which hears too what ends this process."""
-    with subprocess.Popen(command) as child:
+def code_of(command: Sequence[str], hear: Callable[[str], None] | None = None) -> int:
+    """The exit code of a command, which hears too what ends this process; `hear` gets each line that it prints, which is printed here as well."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE if hear else None) as child:
         _UNDER_WAY.append(child)
         try:
+            for line in child.stdout or ():
+                text = line.decode(errors="replace")
+                print(text, end="", flush=True)
+                if hear:
+                    hear(text)
             return child.wait()
         finally:
             _UNDER_WAY.remove(child)

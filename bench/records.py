@@ -8,11 +8,11 @@ says them; the test set decides nothing. The file of the median seed lies under 
 from __future__ import annotations
 
 import argparse
+import os
 import re
-import shutil
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import processes, records_table, records_units
 from bench.record import RESULTS, ROOT, Row, row, write
 from bench.records_units import TARGETS, VARIANTS, WITHOUT, Target, Unit, named, those_of
+from clipq_ray import console
+from clipq_ray.errors import ClipqError, ConfigError
 
 RECORDS = ROOT / "bench" / "records"
+SEEDS = 3  # of a row
 
 
-def rows_of(target: Target, variant: str, seeds: Iterable[int], epochs: int | None = None) -> list[Row]:
+def everything() -> Iterator[tuple[Target, int | None, str]]:
+    """Target, number of epochs beside the recipe's own, and variant of all that there may be, in the table's order."""
+    for target in TARGETS:
+        for epochs in (None, *epochs_beside(target)):
+            for variant in (*VARIANTS, *WITHOUT):
+                yield target, epochs, variant
+
+
+def rows_of(target: Target, variant: str, epochs: int | None = None) -> list[Row]:
     """Bytes and errors of the seeds that are there; goals for the recipe's own `ours`."""
-    found = those_of(target, variant, seeds, epochs)
+    found = those_of(target, variant, epochs)
     if not found:
         return []
     place = f"records/{named(target, variant, epochs, '/')}"
@@ -42,19 +53,26 @@ def rows_of(target: Target, variant: str, seeds: Iterable[int], epochs: int | No
 def sections() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """All units that are there, by what they were asked for and by variant, with what their files hold besides weights."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for target in TARGETS:
-        for epochs in (None, *epochs_beside(target)):
-            asked = f"{target.name}: at most {target.most_bytes:,} bytes"
-            title = f"{asked}, {epochs} epochs" if epochs else f"{asked} at {target.most_error:.2f} %"
-            units = {
-                variant: [
-                    {**one, "besides_weights": Unit(target, variant, one["seed"], epochs).besides_weights()}
-                    for one in those_of(target, variant, range(100), epochs)
-                ]
-                for variant in (*VARIANTS, *WITHOUT)
-            }
-            found[title] = {variant: those for variant, those in units.items() if those}
-    return {title: units for title, units in found.items() if units}
+    for target, epochs, variant in everything():
+        asked = f"{target.name}: at most {target.most_bytes:,} bytes"
+        title = f"{asked}, {epochs} epochs" if epochs else f"{asked} at {target.most_error:.2f} %"
+        units = those_of(target, variant, epochs)
+        if units:
+            found.setdefault(title, {})[variant] = [
+                {**one, "besides_weights": Unit(target, variant, one["seed"], epochs).besides_weights()}
+                for one in units
+            ]
+    return found
+
+
+def outdated() -> list[str]:
+    """The units that lie there and are in no row: of other settings than by now, damaged, or without `ours` of their seed."""
+    current = {
+        Unit(target, variant, one["seed"], epochs).stem.name
+        for target, epochs, variant in everything()
+        for one in those_of(target, variant, epochs)
+    }
+    return sorted({path.stem for path in records_units.UNITS.glob("*.json")} - current)
 
 
 def epochs_beside(target: Target) -> list[int]:
@@ -65,21 +83,39 @@ def epochs_beside(target: Target) -> list[int]:
     return sorted({int(one[1]) for one in found if one})
 
 
-def keep_median(target: Target, seeds: Iterable[int]) -> None:
-    """The file of the median seed by test error; of two the worse."""
-    found = [
-        (result["test_error_percent"], result["bytes"], seed)
-        for seed in seeds
-        if (result := Unit(target, "ours", seed).result)
-    ]
-    if found:
+def keep_median(target: Target) -> None:
+    """The file of the median seed by test error, of two the worse; of fewer seeds than a row has, only where there is no file yet."""
+    found = [(one["test_error_percent"], one["bytes"], one["seed"]) for one in those_of(target, "ours")]
+    path = RECORDS / f"{target.name}.clq"
+    if len(found) >= SEEDS or (found and not path.exists()):
         seed = sorted(found)[len(found) // 2][2]
         RECORDS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Unit(target, "ours", seed).stem.with_suffix(".clq"), RECORDS / f"{target.name}.clq")
+        replace(path, Unit(target, "ours", seed).clq_path.read_bytes())
 
 
-def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> None:
-    """As many of `series` at a time as were asked for, each by a command of its own; the order is that of the list."""
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole, over what is there."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def one_by_one(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> dict[str, int]:
+    """The units of `series`, and the exit codes of those that failed; what is left of their target and seed is not tried then."""
+    failed = {}
+    for target, seed in series:
+        try:
+            for variant in given.variants:
+                unit = Unit(target, variant, seed, given.epochs, given.threads)
+                unit.make(given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine])
+        except ClipqError as error:
+            print(error, file=sys.stderr, flush=True)
+            failed[f"{target.name} seed {seed}"] = error.exit_code
+    return failed
+
+
+def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> dict[str, int]:
+    """As `one_by_one`, as many at a time as were asked for, each by a command of its own; the order is that of the list."""
     commands = [
         [
             sys.executable, str(Path(__file__).resolve()), "--only", target.name, "--seeds", str(seed), "--variants", *given.variants,
@@ -90,61 +126,90 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
         for target, seed in series
     ]  # fmt: skip
     codes = processes.codes_of(commands, given.parallel)
-    failed = [
-        f"{target.name} seed {seed}" for (target, seed), code in zip(series, codes, strict=True) if code
-    ]
-    if failed:
-        raise SystemExit(f"{', '.join(failed)}: not made to the end; run again to continue")
+    return {
+        f"{target.name} seed {seed}": code for (target, seed), code in zip(series, codes, strict=True) if code
+    }
 
 
-def main() -> int:
-    """Make what is not there yet, then the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def chosen(names: Sequence[str]) -> list[Target]:
+    """The targets that are called so, or begin so where none is; `ConfigError` where none does."""
+    found: set[str] = set()
+    for name in names:
+        called = {one.name for one in TARGETS if one.name == name}
+        called = called or {one.name for one in TARGETS if one.name.startswith(name)}
+        if not called:
+            raise ConfigError(
+                f"--only: expected the beginning of one of {', '.join(one.name for one in TARGETS)}, got {name!r}"
+            )
+        found |= called
+    return [one for one in TARGETS if one.name in found]
+
+
+def asked(words: list[str]) -> argparse.Namespace:
+    """What the command line says."""
+    parser = console.OneLineParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and weights/")
     parser.add_argument("--only", nargs="+", default=[""], help="targets whose names begin so; default: all")
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *WITHOUT), default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="of the last round of all variants; default: the recipe's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
+    parser.add_argument(
+        "--epochs", type=positive, help="of the last round of all variants; default: the recipe's"
+    )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=positive,
         help="of a worker; default: the recipe's. Beside other work one: threads wait for each other",
     )
     parser.add_argument("--storage", type=Path, default=ROOT / "runs" / "records", help="of the jobs")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
-    parser.add_argument("--table", action="store_true", help="only the table of what is there")
-    parser.add_argument("--no-table", action="store_true", help="only the units")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--table", action="store_true", help="only the table of what is there")
+    only.add_argument("--no-table", action="store_true", help="only the units")
     parser.add_argument(
         "--parallel",
-        type=int,
+        type=positive,
         default=1,
         help="targets and seeds at once: on a GPU, most of which one small network leaves idle",
     )
-    given = parser.parse_args()
-    signal.signal(signal.SIGTERM, processes.end)
-    wanted = [one for one in TARGETS if one.name.startswith(tuple(given.only))]
-    series = [] if given.table else [(target, seed) for target in wanted for seed in given.seeds]
-    if given.parallel > 1:
-        at_once(series, given)
-    else:
-        for target, seed in series:
-            for variant in given.variants:
-                Unit(target, variant, seed, given.epochs, given.threads).make(
-                    given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine]
-                )
-    if given.no_table:
-        return 0
-    rows: list[Row] = []
+    return parser.parse_args(words)
+
+
+def write_table() -> None:
+    """Rows, table and median files from the units that are there."""
     for target in TARGETS:
-        keep_median(target, range(100))
-        for epochs in (None, *epochs_beside(target)):
-            for variant in (*VARIANTS, *WITHOUT):
-                rows += rows_of(target, variant, range(100), epochs)
-    settings = {one.name: one.options() for one in TARGETS if one.recipe.exists()}
+        keep_median(target)
+    rows = [one for target, epochs, variant in everything() for one in rows_of(target, variant, epochs)]
+    settings = {one.name: one.options() for one in TARGETS}
     print(f"stored in {write('records', rows, notes={'recipes': settings})}")
-    (RESULTS / "records.md").write_text(records_table.document(sections()), encoding="utf-8")
-    return 0
+    replace(RESULTS / "records.md", records_table.document(sections()).encode())
+    if found := outdated():
+        print(
+            f"in no row, since settings are others by now or a file is damaged: {', '.join(found)}; run again to make them, or remove them",
+            file=sys.stderr,
+        )
+
+
+def main(words: list[str]) -> int:
+    """Make what is not there yet, then the table."""
+    given = asked(words)
+    signal.signal(signal.SIGTERM, processes.end)
+    seeds = list(dict.fromkeys(given.seeds))
+    series = [] if given.table else [(target, seed) for target in chosen(given.only) for seed in seeds]
+    failed = (at_once if given.parallel > 1 else one_by_one)(series, given)
+    if not given.no_table:
+        write_table()
+    if failed:
+        print(f"{', '.join(failed)}: not made to the end; run again to continue", file=sys.stderr)
+    refused = ConfigError.exit_code
+    return 0 if not failed else refused if set(failed.values()) == {refused} else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run("records", main))

@@ -1,4 +1,5 @@
-"""What the rows of `records` are held against: the same network, weights, epochs and size, prepared otherwise.
+"""What the rows of `records` are held against: the same network, epochs and size, prepared otherwise, from the same weights: those that are given, or those that `ours` trained
+first, which are trained alike where its storage is not at hand.
 
 - two-stage: the plan's rates and bits, first pruned, then quantized. For the first half of the epochs weights are pruned by magnitude, the rates rising as in the
   recipe, and what is pruned stays zero; when they have risen, so many more are pruned (one factor for all layers) that the file is no larger than that of `ours`. For the second half
@@ -7,7 +8,7 @@
   does. It begins with the mildest p, in steps of 0.0001, with which the file of the weights as they are is no larger than that of `ours`, for b = 2 and for b = 3; of the two files
   the smaller one counts where one is larger than that of `ours` by more than a hundredth, else the better one on validation images.
 
-Both are packed by the product, without what the recipe does behind its last round (levels). Not covered: which units there are (`records`).
+Both are packed by the product, without what the recipe does behind its last round (levels). Not covered: which units there are (`records_units`).
 """
 
 from __future__ import annotations
@@ -52,6 +53,14 @@ OF_LEVERS = {name for name, (lever, _) in NEEDS.items() if lever in PAPER}
 """Options that have nothing to do without a lever."""
 
 
+PLACES = ("storage", "data", "data_root", "weights", "validation_data")
+
+
+def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what says where things lay."""
+    return {name: value for name, value in config.items() if name not in PLACES}
+
+
 def left(options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
     """What of a recipe's options goes beyond the training of one round is left out; how images are shown is the same for all."""
     beyond = {*PAPER, *OF_LEVERS} - {"cutout_pixels"}
@@ -72,7 +81,7 @@ def peer(
     found, packed = given.uniform(recipe) if variant == "uniform" else given.two_stage(recipe)
     return {
         **found, "ratio": given.inventory.bytes_before / len(packed.file), "dead_units": packed.dead_units, "epochs": config.epochs,
-        "validation_top1_percent": 100 * packed.validation.top1, "seconds": round(time.time() - started, 1), "config": {name: value for name, value in config.model_dump(mode="json").items() if name not in ("storage", "data", "weights")},
+        "validation_top1_percent": 100 * packed.validation.top1, "seconds": round(time.time() - started, 1), "config": without_places(config.model_dump(mode="json")),
     }, packed.file  # fmt: skip
 
 
@@ -99,7 +108,7 @@ def each_epoch(name: str) -> Progress:
 
 
 class _Given:
-    """The weights from which `ours` started, and where to work."""
+    """The weights to start from, and where to work."""
 
     def __init__(self, config: Config, ours: Mapping[str, Any], storage: Path) -> None:
         prepare_process(config.threads_per_worker)
@@ -116,12 +125,17 @@ class _Given:
         self.thetas = {one["layer"]: Theta(one["p"], one["bits"]) for one in ours["plan"]}
 
     def _initial(self, storage: Path) -> Store:
-        """Where the weights lie: those that are given, or those that `ours` has trained first."""
+        """Where the weights lie: those that are given, those that `ours` has trained first, or where it was made elsewhere such as are trained alike here."""
         config = self.source.config
         if config.weights is None:
             (key,) = (one["key"] for one in self.ours["stages"] if one["stage"] == "baseline")
             store = Store(storage / "_stages" / f"baseline-{key}")
-            if not store.exists(CURVE):  # `ours` was made elsewhere
+            if store.exists(CURVE):
+                return store
+            store = Store(
+                self.work / f"baseline-{key}"
+            )  # apart: what `ours` made may differ, by threads or CPU
+            if not store.exists(CURVE):
                 schedule = schedule_of(config, config.baseline_epochs, config.baseline_learning_rate)
                 checkpoints = self.work / "baseline-checkpoints"
                 task = TrainTask(self.source, "baseline", None, None, schedule, store.uri, str(checkpoints))
@@ -200,9 +214,9 @@ class _Given:
         quantized = self.folder("quantize", second, pruned=pruned, plan=plan.to_json())
         self._train("quantize", quantized, second, plan, share)
         tuned = Store(self.work / quantized)
-        zeros = {name: int((self.model.get_parameter(name) != 0).sum()) for name in self.thetas}
+        kept = {name: int((self.model.get_parameter(name) != 0).sum()) for name in self.thetas}
         return {
-            "plan": [{**one, "nonzeros": zeros[one["layer"]]} for one in planned],
+            "plan": [{**one, "nonzeros": kept[one["layer"]]} for one in planned],
             "trained_with": {
                 "ramp_share": share, "pruned_epochs": first.epochs, "quantized_epochs": second.epochs, "cut_to_bytes": self.ours["bytes"], "cuts": 2,
             },

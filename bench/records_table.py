@@ -59,24 +59,22 @@ def line(variant: str, units: Units) -> str:
 
 
 def beside(sections: Mapping[str, Mapping[str, Units]]) -> str:
-    """The overview that the README has too: test errors of the recipes and of what stands beside them, and the median size of their files."""
+    """The overview that the README has too: test errors of the recipes and of what stands beside them, and the median size of their files, of the seeds that all of
+    them have."""
     rows = [
         f"| test error, %, in bytes | n | epochs | {' | '.join(WORDS.values())} |",
         "|---|---|---|---|---|---|---|",
     ]
     for title, variants in sections.items():
-        if set(WORDS) <= set(variants):
-            found = [variants[variant] for variant in WORDS]
-            counts = [len(units) for units in found]
-            least, most = min(counts), max(counts)
+        seeds = [{one["seed"] for one in variants.get(variant, ())} for variant in WORDS]
+        if common := set.intersection(*seeds):
+            found = [[one for one in variants[variant] if one["seed"] in common] for variant in WORDS]
             cells = [
                 f"{errors_of(units)} in {statistics.median(one['bytes'] for one in units):,.0f}"
                 for units in found
             ]
-            epochs = spread([one["epochs"] for one in variants["ours"]], ".0f")
-            rows.append(
-                f"| `{title.partition(':')[0]}` | {least if least == most else f'{least} to {most}'} | {epochs} | {' | '.join(cells)} |"
-            )
+            epochs = spread([one["epochs"] for one in found[0]], ".0f")
+            rows.append(f"| `{title.partition(':')[0]}` | {len(common)} | {epochs} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -1,6 +1,7 @@
 """Units of `make bench-records`: one (target, variant, seed) each, what it is asked for, made by and keeps.
 
-A unit that was made with other settings than the recipe's by now counts as not there; so does one for the size of another `ours` than the one that is there.
+A unit counts as not there if its configuration is not the one that the recipe makes by now, if it is for the size of another `ours` than the one that is there,
+or if it is damaged or its file is not the one that its JSON was written for.
 
 Variants: `ours` (the recipe), `paper` (with --paper), `two-stage` and `uniform` (`records_peers`: pruned first and quantized then, and one (p, b) for all
 layers). All are made in as many epochs as `ours` of their seed, so it comes first. The last two are for the size of its file, and `two-stage` takes its plan; `paper` is asked
@@ -11,12 +12,15 @@ for the target's size, as the recipe is. `without-LEVER`: the recipe with one op
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +30,15 @@ import yaml
 from bench import processes, records_peers
 from bench.record import RESULTS, ROOT, commit, machine
 from clipq_ray import identity, manifest, packing, tables
+from clipq_ray.config import Config, make
 from clipq_ray.consistency import NEEDS, PAPER
+from clipq_ray.errors import ConfigError, RunError, StorageError
+from clipq_ray.stages import rung_epochs
 from clipq_ray.storage import Store
 
 UNITS = RESULTS / "records-units"
 PEERS = ("two-stage", "uniform")
 VARIANTS = ("ours", "paper", *PEERS)
-PLACES = ("storage", "data", "data_root", "weights", "validation_data")
 LEVERS = (
     "rungs",
     "search_again",
@@ -92,15 +98,18 @@ def published(options: dict[str, Any], epochs: int) -> dict[str, Any]:
 
 
 def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
-    """A recipe's options without the lever that a variant names, in as many epochs."""
+    """A recipe's options without the lever that a variant names, in as many epochs; `ConfigError` where it has none."""
     lever = variant.removeprefix("without-").replace("-", "_")
+    config = make(**options)
+    if getattr(config, lever) == PAPER[lever]:
+        raise ConfigError(f"{variant}: expected a recipe with {lever}, got one without; it is 'ours'")
     epochs = options["epochs"]
     idle = [name for name, (other, _) in NEEDS.items() if other == lever]
     found = {**{name: value for name, value in options.items() if name not in idle}, lever: PAPER[lever]}
     if lever == "level_epochs":
         epochs += options.get(lever, 0)
     if lever == "rungs":  # what is searched anew is searched for a rung
-        epochs += (options.get("rungs", 1) - 1) * options.get("rung_epochs", 0)
+        epochs += (config.rungs - 1) * rung_epochs(config)
         found["search_again"] = False
     return {**found, "epochs": epochs}
 
@@ -121,23 +130,40 @@ class Unit:
         return UNITS / f"{named(self.target, self.variant, self.epochs, '-')}-seed{self.seed}"
 
     @property
+    def json_path(self) -> Path:
+        """What was measured."""
+        return self.stem.with_suffix(".json")
+
+    @property
+    def clq_path(self) -> Path:
+        """What was made."""
+        return self.stem.with_suffix(".clq")
+
+    @property
     def result(self) -> dict[str, Any] | None:
-        """What was measured with the settings of now, if it was."""
-        path = self.stem.with_suffix(".json")
-        if not path.exists():
+        """What was measured with the settings of now, if it was; without `ours` of its seed nothing was."""
+        found = stored(self.json_path, self.clq_path)
+        if found is None or (self.variant != "ours" and self.ours_result is None):
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        fits = agree(found["config"], self.options()) and found.get("of") == self.of()
-        return found if fits else None
+        given = {"data": self.target.data, "weights": self.target.weights, "of": self.of()}
+        try:
+            fits = agree(found["config"], self.options())
+        except ConfigError:  # a lever that the recipe has no more
+            return None
+        return found if fits and given == {name: found.get(name) for name in given} else None
+
+    @property
+    def ours_result(self) -> dict[str, Any] | None:
+        """What was measured of `ours` of this seed."""
+        return Unit(self.target, "ours", self.seed, self.epochs).result
 
     def besides_weights(self) -> int:
         """Bytes of its file that are not a layer's weights."""
-        found = json.loads(self.stem.with_suffix(".json").read_text(encoding="utf-8"))
-        layers = {one["layer"] for one in found["plan"]}
-        return packing.other_bytes_of(self.stem.with_suffix(".clq").read_bytes(), layers)
+        layers = {one["layer"] for one in json.loads(self.json_path.read_text(encoding="utf-8"))["plan"]}
+        return packing.other_bytes_of(self.clq_path.read_bytes(), layers)
 
     def options(self) -> dict[str, Any]:
-        """Its settings by now; `SystemExit` where they follow from what `ours` was made in, and it was not."""
+        """Its settings by now; `ConfigError` where they follow from what `ours` was made in, and it was not."""
         options = {**self.recipe(), "seed": self.seed}
         if self.variant == "ours":
             return options
@@ -155,9 +181,9 @@ class Unit:
 
     def ours(self) -> dict[str, Any]:
         """The unit `ours` of this seed."""
-        found = Unit(self.target, "ours", self.seed, self.epochs).result
+        found = self.ours_result
         if found is None:
-            raise SystemExit(
+            raise ConfigError(
                 f"{self.stem.name}: expected the unit 'ours' of this seed before it, got none; make it first (--variants ours)"
             )
         return found
@@ -166,35 +192,42 @@ class Unit:
         """The hash of the file whose size and plan a peer takes, so that another one makes it anew."""
         if self.variant not in PEERS:
             return None
-        return hashlib.sha256(
-            Unit(self.target, "ours", self.seed, self.epochs).stem.with_suffix(".clq").read_bytes()
-        ).hexdigest()
+        return sha256(Unit(self.target, "ours", self.seed, self.epochs).clq_path.read_bytes())
 
     def make(self, shared: Path, storage: Path, extra: list[str]) -> None:
         """Measure it, unless it was."""
         if self.result is not None:
             return
+        self.options()  # or why there are none
         print(f"{self.stem.name}", flush=True)
-        if self.variant not in PEERS:
-            found, file = self._job(shared, storage, extra)
-        else:
-            options = {**self.options(), "data": data_of(self.target, shared), "engine": "local"}
-            if self.target.weights is not None:
-                options["weights"] = str(shared / "weights" / self.target.weights)
-            found, file = records_peers.peer(self.variant, options, self.recipe(), self.ours(), storage)
-            found["of"] = self.of()
+        with alone(storage / f"{self.stem.name}.lock"):
+            if self.variant not in PEERS:
+                found, file = self._job(shared, storage, extra)
+            else:
+                options = {**self.options(), "data": data_of(self.target, shared), "engine": "local"}
+                if self.target.weights is not None:
+                    options["weights"] = str(shared / "weights" / self.target.weights)
+                found, file = records_peers.peer(self.variant, options, self.recipe(), self.ours(), storage)
+            self._store(found, file, data_of(self.target, shared))
+
+    def _store(self, found: dict[str, Any], file: bytes, data: str) -> None:
+        """Keep what was made, once it is verified: what was there before stays until then."""
         self.stem.parent.mkdir(parents=True, exist_ok=True)
-        made = self.stem.with_suffix(".made.clq")  # what was there before stays until this one is verified
-        made.write_bytes(file)
-        top1, images = verified(made, data_of(self.target, shared))
-        document = {
-            "target": self.target.name, "variant": self.variant, "seed": self.seed, "bytes": len(file), "test_top1_percent": top1,
-            "test_error_percent": round(100 - top1, 4), "test_images": images, **found, "commit": commit(), "machine": machine(), "versions": identity.versions(),
-        }  # fmt: skip
-        partial = self.stem.with_suffix(".part")
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        made.replace(self.stem.with_suffix(".clq"))
-        partial.replace(self.stem.with_suffix(".json"))
+        made, said = (self.stem.with_suffix(f".{os.getpid()}.{end}") for end in ("clq", "part"))
+        try:
+            made.write_bytes(file)
+            top1, images = verified(made, data)
+            document = {
+                "target": self.target.name, "variant": self.variant, "seed": self.seed, "bytes": len(file), "sha256": sha256(file), "test_top1_percent": top1,
+                "test_error_percent": round(100 - top1, 4), "test_images": images, **found, "data": self.target.data, "weights": self.target.weights,
+                "of": self.of(), "commit": commit(), "machine": machine(), "versions": found.get("versions", identity.versions()),
+            }  # fmt: skip
+            said.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            made.replace(self.clq_path)  # a JSON of another file counts as none, so it may come behind
+            said.replace(self.json_path)
+        finally:
+            for left in (made, said):
+                left.unlink(missing_ok=True)
 
     def _job(self, shared: Path, storage: Path, extra: list[str]) -> tuple[dict[str, Any], bytes]:
         """The ordinary job; what its manifest says, and its file."""
@@ -210,13 +243,14 @@ class Unit:
         ]  # fmt: skip
         if self.target.weights is not None:
             command += ["--weights", str(shared / "weights" / self.target.weights)]
-        code = processes.code_of(command)
-        store = newest(storage / f"model={name}", options)
-        document = manifest.read_manifest(store) if store else None
-        # 1 says that the promise was not kept, or that the job failed: then what lies there is from another time
-        if store is None or document is None or code != int(not document["promise"]["kept"]):
-            raise SystemExit(f"{name}: the job ended with {code}; run again to continue")
-        return told(document, store, storage), store.read("model.clq")
+        runs: list[str] = []
+        code = processes.code_of(command, lambda line: runs.extend(re.findall(r"^run: (.+)$", line)))
+        if code == ConfigError.exit_code:
+            raise ConfigError(f"{name}: the job refused its input, as it says above")
+        if not runs:  # 1 says that the promise was not kept, or that the job failed: then it names no run
+            raise RunError(f"{name}: the job ended with {code}; run again to continue")
+        store = Store(runs[-1])
+        return told(manifest.read_manifest(store), store, storage), store.read("model.clq")
 
 
 def named(target: Target, variant: str, epochs: int | None, between: str) -> str:
@@ -225,18 +259,57 @@ def named(target: Target, variant: str, epochs: int | None, between: str) -> str
     return between.join([target.name, *beside, *([variant] if variant != "ours" else [])])
 
 
-def newest(folder: Path, asked: dict[str, Any]) -> Store | None:
-    """The run in `folder` that was committed last, of those with the options that were asked for: other recipes may have left theirs there."""
-    for path in sorted(folder.glob("run=*/manifest.json"), key=lambda one: -one.stat().st_mtime):
-        if agree(manifest.read_manifest(Store(path.parent))["config"], asked):
-            return Store(path.parent)
+def agree(config: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a configuration is the one that `asked` makes by now, in all that decides a result but threads; an option that it does not know had its default."""
+    now = make(**asked).model_dump(mode="json")
+    idle = {name for name, (lever, off) in NEEDS.items() if now[lever] == off}
+    apart = {*identity.DECIDES_NOTHING, "threads_per_worker", *idle}
+    defaults = Config.model_construct().model_dump(mode="json")
+    return all(config.get(name, defaults[name]) == value for name, value in now.items() if name not in apart)
+
+
+def sha256(file: bytes) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    return hashlib.sha256(file).hexdigest()
+
+
+_SAID: set[Path] = set()
+
+
+def stored(path: Path, file: Path) -> dict[str, Any] | None:
+    """What the JSON of a unit says; None without one, and where it is damaged or was not written for the `file` beside it, which is said once."""
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found["config"], dict) and found["sha256"] == sha256(file.read_bytes()):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if path not in _SAID:
+        _SAID.add(path)
+        print(f"{path}: damaged, or not of the .clq beside it; it counts as not there", file=sys.stderr)
     return None
 
 
-def agree(config: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a configuration has the options that are asked for, wherever things lay and on however many threads."""
-    apart = (*PLACES, "threads_per_worker")
-    return all(config.get(name) == value for name, value in asked.items() if name not in apart)
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Holds a unit while it is made; `RunError` where another process does."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.open("w")
+    except OSError as error:
+        raise StorageError(
+            f"expected a folder to write to, got {lock.parent} ({error.strerror}); give --storage another"
+        ) from error
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"{lock.stem}: expected to make it alone, another process does; wait for that one"
+            ) from error
+        yield
 
 
 def data_of(target: Target, shared: Path) -> str:
@@ -247,10 +320,12 @@ def data_of(target: Target, shared: Path) -> str:
 def verified(file: Path, data: str) -> tuple[float, int]:
     """Top-1 of a file [%] and the number of images, as `jobs/evaluate.py` says them."""
     command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), str(file), "--data", data]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"top-1 +([0-9.]+) % on ([0-9,]+) test images", said)
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"top-1 +([0-9.]+) % on ([0-9,]+) test images", said.stdout)
     if found is None:
-        raise SystemExit(f"expected a top-1 on test images of {file}, got {said!r}")
+        raise RunError(
+            f"{file.name}: expected its top-1 on test images, got {(said.stderr or said.stdout).strip()!r}"
+        )
     return float(found[1]), int(found[2].replace(",", ""))
 
 
@@ -263,14 +338,10 @@ def told(document: dict[str, Any], store: Store, storage: Path) -> dict[str, Any
         "validation_top1_percent": metrics["validation"]["compressed"]["top1_percent"], "dead_units": metrics["dead_units"],
         "epochs": promise["rounds"][promise["round"] - 1]["epochs"], "rounds": promise["rounds"],
         "plan": [{name: one[name] for name in ("layer", "p", "bits", "nonzeros", "bytes", "coder")} for one in layers],
-        "seconds": round(sum(seconds_of(storage, one) for one in document["stages"]), 1), "config": without_places(document["config"]),
+        "seconds": round(sum(seconds_of(storage, one) for one in document["stages"]), 1),
+        "config": records_peers.without_places(document["config"]), "versions": document["versions"],
         "stages": [{name: one[name] for name in ("stage", "key")} for one in document["stages"]],
     }  # fmt: skip
-
-
-def without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what says where things lay."""
-    return {name: value for name, value in config.items() if name not in PLACES}
 
 
 def seconds_of(storage: Path, stage: dict[str, Any]) -> float:
@@ -283,15 +354,9 @@ def seconds_of(storage: Path, stage: dict[str, Any]) -> float:
     return float(sum(one["seconds"] for group in trials for one in group))
 
 
-def those_of(
-    target: Target, variant: str, seeds: Iterable[int], epochs: int | None = None
-) -> list[dict[str, Any]]:
-    """What was measured of those of the seeds that are there."""
-    return [result for seed in seeds if (result := there(target, variant, seed, epochs)) is not None]
-
-
-def there(target: Target, variant: str, seed: int, epochs: int | None = None) -> dict[str, Any] | None:
-    """What was measured of a unit, where `ours` of its seed was too."""
-    if variant != "ours" and Unit(target, "ours", seed, epochs).result is None:
-        return None
-    return Unit(target, variant, seed, epochs).result
+def those_of(target: Target, variant: str, epochs: int | None = None) -> list[dict[str, Any]]:
+    """What was measured of the units that are there, by seed."""
+    name = named(target, variant, epochs, "-")
+    seeds = (re.fullmatch(rf"{re.escape(name)}-seed(\d+)", path.stem) for path in UNITS.glob("*.json"))
+    units = [Unit(target, variant, seed, epochs) for seed in sorted(int(one[1]) for one in seeds if one)]
+    return [result for unit in units if (result := unit.result) is not None]

@@ -28,7 +28,7 @@ from clipq_ray.storage import MANIFEST, Store, run_store
 STAGE_VERSIONS = {"baseline": 5, "search": 11, "finetune": 9, "levels": 7, "control": 5}
 """Raised when a change of the code changes what a stage makes of the same inputs; where a size is held, "finetune" depends on how a file is packed too."""
 
-_DECIDES_NOTHING = {
+DECIDES_NOTHING = {
     "storage", "name", "force", "paper", "on_claim", "dry_run", "engine", "search_parallel", "trainings", "limit_cpus", "limit_gpus", "max_failures", "stall_minutes",
     "attempt_hours", "min_workers", "data", "data_root", "weights",
     "interpolation", "validation_data", "memory_limit_gib", "expect_top1_percent", "search_cache_gib", "search_gpu_share", "decode", "decode_cpus",
@@ -111,7 +111,7 @@ def of_run(source: Source, data: Data, state: Mapping[str, Tensor] | None) -> di
         "data": of_data(data),
         "class_names": list(data.class_names),
         "test": data.test.fingerprint if data.test else None,
-        "config": {name: value for name, value in options.items() if name not in _DECIDES_NOTHING},
+        "config": {name: value for name, value in options.items() if name not in DECIDES_NOTHING},
         **_platform(source.config),
         "versions": STAGE_VERSIONS,
         **({"ensemble": source.ensemble} if source.ensemble else {}),

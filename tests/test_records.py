@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from bench import records, records_peers, records_units
-from clipq_ray import manifest
+from clipq_ray import console, manifest
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
 from clipq_ray.config import make
 from clipq_ray.consistency import PAPER, idle
+from clipq_ray.errors import ConfigError, RunError, StorageError
 from clipq_ray.progress import Reporter
 from clipq_ray.source import Source
 from clipq_ray.storage import Store
@@ -24,6 +27,26 @@ from clipq_ray.storage import Store
 TARGETS = {target.name: target for target in records_units.TARGETS}
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of units of its own, and of records."""
+    monkeypatch.setattr(records_units, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
+    (tmp_path / "units").mkdir()
+    return tmp_path / "units"
+
+
+def put(unit: records.Unit, file: bytes = b"a file", **said: Any) -> dict[str, Any]:
+    """A unit with the settings of now and what is `said` of it."""
+    unit.clq_path.write_bytes(file)
+    found = {
+        "bytes": len(file), "test_error_percent": 9.0, "seconds": 60.0, "epochs": 61, "seed": unit.seed, "config": make(**unit.options()).model_dump(mode="json"), "sha256": records_units.sha256(file),
+        "data": unit.target.data, "weights": unit.target.weights, "of": unit.of(), **said,
+    }  # fmt: skip
+    unit.json_path.write_text(json.dumps(found))
+    return found
 
 
 @pytest.mark.parametrize("target", records_units.TARGETS, ids=lambda target: target.name)
@@ -66,74 +89,125 @@ def test_the_order_is_from_small_to_large_networks() -> None:
     ]  # fmt: skip
 
 
-def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records_units, "UNITS", tmp_path / "units")
-    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
+def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(units: Path) -> None:
     target = TARGETS["lenet_300_100-mnist-noloss"]
     for seed, (size, error) in enumerate([(5900, 1.7), (5950, 1.5), (5800, 1.6)]):
-        unit = records_units.Unit(target, "ours", seed)
-        unit.stem.parent.mkdir(exist_ok=True)
-        settings = {**target.options(), "seed": seed}
-        result = {"bytes": size, "test_error_percent": error, "seconds": 60.0, "config": settings}
-        unit.stem.with_suffix(".json").write_text(json.dumps(result))
-        unit.stem.with_suffix(".clq").write_bytes(b"seed %d" % seed)
-    size, error, _ = records.rows_of(target, "ours", range(100))
+        put(
+            records_units.Unit(target, "ours", 200 + seed),
+            b"seed %d" % seed,
+            bytes=size,
+            test_error_percent=error,
+        )
+    size, error, _ = records.rows_of(target, "ours")
     assert (size.value, size.goal, size.n) == (5900, 6000, 3)
     assert (error.value, error.goal, error.n, error.met) == (1.6, 1.64, 3, True)
-    assert records.rows_of(target, "paper", range(100)) == []
-    records.keep_median(target, range(100))
-    assert (tmp_path / "records" / f"{target.name}.clq").read_bytes() == b"seed 2"
+    assert records.rows_of(target, "paper") == []
+    kept = units.parent / "records" / f"{target.name}.clq"
+    records.keep_median(target)
+    assert kept.read_bytes() == b"seed 2"
+    put(records_units.Unit(target, "ours", 202), b"made anew", test_error_percent=1.61)
+    records.keep_median(target)
+    assert kept.read_bytes() == b"made anew"
+    records_units.Unit(target, "ours", 200).json_path.unlink()
+    put(records_units.Unit(target, "ours", 202), b"of two", test_error_percent=1.61)
+    records.keep_median(target)
+    assert kept.read_bytes() == b"made anew"  # two seeds replace no row's file
 
 
-def test_units_of_other_epochs_stand_beside_the_recipes_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records_units, "UNITS", tmp_path)
-    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
+def test_units_of_other_epochs_stand_beside_the_recipes_own(units: Path) -> None:
     target = TARGETS["resnet20-cifar10-noloss"]
     for variant in ("ours", "uniform", "without-ramp-share"):
-        unit = records_units.Unit(target, variant, 0, 12)
-        settings = unit.options()
-        assert settings["epochs"] == 12
-        unit.stem.with_suffix(".clq").write_bytes(b"")
-        result = {
-            "of": unit.of(),
-            "bytes": 39_000,
-            "test_error_percent": 9.0,
-            "seconds": 60.0,
-            "epochs": 12,
-            "config": settings,
-        }
-        unit.stem.with_suffix(".json").write_text(json.dumps(result))
+        said = put(records_units.Unit(target, variant, 0, 12), epochs=12)
+        assert said["config"]["epochs"] == 12
     assert records.epochs_beside(target) == [12]
     assert records.epochs_beside(TARGETS["resnet20-cifar10-small"]) == []
-    bytes_of, *_ = records.rows_of(target, "uniform", range(9), 12)
+    bytes_of, *_ = records.rows_of(target, "uniform", 12)
     assert (bytes_of.name, bytes_of.goal) == (f"records/{target.name}/12-epochs/uniform/bytes", None)
-    assert records.rows_of(target, "ours", range(9), 12)[0].goal is None
-    assert records.rows_of(target, "ours", range(9)) == records.rows_of(target, "ours", range(9), 13) == []
-    records.keep_median(target, range(9))
-    assert not (tmp_path / "records").exists()
+    assert records.rows_of(target, "ours", 12)[0].goal is None
+    assert records.rows_of(target, "ours") == records.rows_of(target, "ours", 13) == []
+    assert records.outdated() == []
+    records.keep_median(target)
+    assert not (units.parent / "records").exists()
 
 
-def test_a_peer_of_another_file_than_the_one_that_is_there_is_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records_units, "UNITS", tmp_path)
+def test_a_peer_of_another_file_than_the_one_that_is_there_is_not_there(units: Path) -> None:
     ours, peer = (
         records_units.Unit(TARGETS["lenet_300_100-mnist-noloss"], variant, 0)
         for variant in ("ours", "uniform")
     )
-    ours.stem.with_suffix(".json").write_text(json.dumps({"epochs": 61, "config": ours.options()}))
-    ours.stem.with_suffix(".clq").write_bytes(b"one")
-    found = {"config": peer.options(), "of": peer.of()}
-    peer.stem.with_suffix(".json").write_text(json.dumps(found))
+    put(ours, b"one")
+    found = put(peer)
     assert peer.result == found
-    ours.stem.with_suffix(".clq").write_bytes(b"made anew")
+    put(ours, b"made anew")
     assert peer.result is None
-    peer.stem.with_suffix(".json").write_text(json.dumps({"config": peer.options()}))
+    assert records.outdated() == [peer.stem.name]
+    put(peer, of=None)
     assert peer.result is None
+
+
+def test_a_unit_is_of_the_recipe_of_now_whatever_a_line_was_that_it_had_or_lacks(
+    units: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = TARGETS["lenet5_caffe-mnist-small"]
+    unit, options = records_units.Unit(target, "ours", 0), target.options()
+    found = put(unit)
+    assert unit.result == found
+    for changed in ({"threads_per_worker": 2}, {"storage": "elsewhere", "engine": "ray"}):
+        monkeypatch.setattr(records.Target, "options", lambda _, more=changed: {**options, **more})
+        assert unit.result == found
+    for name in options.keys() - {"data"}:  # a line of the recipe that is gone
+        monkeypatch.setattr(
+            records.Target, "options", lambda _, name=name: {k: v for k, v in options.items() if k != name}
+        )
+        assert unit.result is None, name
+    monkeypatch.setattr(records.Target, "options", lambda _: {**options, "label_smoothing": 0.1})
+    assert unit.result is None
+
+
+def test_a_unit_of_other_weights_or_data_or_whose_file_is_not_its_own_is_not_there(
+    units: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unit = records_units.Unit(TARGETS["resnet20-cifar10-noloss"], "ours", 0)
+    put(unit)
+    assert unit.result is not None
+    for said in ({"weights": "others.safetensors"}, {"data": "mnist"}):
+        put(unit, **said)
+        assert unit.result is None
+    assert capsys.readouterr().err == ""
+    put(unit)
+    unit.clq_path.write_bytes(b"another file")
+    for text in (None, "{}", "[]", "cut o", '{"config": 3, "sha256": ""}'):
+        if text is not None:
+            unit.json_path.write_text(text)
+        assert unit.result is None
+    assert capsys.readouterr().err.count("it counts as not there") == 1
+    put(unit)
+    unit.clq_path.unlink()
+    assert unit.result is None
+    assert records.rows_of(unit.target, "ours") == []
+    assert records.sections() == {}
+    assert records.outdated() == [unit.stem.name]
+
+
+def test_a_unit_is_made_by_one_process_at_a_time(units: Path, tmp_path: Path) -> None:
+    unit = records_units.Unit(TARGETS["resnet20-cifar10-noloss"], "ours", 0)
+    with (tmp_path / f"{unit.stem.name}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="resnet20-cifar10-noloss-seed0: expected to make it alone"):
+            unit.make(tmp_path, tmp_path, [])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="expected a folder to write to"):
+        unit.make(tmp_path, tmp_path / "file", [])
+
+
+def test_a_lever_that_the_recipe_has_not_cannot_be_left_out(units: Path) -> None:
+    target = TARGETS["lenet_300_100-mnist-noloss"]
+    put(records_units.Unit(target, "ours", 0))
+    unit = records_units.Unit(target, "without-rungs", 0)
+    with pytest.raises(ConfigError, match="without-rungs: expected a recipe with rungs, got one without"):
+        unit.make(units, units, [])
+    options = {"model": "lenet5", "target_bytes": 5_000, "rungs": 3, "epochs": 5}  # and so rungs of three
+    assert records_units.without(options, "without-rungs")["epochs"] == 5 + 2 * 3
 
 
 QUICK: dict[str, Any] = {
@@ -157,32 +231,43 @@ def test_what_is_under_way_ends_with_the_command(tmp_path: Path) -> None:
     assert not Path(f"/proc/{inner}").exists()
 
 
-def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    first, second = made(tmp_path, seed=3), made(tmp_path, seed=3, learning_rate=0.01)
-    folder = tmp_path / "model=lenet5"
-    found = {
-        rate: records_units.newest(folder, {"seed": 3, "learning_rate": rate}) for rate in (0.01, 0.02, 0.03)
-    }
-    assert found == {0.01: second, 0.02: first, 0.03: None}
-    assert records_units.newest(folder, {"seed": 3}) == second
-    assert records_units.newest(tmp_path / "nothing", {}) is None
-
-
-def test_a_job_that_failed_does_not_pass_for_the_run_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_unit_is_the_run_that_its_job_names_and_what_failed_passes_for_none(
+    units: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tmp_path / "recipes" / "t.yaml"
     recipe.parent.mkdir()
-    recipe.write_text("model: lenet5\n")
+    recipe.write_text(yaml.safe_dump({**QUICK, "model": "lenet5"}))
+    job = tmp_path / "jobs" / "compress.py"
+    job.parent.mkdir()
     monkeypatch.setattr(records_units, "ROOT", tmp_path)
-    made(tmp_path, name="t-seed0", seed=0)
     target = records.Target("t", "digits", None, 20_000, 9.0)
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "compress.py").write_text("raise SystemExit(1)\n")
-    with pytest.raises(SystemExit, match="t-seed0: the job ended with 1; run again"):
-        records_units.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])
-    (tmp_path / "jobs" / "compress.py").write_text("")
-    assert records_units.Unit(target, "ours", 0)._job(tmp_path, tmp_path, [])[0]["kept"]
+    unit = records_units.Unit(target, "ours", 0)
+    run = made(tmp_path, name="t-seed0", seed=0)
+    made(tmp_path, name="t-seed0", seed=0, learning_rate=0.01)  # a later one of another recipe
+    job.write_text("raise SystemExit(1)\n")
+    with pytest.raises(RunError, match="t-seed0: the job ended with 1; run again"):
+        unit.make(tmp_path, tmp_path, [])
+    job.write_text("raise SystemExit(2)\n")
+    with pytest.raises(ConfigError, match="t-seed0: the job refused its input"):
+        unit.make(tmp_path, tmp_path, [])
+    for kept in (0, 1):  # 1: the promise is not kept, and the file is there
+        job.write_text(f"print('run: {run.uri}')\nraise SystemExit({kept})\n")
+        assert unit._job(tmp_path, tmp_path, [])[1] == run.read("model.clq")
+    scorer = tmp_path / "jobs" / "evaluate.py"
+    scorer.write_text("import sys; sys.exit('no images')\n")
+    with pytest.raises(RunError, match="expected its top-1 on test images, got 'no images'"):
+        unit.make(tmp_path, tmp_path, [])
+    assert list(units.iterdir()) == []  # nothing half-written
+    scorer.write_text("print('top-1 97.50 % on 1,797 test images')\n")
+    unit.make(tmp_path, tmp_path, [])
+    assert sorted(path.name for path in units.iterdir()) == ["t-seed0.clq", "t-seed0.json"]
+    found = unit.result or {}
+    assert (found["bytes"], found["test_error_percent"], found["test_images"]) == (
+        run.size("model.clq"),
+        2.5,
+        1797,
+    )
+    assert found["versions"] == manifest.read_manifest(run)["versions"]
 
 
 LEVERS: dict[str, Any] = {
@@ -272,29 +357,81 @@ def test_two_stages_that_were_cut_off_go_on_to_the_same_bytes_in_another_storage
 
 
 def test_a_unit_that_is_there_is_not_made_again_unless_its_settings_were_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    units: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(records_units, "UNITS", tmp_path)
     target = TARGETS["lenet_300_100-mnist-noloss"]
     for variant, epochs in (("ours", 61), ("paper", 64), ("two-stage", 64)):
         unit = records_units.Unit(target, variant, 0)
-        unit.stem.with_suffix(".clq").write_bytes(b"")
-        stored = {"epochs": 64, "config": {**unit.options(), "data_root": "elsewhere"}, "of": unit.of()}
-        assert stored["config"]["epochs"] == epochs
-        unit.stem.with_suffix(".json").write_text(json.dumps(stored))
-        assert unit.result == stored
+        settings = make(**unit.options(), data_root="elsewhere").model_dump(mode="json")
+        said = put(unit, epochs=64, config=settings)
+        assert settings["epochs"] == epochs
+        assert unit.result == said
         unit.make(tmp_path / "nothing here", tmp_path / "nothing here", [])
     assert not (tmp_path / "nothing here").exists()
-    ours = records_units.Unit(target, "ours", 0).stem.with_suffix(".json")
+    ours = records_units.Unit(target, "ours", 0).json_path
     ours.write_text(ours.read_text().replace('"epochs": 64', '"epochs": 70'))
     assert records_units.Unit(target, "paper", 0).result is None  # as many epochs as `ours`
-    assert records.rows_of(target, "paper", range(9)) == []
+    assert records.rows_of(target, "paper") == []
     ours.write_text(ours.read_text().replace('"target_bytes": 5000', '"target_bytes": 5001'))
-    with pytest.raises(SystemExit, match=r"paper-seed0: expected the unit 'ours' of this seed before it"):
+    with pytest.raises(ConfigError, match=r"paper-seed0: expected the unit 'ours' of this seed before it"):
         records_units.Unit(target, "paper", 0).make(tmp_path, tmp_path, [])
 
 
-def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "lenet6"], "--only: expected the beginning of one of lenet_300_100-mnist-noloss, "),
+        (["--epochs", "0"], "--epochs: expected a whole number from 1 on, got '0'"),
+        (["--threads", "-1"], "--threads"),
+        (["--parallel", "x"], "--parallel: expected a whole number from 1 on, got 'x'"),
+        (["--table", "--no-table"], "not allowed with"),
+        (["--variants", "others"], "invalid choice: 'others'"),
+        (["--seeds", "one"], "--seeds"),
+    ],
+)
+def test_wrong_words_are_one_line_and_make_nothing(
+    words: list[str], said: str, units: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console.run("records", records.main, ["--shared", str(units / "none"), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert list(units.iterdir()) == []
+
+
+def test_targets_are_chosen_by_name_or_by_how_they_begin() -> None:
+    assert records.chosen([""]) == list(records_units.TARGETS)
+    assert [one.name for one in records.chosen(["resnet20-cifar10-small", "lenet5"])] == [
+        "lenet5_caffe-mnist-noloss", "lenet5_caffe-mnist-small", "resnet20-cifar10-small",
+    ]  # fmt: skip
+
+
+def test_what_fails_is_named_and_what_comes_behind_it_is_tried(
+    units: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
+    def make(unit: records.Unit, *_: Any) -> None:
+        tried.append(unit.stem.name)
+        if unit.seed == 0:
+            raise RunError("diverged") if unit.target.data == "mnist" else ConfigError("no data")
+
+    monkeypatch.setattr(records.Unit, "make", make)
+    words = [
+        "--shared", str(tmp_path), "--only", "lenet5_caffe-mnist-small", "resnet56", "--seeds", "0", "1", "0", "--variants", "ours", "paper", "--no-table",
+    ]  # fmt: skip
+    assert records.main(words) == 1
+    small, large = "lenet5_caffe-mnist-small", "resnet56-cifar10-noloss"
+    assert tried == [
+        f"{small}-seed0", f"{small}-seed1", f"{small}-paper-seed1", f"{large}-seed0", f"{large}-seed1", f"{large}-paper-seed1",
+    ]  # fmt: skip
+    assert f"{small} seed 0, {large} seed 0: not made to the end" in capsys.readouterr().err
+    assert records.main([*words[:3], *words[4:]]) == 2  # input alone
+
+
+def test_of_units_made_at_once_those_that_failed_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """By the command itself; there is no data, so every unit ends with the job's one line."""
     series = [(TARGETS["resnet20-cifar10-noloss"], 0), (TARGETS["resnet20-cifar10-small"], 1)]
     given = argparse.Namespace(
@@ -306,8 +443,7 @@ def test_of_units_made_at_once_those_that_failed_are_named(tmp_path: Path) -> No
         epochs=None,
         threads=None,
     )
-    with pytest.raises(
-        SystemExit, match="resnet20-cifar10-noloss seed 7, resnet20-cifar10-small seed 8: not made"
-    ):
-        records.at_once([(target, seed + 7) for target, seed in series], given)
-    records.at_once([], given)
+    failed = records.at_once([(target, seed + 7) for target, seed in series], given)
+    assert failed == {"resnet20-cifar10-noloss seed 7": 2, "resnet20-cifar10-small seed 8": 2}
+    assert capfd.readouterr().err.count("the job refused its input") == 2
+    assert records.at_once([], given) == {}
