@@ -6,19 +6,18 @@ asked for; the file is therefore measured at a (p, b) that is the same for all l
 ratio. Its size is not that of a trained network and never to be set beside a published ratio. Hours are predicted from the time per image, for the
 unit's machine and the trainings of the recipe from torchvision's weights (`clipq_ray.planning`), the dense control among them; searches and evaluations come on top.
 One recipe is one unit under `bench/results/imagenet-units/`, stored when its job ends (`--what jobs`) and again with its file's size (`--what sizes`, which
-wants no GPU).
+wants no GPU); one of another recipe than by now is made anew.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import yaml
 
+from bench import processes
 from bench.images import jpegs
 from bench.record import RESULTS, ROOT, Row, commit, machine, write
 from bench.records_peers import mildest
-from clipq_ray import codec, identity, manifest, network, packing
+from clipq_ray import codec, console, identity, manifest, network, packing
 from clipq_ray.config import Config, make
+from clipq_ray.errors import ConfigError, RunError
 from clipq_ray.operator import make_plan
 from clipq_ray.plan import Theta
 from clipq_ray.planning import trainings
@@ -54,6 +55,34 @@ CUT = {
 """What is changed of a recipe so that its job ends in minutes on a few cores."""
 
 
+def options_of(recipe: Path) -> dict[str, Any]:
+    """What a recipe says."""
+    found: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    return found
+
+
+def measured(recipe: Path) -> dict[str, Any]:
+    """What of a recipe decides a unit: all that its job is not cut to; epochs decide only what is predicted from it."""
+    return {
+        name: value
+        for name, value in options_of(recipe).items()
+        if name not in (*CUT, "rung_epochs", "search_again")
+    }
+
+
+def unit_of(recipe: Path) -> dict[str, Any] | None:
+    """The unit of a recipe as it is now, if it is there."""
+    path = UNITS / f"{recipe.stem}.json"
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = bool(found["asked"] == measured(recipe))
+    except (ValueError, KeyError, TypeError):
+        same = False
+    return found if same else None
+
+
 def ran(recipe: Path, data: str) -> dict[str, Any]:
     """One recipe's job, from its command to its file."""
     with tempfile.TemporaryDirectory() as folder:
@@ -62,21 +91,18 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
             "--no-search-again",
         ]
         started = time.monotonic()
-        job = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / "compress.py"), "--config", str(recipe), *words]
-        )
-        _, status, used = os.wait4(job.pid, 0)
+        command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--config", str(recipe), *words]
+        code, used = processes.used_by(command)
         seconds = time.monotonic() - started
-        code = os.waitstatus_to_exitcode(status)
         if code not in (0, 1):  # 1: the promise, of which random weights say nothing
-            raise SystemExit(f"{recipe.name}: the job ended with {code}")
+            raise RunError(f"{recipe.name}: the job ended with {code}; run again to make it")
         (run,) = manifest.committed(Store(folder))
         document = manifest.read_manifest(run.store)
         (curve,) = Path(folder).glob("_stages/finetune-*/curve.json")
         trained = json.loads(curve.read_text(encoding="utf-8"))
     metrics = document["metrics"]
     return {
-        "recipe": recipe.stem, "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20,
+        "recipe": recipe.stem, "asked": measured(recipe), "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20,
         "gpu_gib": trained["gpu_bytes"] / 2**30 if "gpu_bytes" in trained else None, "job_seconds": seconds, "epoch_seconds": trained["curve"][-1]["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "job_bytes": metrics["bytes_after"],
         "commit": commit(), "machine": machine(), "versions": identity.versions(),
     }  # fmt: skip
@@ -108,19 +134,8 @@ def planned(config: Config) -> dict[str, Any]:
 
 def epochs(recipe: Path, data: str) -> tuple[int, int]:
     """Of all trainings of a recipe's job: those that there are in any case, and those that there are at most."""
-    options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    found = trainings(
-        Source(
-            make(
-                **{
-                    **options,
-                    "data": data,
-                    "limit_images": CUT["limit_images"],
-                    "validation_images": HELD_OUT,
-                }
-            )
-        )
-    )
+    cut = {"data": data, "limit_images": CUT["limit_images"], "validation_images": HELD_OUT}
+    found = trainings(Source(make(**{**options_of(recipe), **cut})))
     return (
         sum(one.times * one.epochs for one in found if not one.at_most),
         sum(one.times * one.epochs for one in found),
@@ -159,26 +174,48 @@ def stored(path: Path, unit: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def main() -> int:
+def table(units: Sequence[Mapping[str, Any]], counts: Mapping[str, tuple[int, int]]) -> str:
+    """The units as Markdown, as the documentation has them; hours to two digits."""
+    lines = [
+        "| recipe | memory, GiB | step, s | file of random weights, bytes | at p, b | epochs | hours there |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for unit in units:
+        least, most = counts[unit["recipe"]]
+        per_image = unit["epoch_seconds"] / (unit["steps"] * unit["batch"])
+        hours = [float(f"{per_image * TRAINING_IMAGES * count / 3600:.2g}") for count in (least, most)]
+        name = unit["recipe"].partition("-")[0]
+        lines.append(
+            f"| `{name}` | {unit['peak_gib']:.1f} | {unit['epoch_seconds'] / unit['steps']:.1f} | {unit['bytes']:,} | {unit['p']:g}, {unit['bits']} | {least}, at most {most} | {hours[0]:,.0f}, at most {hours[1]:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> int:
     """Make what is not there yet, then the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = console.OneLineParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], help="recipes whose names begin so; default: all")
     parser.add_argument("--what", nargs="+", choices=("jobs", "sizes"), default=["jobs", "sizes"])
-    given = parser.parse_args()
+    given = parser.parse_args(words)
+    signal.signal(signal.SIGTERM, processes.end)
     UNITS.mkdir(parents=True, exist_ok=True)
     wanted = [(one, UNITS / f"{one.stem}.json") for one in RECIPES if one.stem.startswith(tuple(given.only))]
+    if not wanted:
+        raise ConfigError(
+            f"--only: expected the beginning of one of {', '.join(one.stem for one in RECIPES)}, got {' '.join(given.only)}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         jpegs(folder, 2 * CLASSES, CLASSES)
         for recipe, path in wanted if "jobs" in given.what else ():
-            if not path.exists():
+            if unit_of(recipe) is None:
                 stored(path, ran(recipe, folder))
         for recipe, path in wanted if "sizes" in given.what else ():
-            if path.exists() and "bytes" not in (unit := json.loads(path.read_text(encoding="utf-8"))):
-                options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+            if (unit := unit_of(recipe)) is not None and "bytes" not in unit:
+                options = options_of(recipe)
                 changes = {**CUT, "search_again": False, "data": folder, "profile": options["profile"]}
                 stored(path, {**unit, **planned(make(**{**options, **changes}))})
         counts = {one.stem: epochs(one, folder) for one in RECIPES}
-    units = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(UNITS.glob("*.json"))]
+    units = [unit for one in RECIPES if (unit := unit_of(one)) is not None]
     notes = {
         "weights": "random",
         "images": "generated",
@@ -191,4 +228,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run("imagenet", main))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,18 @@ def code_of(command: Sequence[str], hear: Callable[[str], None] | None = None) -
                 if hear:
                     hear(text)
             return child.wait()
+        finally:
+            _UNDER_WAY.remove(child)
+
+
+def used_by(command: Sequence[str]) -> tuple[int, resource.struct_rusage]:
+    """As `code_of`, and what the command used."""
+    with subprocess.Popen(command) as child:
+        _UNDER_WAY.append(child)
+        try:
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            return child.returncode, used
         finally:
             _UNDER_WAY.remove(child)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from bench import imagenet
 from bench.imagenet import BATCH, CUT, RECIPES, STEPS, bytes_of, epochs, planned, rows
 from bench.images import jpegs
+from bench.record import RESULTS, ROOT
+from clipq_ray import console
 from clipq_ray.config import make
 from clipq_ray.plan import Theta
 from clipq_ray.source import Source
@@ -84,3 +90,38 @@ def test_the_planned_rate_is_the_mildest_that_meets_the_ratio(tmp_path: Path) ->
     milder = Theta(theta.p - 0.001, theta.b)
     assert bytes_of(config, layers, theta) <= whole / 20 < bytes_of(config, layers, milder)
     assert whole / 20 < size < 1.5 * whole / 20  # batch norm comes on top
+
+
+def test_the_committed_rows_and_the_documentation_are_what_units_and_recipes_say(tmp_path: Path) -> None:
+    jpegs(str(tmp_path), BATCH * STEPS + 40, 4)
+    units = [unit for one in RECIPES if (unit := imagenet.unit_of(one))]
+    counts = {one.stem: epochs(one, str(tmp_path)) for one in RECIPES}
+    assert len(units) == len(RECIPES)
+    said = json.loads((RESULTS / "imagenet.json").read_text(encoding="utf-8"))["rows"]
+    assert said == [asdict(row) for unit in units for row in rows(unit, *counts[unit["recipe"]])]
+    assert imagenet.table(units, counts) in (ROOT / "docs" / "records.md").read_text(encoding="utf-8")
+
+
+def test_a_unit_of_another_recipe_than_by_now_or_a_damaged_one_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / RECIPES[0].name
+    shutil.copy(RECIPES[0], recipe)
+    monkeypatch.setattr(imagenet, "UNITS", tmp_path)
+    path = tmp_path / f"{recipe.stem}.json"
+    assert imagenet.unit_of(recipe) is None
+    imagenet.stored(path, {"asked": imagenet.measured(recipe)})
+    assert imagenet.unit_of(recipe) is not None
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("target_ratio: 51", "target_ratio: 52"), encoding="utf-8")
+    assert imagenet.unit_of(recipe) is None
+    recipe.write_text(text.replace("epochs: 30", "epochs: 40"), encoding="utf-8")  # only what is predicted
+    assert imagenet.unit_of(recipe) is not None
+    for damaged in ("{}", "[]", "cut o"):
+        path.write_text(damaged)
+        assert imagenet.unit_of(recipe) is None
+
+
+def test_a_recipe_that_there_is_not_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.run("imagenet", imagenet.main, ["--only", "bogus"]) == 2
+    assert "--only: expected the beginning of one of alexnet-imagenet-noloss" in capsys.readouterr().err
