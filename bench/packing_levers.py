@@ -7,9 +7,8 @@ The same weights, plan and images every time, so bytes differ by the lever alone
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.record import Row, row, write
-from clipq_ray import folding, manifest, network, packing
+from bench.record import Row, positive, row, write
+from clipq_ray import console, folding, manifest, network, packing
 from clipq_ray.config import make
 from clipq_ray.consistency import PAPER
+from clipq_ray.errors import ConfigError
 from clipq_ray.plan import Plan
 from clipq_ray.source import Source
 from clipq_ray.storage import Store, stage_store
@@ -53,7 +53,7 @@ class Round:
 
     @classmethod
     def of(cls, run: Path, given: Mapping[str, Any]) -> Round:
-        """That of the run in a folder, with other options `given`; `SystemExit` where nothing says what its plan was."""
+        """That of the run in a folder, with other options `given`; `ConfigError` where nothing says what its plan was."""
         document = manifest.read_manifest(Store(run))
         trained = [one for one in document["stages"] if one["stage"] == "finetune"]
         tuned = stage_store(
@@ -61,7 +61,9 @@ class Round:
         )
         plan, _ = plan_after(tuned, Plan(()))
         if not plan.layers:
-            raise SystemExit(f"{run}: expected a run with --hold-size, whose plan is stored, got one without")
+            raise ConfigError(
+                f"{run}: expected a run with --hold-size, whose plan is stored, got one without; name another"
+            )
         source = Source(make(**{**document["config"], "engine": "local", **given}))
         return cls(document["model"], source, tuned, plan, document["source_sha256"])
 
@@ -88,13 +90,13 @@ def measured(last: Round) -> Iterator[Row]:
         yield row(f"{place}/dead_units", [float(found.dead_units)], "units")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     """The rows of all runs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = console.OneLineParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--data", help="where the data lie by now; default: where they lay")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
+    parser.add_argument("--threads", type=positive, default=1)
+    given = parser.parse_args(words)
     prepare_process(given.threads)
     moved = {"data": given.data} if given.data else {}
     rows = [one for run in given.runs for one in measured(Round.of(run.resolve(), moved))]
@@ -103,4 +105,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run("packing_levers", main))

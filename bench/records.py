@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import processes, records_table, records_units
-from bench.record import RESULTS, ROOT, Row, row, write
+from bench.record import RESULTS, ROOT, Row, positive, row, write
 from bench.records_units import TARGETS, VARIANTS, WITHOUT, Target, Unit, named, those_of
 from clipq_ray import console
 from clipq_ray.errors import ClipqError, ConfigError
@@ -131,13 +131,6 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
     }
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
 def chosen(names: Sequence[str]) -> list[Target]:
     """The targets that are called so, or begin so where none is; `ConfigError` where none does."""
     found: set[str] = set()
@@ -206,7 +199,10 @@ def main(words: list[str]) -> int:
     if not given.no_table:
         write_table()
     if failed:
-        print(f"{', '.join(failed)}: not made to the end; run again to continue", file=sys.stderr)
+        print(
+            f"{', '.join(failed)}: not made to the end, for what is said above; run again to continue",
+            file=sys.stderr,
+        )
     refused = ConfigError.exit_code
     return 0 if not failed else refused if set(failed.values()) == {refused} else 1
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from bench import records, records_peers, records_units
@@ -308,6 +309,18 @@ def test_what_ours_is_held_against_has_its_bits_and_its_size(tmp_path: Path) -> 
         again, same = theirs(variant, ours, tmp_path)
         assert same == file
         assert again["plan"] == found["plan"]
+
+
+def test_weights_that_ours_trained_first_elsewhere_are_trained_alike_and_stay_out_of_its_stages(
+    tmp_path: Path,
+) -> None:
+    store = made(tmp_path / "ours", **QUICK)
+    ours = {**records_units.told(manifest.read_manifest(store), store, tmp_path / "ours"), "target": "t"}
+    config = make(**records_peers.left(QUICK, 2), data="digits", seed=0, engine="local")
+    here, there = (records_peers._Given(config, ours, tmp_path / name).state for name in ("ours", "other"))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert not (tmp_path / "other" / "_stages").exists()
 
 
 def test_one_theta_for_all_layers_is_held_at_the_size_where_units_die(tmp_path: Path) -> None:
