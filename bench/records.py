@@ -84,11 +84,12 @@ def epochs_beside(target: Target) -> list[int]:
 
 
 def keep_median(target: Target) -> None:
-    """The file of the median seed by test error, of two the worse; of fewer seeds than a row has, only where there is no file yet."""
-    found = [(one["test_error_percent"], one["bytes"], one["seed"]) for one in those_of(target, "ours")]
+    """The file of the median seed by test error, of two the worse, of equal ones the smallest; of fewer seeds than a row has, only where there is no file yet."""
+    found = those_of(target, "ours")
     path = RECORDS / f"{target.name}.clq"
     if len(found) >= SEEDS or (found and not path.exists()):
-        seed = sorted(found)[len(found) // 2][2]
+        median = sorted(one["test_error_percent"] for one in found)[len(found) // 2]
+        seed = min((one["bytes"], one["seed"]) for one in found if one["test_error_percent"] == median)[1]
         RECORDS.mkdir(parents=True, exist_ok=True)
         replace(path, Unit(target, "ours", seed).clq_path.read_bytes())
 

@@ -109,10 +109,13 @@ def test_rows_state_n_and_goals_and_the_median_seeds_file_is_kept(units: Path) -
     put(records_units.Unit(target, "ours", 202), b"made anew", test_error_percent=1.61)
     records.keep_median(target)
     assert kept.read_bytes() == b"made anew"
+    put(records_units.Unit(target, "ours", 200), b"as bad, smaller", bytes=1, test_error_percent=1.61)
+    records.keep_median(target)
+    assert kept.read_bytes() == b"as bad, smaller"
     records_units.Unit(target, "ours", 200).json_path.unlink()
     put(records_units.Unit(target, "ours", 202), b"of two", test_error_percent=1.61)
     records.keep_median(target)
-    assert kept.read_bytes() == b"made anew"  # two seeds replace no row's file
+    assert kept.read_bytes() == b"as bad, smaller"  # two seeds replace no row's file
 
 
 def test_units_of_other_epochs_stand_beside_the_recipes_own(units: Path) -> None:
