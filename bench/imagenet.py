@@ -28,8 +28,9 @@ import yaml
 
 from bench import processes
 from bench.images import jpegs
-from bench.record import RESULTS, ROOT, Row, commit, machine, write
-from bench.records_peers import mildest
+from bench.record import RESULTS, ROOT, Row, chosen, commit, machine, write
+from bench.records_peers import mildest, without_places
+from bench.records_units import agree
 from clipq_ray import codec, console, identity, manifest, network, packing
 from clipq_ray.config import Config, make
 from clipq_ray.errors import ConfigError, RunError
@@ -61,13 +62,10 @@ def options_of(recipe: Path) -> dict[str, Any]:
     return found
 
 
-def measured(recipe: Path) -> dict[str, Any]:
-    """What of a recipe decides a unit: all that its job is not cut to; epochs decide only what is predicted from it."""
-    return {
-        name: value
-        for name, value in options_of(recipe).items()
-        if name not in (*CUT, "rung_epochs", "search_again")
-    }
+def asked(recipe: Path, **other: Any) -> dict[str, Any]:
+    """The options of a unit: the recipe's, cut, and `other` ones than by now; epochs decide only what is predicted from it."""
+    options = options_of(recipe)
+    return {**options, **CUT, "search_again": False, "profile": options["profile"], **other}
 
 
 def unit_of(recipe: Path) -> dict[str, Any] | None:
@@ -77,8 +75,10 @@ def unit_of(recipe: Path) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        same = bool(found["asked"] == measured(recipe))
-    except (ValueError, KeyError, TypeError):
+        # how many images there are depends on the machine, and both counts are beside what was measured
+        steps = {"batch_size": found["batch"], "limit_images": found["config"]["limit_images"]}
+        same = agree(found["config"], asked(recipe, **steps))
+    except (ValueError, KeyError, TypeError, AttributeError):
         same = False
     return found if same else None
 
@@ -94,15 +94,18 @@ def ran(recipe: Path, data: str) -> dict[str, Any]:
         command = [sys.executable, str(ROOT / "jobs" / "compress.py"), "--config", str(recipe), *words]
         code, used = processes.used_by(command)
         seconds = time.monotonic() - started
-        if code not in (0, 1):  # 1: the promise, of which random weights say nothing
+        if code == ConfigError.exit_code:
+            raise ConfigError(f"{recipe.name}: the job refused its input, as it says above")
+        runs = manifest.committed(Store(folder))
+        if not runs:  # a promise that is not kept ends with 1 too; random weights say nothing of it
             raise RunError(f"{recipe.name}: the job ended with {code}; run again to make it")
-        (run,) = manifest.committed(Store(folder))
+        (run,) = runs
         document = manifest.read_manifest(run.store)
         (curve,) = Path(folder).glob("_stages/finetune-*/curve.json")
         trained = json.loads(curve.read_text(encoding="utf-8"))
     metrics = document["metrics"]
     return {
-        "recipe": recipe.stem, "asked": measured(recipe), "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20,
+        "recipe": recipe.stem, "config": without_places(make(**asked(recipe)).model_dump(mode="json")), "weights": "random", "batch": BATCH, "peak_gib": used.ru_maxrss / 2**20,
         "gpu_gib": trained["gpu_bytes"] / 2**30 if "gpu_bytes" in trained else None, "job_seconds": seconds, "epoch_seconds": trained["curve"][-1]["seconds"], "steps": STEPS, "bytes_before": metrics["bytes_before"], "job_bytes": metrics["bytes_after"],
         "commit": commit(), "machine": machine(), "versions": identity.versions(),
     }  # fmt: skip
@@ -199,11 +202,8 @@ def main(words: list[str]) -> int:
     given = parser.parse_args(words)
     signal.signal(signal.SIGTERM, processes.end)
     UNITS.mkdir(parents=True, exist_ok=True)
-    wanted = [(one, UNITS / f"{one.stem}.json") for one in RECIPES if one.stem.startswith(tuple(given.only))]
-    if not wanted:
-        raise ConfigError(
-            f"--only: expected the beginning of one of {', '.join(one.stem for one in RECIPES)}, got {' '.join(given.only)}"
-        )
+    names = chosen(given.only, [one.stem for one in RECIPES])
+    wanted = [(one, UNITS / f"{one.stem}.json") for one in RECIPES if one.stem in names]
     with tempfile.TemporaryDirectory() as folder:
         jpegs(folder, 2 * CLASSES, CLASSES)
         for recipe, path in wanted if "jobs" in given.what else ():
@@ -211,9 +211,7 @@ def main(words: list[str]) -> int:
                 stored(path, ran(recipe, folder))
         for recipe, path in wanted if "sizes" in given.what else ():
             if (unit := unit_of(recipe)) is not None and "bytes" not in unit:
-                options = options_of(recipe)
-                changes = {**CUT, "search_again": False, "data": folder, "profile": options["profile"]}
-                stored(path, {**unit, **planned(make(**{**options, **changes}))})
+                stored(path, {**unit, **planned(make(**asked(recipe, data=folder)))})
         counts = {one.stem: epochs(one, folder) for one in RECIPES}
     units = [unit for one in RECIPES if (unit := unit_of(one)) is not None]
     notes = {
@@ -221,6 +219,7 @@ def main(words: list[str]) -> int:
         "images": "generated",
         "machines": {one["recipe"]: one["machine"] for one in units},
     }
+    print(table(units, counts))
     print(
         f"stored in {write('imagenet', [one for unit in units for one in rows(unit, *counts[unit['recipe']])], notes=notes)}"
     )

@@ -19,11 +19,14 @@ def code_of(command: Sequence[str], hear: Callable[[str], None] | None = None) -
         _UNDER_WAY.append(child)
         try:
             for line in child.stdout or ():
-                text = line.decode(errors="replace")
-                print(text, end="", flush=True)
+                print(text := line.decode(errors="replace"), end="", flush=True)
                 if hear:
                     hear(text)
             return child.wait()
+        except BaseException:
+            if child.stdout:  # what ends stores what it has, and must find somebody who listens until then
+                child.stdout.read()
+            raise
         finally:
             _UNDER_WAY.remove(child)
 

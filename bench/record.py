@@ -93,6 +93,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Those of `known` that are called as one of `names`, or begin so where none is; `ConfigError` for a name that none begins with."""
+    from clipq_ray.errors import ConfigError
+
+    found: set[str] = set()
+    for name in names:
+        called = [one for one in known if one == name] or [one for one in known if one.startswith(name)]
+        if not called:
+            raise ConfigError(f"--only: expected the beginning of one of {', '.join(known)}, got {name!r}")
+        found |= set(called)
+    return [one for one in known if one in found]
+
+
 def machine() -> dict[str, Any]:
     """CPU, cores, memory and GPU of this machine."""
     model = ""

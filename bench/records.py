@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import processes, records_table, records_units
-from bench.record import RESULTS, ROOT, Row, positive, row, write
+from bench.record import RESULTS, ROOT, Row, chosen, positive, row, write
 from bench.records_units import TARGETS, VARIANTS, WITHOUT, Target, Unit, named, those_of
 from clipq_ray import console
 from clipq_ray.errors import ClipqError, ConfigError
@@ -109,9 +109,9 @@ def one_by_one(series: Sequence[tuple[Target, int]], given: argparse.Namespace) 
             for variant in given.variants:
                 unit = Unit(target, variant, seed, given.epochs, given.threads)
                 unit.make(given.shared.resolve(), given.storage.resolve(), ["--engine", given.engine])
-        except ClipqError as error:
+        except (ClipqError, OSError) as error:  # a full disk, say
             print(error, file=sys.stderr, flush=True)
-            failed[f"{target.name} seed {seed}"] = error.exit_code
+            failed[f"{target.name} seed {seed}"] = getattr(error, "exit_code", 1)
     return failed
 
 
@@ -130,20 +130,6 @@ def at_once(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> 
     return {
         f"{target.name} seed {seed}": code for (target, seed), code in zip(series, codes, strict=True) if code
     }
-
-
-def chosen(names: Sequence[str]) -> list[Target]:
-    """The targets that are called so, or begin so where none is; `ConfigError` where none does."""
-    found: set[str] = set()
-    for name in names:
-        called = {one.name for one in TARGETS if one.name == name}
-        called = called or {one.name for one in TARGETS if one.name.startswith(name)}
-        if not called:
-            raise ConfigError(
-                f"--only: expected the beginning of one of {', '.join(one.name for one in TARGETS)}, got {name!r}"
-            )
-        found |= called
-    return [one for one in TARGETS if one.name in found]
 
 
 def asked(words: list[str]) -> argparse.Namespace:
@@ -194,8 +180,10 @@ def main(words: list[str]) -> int:
     """Make what is not there yet, then the table."""
     given = asked(words)
     signal.signal(signal.SIGTERM, processes.end)
+    wanted = chosen(given.only, [one.name for one in TARGETS])
+    targets = [one for one in TARGETS if one.name in wanted]
     seeds = list(dict.fromkeys(given.seeds))
-    series = [] if given.table else [(target, seed) for target in chosen(given.only) for seed in seeds]
+    series = [] if given.table else [(target, seed) for target in targets for seed in seeds]
     failed = (at_once if given.parallel > 1 else one_by_one)(series, given)
     if not given.no_table:
         write_table()

@@ -137,7 +137,7 @@ class _Given:
             )  # apart: what `ours` made may differ, by threads or CPU
             if not store.exists(CURVE):
                 schedule = schedule_of(config, config.baseline_epochs, config.baseline_learning_rate)
-                checkpoints = self.work / "baseline-checkpoints"
+                checkpoints = self.work / f"baseline-{key}-checkpoints"
                 task = TrainTask(self.source, "baseline", None, None, schedule, store.uri, str(checkpoints))
                 LocalEngine().train(task, each_epoch("baseline"))
             return store

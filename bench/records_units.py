@@ -98,11 +98,9 @@ def published(options: dict[str, Any], epochs: int) -> dict[str, Any]:
 
 
 def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
-    """A recipe's options without the lever that a variant names, in as many epochs; `ConfigError` where it has none."""
-    lever = variant.removeprefix("without-").replace("-", "_")
+    """A recipe's options without the lever that a variant names, in as many epochs."""
+    lever = lever_of(variant)
     config = make(**options)
-    if getattr(config, lever) == PAPER[lever]:
-        raise ConfigError(f"{variant}: expected a recipe with {lever}, got one without; it is 'ours'")
     epochs = options["epochs"]
     idle = [name for name, (other, _) in NEEDS.items() if other == lever]
     found = {**{name: value for name, value in options.items() if name not in idle}, lever: PAPER[lever]}
@@ -112,6 +110,11 @@ def without(options: dict[str, Any], variant: str) -> dict[str, Any]:
         epochs += (config.rungs - 1) * rung_epochs(config)
         found["search_again"] = False
     return {**found, "epochs": epochs}
+
+
+def lever_of(variant: str) -> str:
+    """The option that `without-LEVER` names."""
+    return variant.removeprefix("without-").replace("-", "_")
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Unit:
         given = {"data": self.target.data, "weights": self.target.weights, "of": self.of()}
         try:
             fits = agree(found["config"], self.options())
-        except ConfigError:  # a lever that the recipe has no more
+        except ConfigError:  # a lever that the recipe has no more, or a recipe that is none
             return None
         return found if fits and given == {name: found.get(name) for name in given} else None
 
@@ -168,6 +171,11 @@ class Unit:
         if self.variant == "ours":
             return options
         if self.variant in WITHOUT:
+            lever = lever_of(self.variant)
+            if getattr(make(**options), lever) == PAPER[lever]:
+                raise ConfigError(
+                    f"{self.stem.name}: expected a recipe with --{lever.replace('_', '-')}, got one without; it is 'ours'"
+                )
             return without(options, self.variant)
         ours = self.ours()
         if self.variant == "paper":
@@ -200,15 +208,22 @@ class Unit:
             return
         self.options()  # or why there are none
         print(f"{self.stem.name}", flush=True)
-        with alone(storage / f"{self.stem.name}.lock"):
+        with alone(storage / f"{self._works_in}.lock"):
             if self.variant not in PEERS:
                 found, file = self._job(shared, storage, extra)
             else:
                 options = {**self.options(), "data": data_of(self.target, shared), "engine": "local"}
                 if self.target.weights is not None:
                     options["weights"] = str(shared / "weights" / self.target.weights)
-                found, file = records_peers.peer(self.variant, options, self.recipe(), self.ours(), storage)
+                ours, of = self.ours(), self.of()
+                found, file = records_peers.peer(self.variant, options, self.recipe(), ours, storage)
+                found["of"] = of
             self._store(found, file, data_of(self.target, shared))
+
+    @property
+    def _works_in(self) -> str:
+        """What is made in one place of a storage: a job has its own, all peers of a seed share one."""
+        return f"{self.target.name}-peers-seed{self.seed}" if self.variant in PEERS else self.stem.name
 
     def _store(self, found: dict[str, Any], file: bytes, data: str) -> None:
         """Keep what was made, once it is verified: what was there before stays until then."""
@@ -219,8 +234,8 @@ class Unit:
             top1, images = verified(made, data)
             document = {
                 "target": self.target.name, "variant": self.variant, "seed": self.seed, "bytes": len(file), "sha256": sha256(file), "test_top1_percent": top1,
-                "test_error_percent": round(100 - top1, 4), "test_images": images, **found, "data": self.target.data, "weights": self.target.weights,
-                "of": self.of(), "commit": commit(), "machine": machine(), "versions": found.get("versions", identity.versions()),
+                "test_error_percent": round(100 - top1, 4), "test_images": images, "of": None, **found, "data": self.target.data, "weights": self.target.weights,
+                "commit": commit(), "machine": machine(), "versions": found.get("versions", identity.versions()),
             }  # fmt: skip
             said.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             made.replace(self.clq_path)  # a JSON of another file counts as none, so it may come behind
@@ -260,10 +275,11 @@ def named(target: Target, variant: str, epochs: int | None, between: str) -> str
 
 
 def agree(config: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a configuration is the one that `asked` makes by now, in all that decides a result but threads; an option that it does not know had its default."""
+    """Whether a configuration is the one that `asked` makes by now, in all options that decide a result but threads; one that it does not know had its default."""
     now = make(**asked).model_dump(mode="json")
     idle = {name for name, (lever, off) in NEEDS.items() if now[lever] == off}
-    apart = {*identity.DECIDES_NOTHING, "threads_per_worker", *idle}
+    counted = {"interpolation", "validation_data"}  # by the content that they lead to, elsewhere
+    apart = {*identity.DECIDES_NOTHING, "threads_per_worker", *idle} - counted
     defaults = Config.model_construct().model_dump(mode="json")
     return all(config.get(name, defaults[name]) == value for name, value in now.items() if name not in apart)
 
@@ -274,6 +290,7 @@ def sha256(file: bytes) -> str:
 
 
 _SAID: set[Path] = set()
+_NEEDED = ("seed", "bytes", "test_error_percent", "validation_top1_percent", "epochs", "seconds", "plan", "commit", "machine")  # fmt: skip
 
 
 def stored(path: Path, file: Path) -> dict[str, Any] | None:
@@ -282,7 +299,8 @@ def stored(path: Path, file: Path) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found["config"], dict) and found["sha256"] == sha256(file.read_bytes()):
+        whole = isinstance(found["config"], dict) and all(name in found for name in _NEEDED)
+        if whole and found["sha256"] == sha256(file.read_bytes()):
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from bench import records, records_peers, records_units
+from bench import record, records, records_peers, records_units
 from clipq_ray import console, manifest
 from clipq_ray.batch import compress
 from clipq_ray.cluster.engine import LocalEngine
@@ -43,7 +43,7 @@ def put(unit: records.Unit, file: bytes = b"a file", **said: Any) -> dict[str, A
     """A unit with the settings of now and what is `said` of it."""
     unit.clq_path.write_bytes(file)
     found = {
-        "bytes": len(file), "test_error_percent": 9.0, "seconds": 60.0, "epochs": 61, "seed": unit.seed, "config": make(**unit.options()).model_dump(mode="json"), "sha256": records_units.sha256(file),
+        "bytes": len(file), "test_error_percent": 9.0, "seconds": 60.0, "epochs": 61, "seed": unit.seed, "validation_top1_percent": 91.0, "plan": [], "commit": "c", "machine": {}, "config": make(**unit.options()).model_dump(mode="json"), "sha256": records_units.sha256(file),
         "data": unit.target.data, "weights": unit.target.weights, "of": unit.of(), **said,
     }  # fmt: skip
     unit.json_path.write_text(json.dumps(found))
@@ -178,13 +178,19 @@ def test_a_unit_of_other_weights_or_data_or_whose_file_is_not_its_own_is_not_the
         put(unit, **said)
         assert unit.result is None
     assert capsys.readouterr().err == ""
+    whole = put(unit)
+    needed = whole.keys() - {"data", "weights", "of"}
+    damaged = [{**whole, "config": 3}, *({k: v for k, v in whole.items() if k != name} for name in needed)]
+    for text in ("{}", "[]", "cut o", *map(json.dumps, damaged)):
+        records_units._SAID.clear()
+        unit.json_path.write_text(text)
+        assert unit.result is None, text
+        assert "it counts as not there" in capsys.readouterr().err, text
     put(unit)
     unit.clq_path.write_bytes(b"another file")
-    for text in (None, "{}", "[]", "cut o", '{"config": 3, "sha256": ""}'):
-        if text is not None:
-            unit.json_path.write_text(text)
-        assert unit.result is None
-    assert capsys.readouterr().err.count("it counts as not there") == 1
+    records_units._SAID.clear()
+    assert unit.result is unit.result is None
+    assert capsys.readouterr().err.count("it counts as not there") == 1  # said once
     put(unit)
     unit.clq_path.unlink()
     assert unit.result is None
@@ -194,11 +200,18 @@ def test_a_unit_of_other_weights_or_data_or_whose_file_is_not_its_own_is_not_the
 
 
 def test_a_unit_is_made_by_one_process_at_a_time(units: Path, tmp_path: Path) -> None:
-    unit = records_units.Unit(TARGETS["resnet20-cifar10-noloss"], "ours", 0)
-    with (tmp_path / f"{unit.stem.name}.lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="resnet20-cifar10-noloss-seed0: expected to make it alone"):
-            unit.make(tmp_path, tmp_path, [])
+    unit, *peers = (
+        records_units.Unit(TARGETS["resnet20-cifar10-noloss"], variant, 0)
+        for variant in ("ours", *records_units.PEERS)
+    )
+    works_in = f"{unit.target.name}-peers-seed0"  # all peers of a seed work in one place
+    for one, place in ((unit, unit.stem.name), *((peer, works_in) for peer in peers)):
+        with (tmp_path / f"{place}.lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(RunError, match=f"{place}: expected to make it alone"):
+                one.make(tmp_path, tmp_path, [])
+        put(unit)  # before its peers
+    unit.json_path.unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="expected a folder to write to"):
         unit.make(tmp_path, tmp_path / "file", [])
@@ -208,7 +221,7 @@ def test_a_lever_that_the_recipe_has_not_cannot_be_left_out(units: Path) -> None
     target = TARGETS["lenet_300_100-mnist-noloss"]
     put(records_units.Unit(target, "ours", 0))
     unit = records_units.Unit(target, "without-rungs", 0)
-    with pytest.raises(ConfigError, match="without-rungs: expected a recipe with rungs, got one without"):
+    with pytest.raises(ConfigError, match="without-rungs-seed0: expected a recipe with --rungs, got one"):
         unit.make(units, units, [])
     options = {"model": "lenet5", "target_bytes": 5_000, "rungs": 3, "epochs": 5}  # and so rungs of three
     assert records_units.without(options, "without-rungs")["epochs"] == 5 + 2 * 3
@@ -233,6 +246,24 @@ def test_what_is_under_way_ends_with_the_command(tmp_path: Path) -> None:
         job.terminate()
         assert job.wait(120) == 128 + 15
     assert not Path(f"/proc/{inner}").exists()
+
+
+@pytest.mark.parametrize("how", ["code_of", "used_by"])
+def test_what_ends_is_listened_to_until_it_has_ended(tmp_path: Path, how: str) -> None:
+    """A job that is ended says so, and stores what it has behind it."""
+    inner = (
+        "import pathlib, signal, sys, time\n"
+        f"def end(*_): print('ended', flush=True); pathlib.Path({str(tmp_path / 'kept')!r}).write_text('all'); sys.exit(143)\n"
+        "signal.signal(15, end); print('there', flush=True); time.sleep(60)\n"
+    )
+    hear = ", hear=lambda _: None" if how == "code_of" else ""
+    outer = f"import signal, sys; from bench import processes; signal.signal(15, processes.end); processes.{how}([sys.executable, '-c', {inner!r}]{hear})"
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "there\n"
+        job.terminate()
+        assert job.wait(120) == 128 + 15
+    assert (tmp_path / "kept").read_text() == "all"
 
 
 def test_a_unit_is_the_run_that_its_job_names_and_what_failed_passes_for_none(
@@ -263,6 +294,7 @@ def test_a_unit_is_the_run_that_its_job_names_and_what_failed_passes_for_none(
         unit.make(tmp_path, tmp_path, [])
     assert list(units.iterdir()) == []  # nothing half-written
     scorer.write_text("print('top-1 97.50 % on 1,797 test images')\n")
+    monkeypatch.setattr(records_units.identity, "versions", lambda: {"of": "now"})
     unit.make(tmp_path, tmp_path, [])
     assert sorted(path.name for path in units.iterdir()) == ["t-seed0.clq", "t-seed0.json"]
     found = unit.result or {}
@@ -271,7 +303,7 @@ def test_a_unit_is_the_run_that_its_job_names_and_what_failed_passes_for_none(
         2.5,
         1797,
     )
-    assert found["versions"] == manifest.read_manifest(run)["versions"]
+    assert found["versions"] == manifest.read_manifest(run)["versions"] != {"of": "now"}
 
 
 LEVERS: dict[str, Any] = {
@@ -416,10 +448,13 @@ def test_wrong_words_are_one_line_and_make_nothing(
 
 
 def test_targets_are_chosen_by_name_or_by_how_they_begin() -> None:
-    assert records.chosen([""]) == list(records_units.TARGETS)
-    assert [one.name for one in records.chosen(["resnet20-cifar10-small", "lenet5"])] == [
+    assert record.chosen([""], list(TARGETS)) == list(TARGETS)
+    assert record.chosen(["resnet20-cifar10-small", "lenet5"], list(TARGETS)) == [
         "lenet5_caffe-mnist-noloss", "lenet5_caffe-mnist-small", "resnet20-cifar10-small",
     ]  # fmt: skip
+    assert record.chosen(["a"], ["ab", "a", "b"]) == ["a"]  # its own name before what begins so
+    with pytest.raises(ConfigError, match="--only: expected the beginning of one of ab, b, got 'c'"):
+        record.chosen(["a", "c"], ["ab", "b"])
 
 
 def test_what_fails_is_named_and_what_comes_behind_it_is_tried(
@@ -436,13 +471,13 @@ def test_what_fails_is_named_and_what_comes_behind_it_is_tried(
     words = [
         "--shared", str(tmp_path), "--only", "lenet5_caffe-mnist-small", "resnet56", "--seeds", "0", "1", "0", "--variants", "ours", "paper", "--no-table",
     ]  # fmt: skip
-    assert records.main(words) == 1
+    assert console.run("records", records.main, words) == 1
     small, large = "lenet5_caffe-mnist-small", "resnet56-cifar10-noloss"
     assert tried == [
         f"{small}-seed0", f"{small}-seed1", f"{small}-paper-seed1", f"{large}-seed0", f"{large}-seed1", f"{large}-paper-seed1",
     ]  # fmt: skip
     assert f"{small} seed 0, {large} seed 0: not made to the end" in capsys.readouterr().err
-    assert records.main([*words[:3], *words[4:]]) == 2  # input alone
+    assert console.run("records", records.main, [*words[:3], *words[4:]]) == 2  # input alone
 
 
 def test_of_units_made_at_once_those_that_failed_are_named(

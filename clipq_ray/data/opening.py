@@ -256,14 +256,14 @@ def _prepared(
     shift_pixels: int | None,
 ) -> tuple[Preprocessing, list[str]]:
     """How images, the first of which has the size `first`, become the network's input, and notes on it."""
+    if interpolation != "auto":
+        usual = replace(usual, interpolation=interpolation)
     if (mean is None) != (std is None):
         raise ConfigError("expected mean and std together, got one of them; give both or none")
     if resize == "auto":
         resize = None if first == usual.input_shape[1:] else usual.resize
     if mean is not None and std is not None:
         usual = replace(usual, mean=mean, std=std)
-    if interpolation != "auto":
-        usual = replace(usual, interpolation=interpolation)
     found = replace(usual, resize=resize, interpolation="bilinear" if resize is None else usual.interpolation)
     if shift_pixels is not None and resize is not None:
         _, height, width = found.input_shape

@@ -17,6 +17,7 @@ from bench.images import jpegs
 from bench.record import RESULTS, ROOT
 from clipq_ray import console
 from clipq_ray.config import make
+from clipq_ray.errors import ConfigError, RunError
 from clipq_ray.plan import Theta
 from clipq_ray.source import Source
 
@@ -110,11 +111,14 @@ def test_a_unit_of_another_recipe_than_by_now_or_a_damaged_one_is_not_there(
     monkeypatch.setattr(imagenet, "UNITS", tmp_path)
     path = tmp_path / f"{recipe.stem}.json"
     assert imagenet.unit_of(recipe) is None
-    imagenet.stored(path, {"asked": imagenet.measured(recipe)})
+    config = make(**imagenet.asked(recipe, batch_size=7, limit_images=80)).model_dump(mode="json")
+    imagenet.stored(path, {"config": config, "batch": 7})  # as a GPU has other batches
     assert imagenet.unit_of(recipe) is not None
     text = recipe.read_text(encoding="utf-8")
-    recipe.write_text(text.replace("target_ratio: 51", "target_ratio: 52"), encoding="utf-8")
-    assert imagenet.unit_of(recipe) is None
+    for line, other in (("target_ratio: 51", "target_ratio: 52"), ("profile: small", "profile: fast"), ("precision: auto", "")):  # fmt: skip
+        assert line in text
+        recipe.write_text(text.replace(line, other), encoding="utf-8")
+        assert imagenet.unit_of(recipe) is None
     recipe.write_text(text.replace("epochs: 30", "epochs: 40"), encoding="utf-8")  # only what is predicted
     assert imagenet.unit_of(recipe) is not None
     for damaged in ("{}", "[]", "cut o"):
@@ -122,6 +126,17 @@ def test_a_unit_of_another_recipe_than_by_now_or_a_damaged_one_is_not_there(
         assert imagenet.unit_of(recipe) is None
 
 
+@pytest.mark.parametrize(("code", "said"), [(1, "ended with 1; run again"), (2, "refused its input")])
+def test_a_job_that_failed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "compress.py").write_text(f"raise SystemExit({code})\n")
+    monkeypatch.setattr(imagenet, "ROOT", tmp_path)
+    with pytest.raises(RunError if code == 1 else ConfigError, match=said):
+        imagenet.ran(RECIPES[0], str(tmp_path))
+
+
 def test_a_recipe_that_there_is_not_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert console.run("imagenet", imagenet.main, ["--only", "bogus"]) == 2
+    assert console.run("imagenet", imagenet.main, ["--only", "alexnet", "bogus"]) == 2
     assert "--only: expected the beginning of one of alexnet-imagenet-noloss" in capsys.readouterr().err
