@@ -147,7 +147,7 @@ def epochs(recipe: Path, data: str) -> tuple[int, int]:
 
 def rows(unit: dict[str, Any], least: int, most: int) -> list[Row]:
     """What a unit says, its recipe's epochs given."""
-    place, per_image = f"imagenet/{unit['recipe']}", unit["epoch_seconds"] / (unit["steps"] * unit["batch"])
+    place = f"imagenet/{unit['recipe']}"
     on_gpu = unit["gpu_gib"] is not None
     return [
         Row(f"{place}/peak_memory", unit["peak_gib"], f"GiB, {unit['batch']} images a step"),
@@ -155,7 +155,7 @@ def rows(unit: dict[str, Any], least: int, most: int) -> list[Row]:
         Row(f"{place}/step", unit["epoch_seconds"] / unit["steps"], "s"),
         *_sizes(place, unit),
         *(
-            Row(f"{place}/training_here{name}", per_image * TRAINING_IMAGES * count / 3600, f"hours for {count} epochs, predicted")
+            Row(f"{place}/training_here{name}", hours(unit, count), f"hours for {count} epochs, predicted")
             for name, count in (("", least), ("_at_most", most))
         ),
     ]  # fmt: skip
@@ -177,19 +177,25 @@ def stored(path: Path, unit: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def hours(unit: Mapping[str, Any], count: int) -> float:
+    """What so many epochs of all training images would take where the unit was made."""
+    return float(unit["epoch_seconds"] / (unit["steps"] * unit["batch"]) * TRAINING_IMAGES * count / 3600)
+
+
 def table(units: Sequence[Mapping[str, Any]], counts: Mapping[str, tuple[int, int]]) -> str:
-    """The units as Markdown, as the documentation has them; hours to two digits."""
+    """The units that have a size as Markdown, as the documentation has them; hours to two digits."""
     lines = [
         "| recipe | memory, GiB | step, s | file of random weights, bytes | at p, b | epochs | hours there |",
         "|---|---|---|---|---|---|---|",
     ]
     for unit in units:
+        if "bytes" not in unit:  # its job is done, its size is to come
+            continue
         least, most = counts[unit["recipe"]]
-        per_image = unit["epoch_seconds"] / (unit["steps"] * unit["batch"])
-        hours = [float(f"{per_image * TRAINING_IMAGES * count / 3600:.2g}") for count in (least, most)]
+        taken = [float(f"{hours(unit, count):.2g}") for count in (least, most)]
         name = unit["recipe"].partition("-")[0]
         lines.append(
-            f"| `{name}` | {unit['peak_gib']:.1f} | {unit['epoch_seconds'] / unit['steps']:.1f} | {unit['bytes']:,} | {unit['p']:g}, {unit['bits']} | {least}, at most {most} | {hours[0]:,.0f}, at most {hours[1]:,.0f} |"
+            f"| `{name}` | {unit['peak_gib']:.1f} | {unit['epoch_seconds'] / unit['steps']:.1f} | {unit['bytes']:,} | {unit['p']:g}, {unit['bits']} | {least}, at most {most} | {taken[0]:,.0f}, at most {taken[1]:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,6 @@ says them; the test set decides nothing. The file of the median seed lies under 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
 import sys
@@ -23,6 +22,7 @@ from bench.record import RESULTS, ROOT, Row, chosen, positive, row, write
 from bench.records_units import TARGETS, VARIANTS, WITHOUT, Target, Unit, named, those_of
 from clipq_ray import console
 from clipq_ray.errors import ClipqError, ConfigError
+from clipq_ray.storage import Store
 
 RECORDS = ROOT / "bench" / "records"
 SEEDS = 3  # of a row
@@ -90,15 +90,7 @@ def keep_median(target: Target) -> None:
     if len(found) >= SEEDS or (found and not path.exists()):
         median = sorted(one["test_error_percent"] for one in found)[len(found) // 2]
         seed = min((one["bytes"], one["seed"]) for one in found if one["test_error_percent"] == median)[1]
-        RECORDS.mkdir(parents=True, exist_ok=True)
-        replace(path, Unit(target, "ours", seed).clq_path.read_bytes())
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file whole, over what is there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_bytes(content)
-    partial.replace(path)
+        Store(str(RECORDS)).write(path.name, Unit(target, "ours", seed).clq_path.read_bytes())
 
 
 def one_by_one(series: Sequence[tuple[Target, int]], given: argparse.Namespace) -> dict[str, int]:
@@ -168,7 +160,7 @@ def write_table() -> None:
     rows = [one for target, epochs, variant in everything() for one in rows_of(target, variant, epochs)]
     settings = {one.name: one.options() for one in TARGETS}
     print(f"stored in {write('records', rows, notes={'recipes': settings})}")
-    replace(RESULTS / "records.md", records_table.document(sections()).encode())
+    Store(str(RESULTS)).write("records.md", records_table.document(sections()).encode())
     if found := outdated():
         print(
             f"in no row, since settings are others by now or a file is damaged: {', '.join(found)}; run again to make them, or remove them",

@@ -75,6 +75,7 @@ def test_a_unit_without_a_size_yet_has_no_row_of_it() -> None:
     found = {row.name: row.value for row in rows(unit, 40, 60)}
     assert found["imagenet/alexnet-imagenet-noloss/gpu_memory"] == 5.0
     assert not any("random_weights" in name for name in found)
+    assert len(imagenet.table([unit], {unit["recipe"]: (40, 60)}).splitlines()) == 2
 
 
 def test_the_planned_rate_is_the_mildest_that_meets_the_ratio(tmp_path: Path) -> None:
